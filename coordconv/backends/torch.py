@@ -1,0 +1,335 @@
+"""CoordConv for PyTorch: subclasses of ``torch.nn``'s own convolutions.
+
+Each layer takes what its base class takes, in the same order and with the same defaults, and has
+one parameter more: ``coord_weight`` of shape ``(out_channels, n, *kernel_size)``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coordconv import networks
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.geometry import ConvGeometry, check_input
+from coordconv.grid import Array, coordinate_grid
+from coordconv.position_bias import Share, position_bias, shares
+from coordconv.weights import Weights, checked
+
+_CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+_geometry = lru_cache(maxsize=256)(ConvGeometry)
+
+
+class _CoordConv(nn.modules.conv._ConvNd):
+    """What every CoordConv adds to the convolution it is mixed into.
+
+    Args:
+        coords: the coordinate channels: tokens such as ``"xyr"``, a
+            :class:`~coordconv.Coordinates`, or None for all axes. Keyword only.
+        coord_init: ``"fan_in"`` draws both kernels as the base class draws one over
+            ``in_channels + n`` channels; ``"zeros"`` draws the feature kernel as the base class
+            does and starts the coordinate kernel at zero. Keyword only.
+
+    Raises:
+        TypeError, ValueError: as :class:`~coordconv.Coordinates`, and from ``forward``: an input
+            that is not floating-point, or of the wrong rank, channels or an empty axis.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *args: Any,
+        coords: CoordinatesLike = None,
+        coord_init: str = "fan_in",
+        **kwargs: Any,
+    ) -> None:
+        coordinates = Coordinates.resolve(coords, self.rank)
+        check_coord_init(coord_init)
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        self.coords = coordinates
+        self.coord_init = coord_init
+        shape = (out_channels, len(coordinates), *self.kernel_size)
+        self.coord_weight = nn.Parameter(self.weight.new_empty(shape))
+        self.reset_parameters()
+
+    rank: int
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as ``coord_init`` says."""
+        if "coord_weight" not in self._parameters:
+            return  # the base constructor calls this before there is a coordinate kernel
+        if self.coord_init == "zeros":
+            super().reset_parameters()
+            nn.init.zeros_(self.coord_weight)
+            return
+        plain = next(base for base in type(self).__mro__ if base.__module__ == nn.Conv2d.__module__)
+        drawn = plain(
+            self.in_channels + self.groups * len(self.coords),
+            self.out_channels,
+            self.kernel_size,
+            groups=self.groups,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        features = self.in_channels // self.groups
+        with torch.no_grad():
+            self.weight.copy_(drawn.weight[:, :features])
+            self.coord_weight.copy_(drawn.weight[:, features:])
+            if self.bias is not None:
+                self.bias.copy_(drawn.bias)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The convolution of ``input (N, C, *S)``, or ``(C, *S)``, and of the coordinates."""
+        if not (input.is_floating_point() or input.is_complex()):
+            raise TypeError(f"input must be floating-point, got {input.dtype}")
+        shape = check_input(
+            input.shape,
+            rank=self.rank,
+            channels=self.in_channels,
+            coords=len(self.coords),
+            channel_axis=-1 - self.rank,
+            batched=0,
+        )
+        output = super().forward(input, *args, **kwargs)
+        return output + self._position_bias(shape, output)
+
+    def _position_bias(self, shape: tuple[int, ...], output: Tensor) -> Tensor:
+        geometry = _geometry(
+            self.kernel_size,
+            stride=self.stride,
+            padding=0 if self.padding == "valid" else self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
+        kernel = self.coord_weight
+        if kernel.dtype in (torch.float16, torch.bfloat16):
+            kernel = kernel.float()
+        exact = np.float64 if kernel.dtype in (torch.float64, torch.complex128) else np.float32
+        with torch.autocast(output.device.type, enabled=False):
+            bias = position_bias(
+                kernel,
+                shares(geometry, self.coords, shape, exact),
+                einsum=torch.einsum,
+                convolve=_convolve,
+                asarray=lambda a: torch.tensor(a, dtype=kernel.dtype, device=kernel.device),
+            )
+        return bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coords={self.coords!r}"
+
+    def export_weights(self) -> Weights:
+        """The canonical weights: ``weight``, ``coord_weight`` and, if there is one, ``bias``."""
+        arrays = {"weight": self.weight, "coord_weight": self.coord_weight, "bias": self.bias}
+        return Weights(
+            {name: _numpy(tensor) for name, tensor in arrays.items() if tensor is not None},
+            {"": self.coords},
+        )
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights.
+
+        Raises:
+            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+                coordinates; all are listed and nothing is changed.
+        """
+        _import(self, mapping, {"": self.coords})
+
+
+def _convolve(share: Share, padded: Tensor, kernel: Tensor) -> Tensor:
+    rank = len(share.stride)
+    if share.flip:
+        kernel = kernel.flip(tuple(range(-rank, 0)))
+    return _CONVOLVE[rank](padded[None], kernel, None, share.stride, 0, share.dilation)[0]
+
+
+class CoordConv2d(_CoordConv, nn.Conv2d):
+    """``torch.nn.Conv2d`` that sees its coordinates.
+
+    Takes every argument of ``torch.nn.Conv2d``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, H, W)`` or ``(C, H, W)``; output as ``torch.nn.Conv2d``.
+
+    Example:
+        >>> layer = CoordConv2d(3, 8, 3, padding=1, coords="xyr")
+        >>> layer(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+        >>> layer.coord_weight.shape
+        torch.Size([8, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 2
+
+
+class AddCoords(nn.Module):
+    """Append the coordinate channels to an input, for layers that have no CoordConv.
+
+    Args:
+        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes of the input.
+
+    Shape:
+        input ``(N, C, *S)`` with one to three spatial axes; output ``(N, C + n, *S)``.
+
+    Raises:
+        TypeError: the input is not floating-point.
+        ValueError: the input has no spatial axes or an empty one, or lacks an axis of ``coords``.
+
+    Example:
+        >>> AddCoords("x")(torch.zeros(1, 1, 3))
+        tensor([[[ 0.,  0.,  0.],
+                 [-1.,  0.,  1.]]])
+    """
+
+    def __init__(self, coords: CoordinatesLike = None) -> None:
+        super().__init__()
+        self.coords = coords if coords is None else Coordinates.resolve(coords, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            raise TypeError(f"input must be floating-point, got {input.dtype}")
+        grid = coordinate_grid(input.shape[2:], self.coords, dtype=np.float64)
+        channels = torch.tensor(grid, dtype=input.dtype, device=input.device)
+        return torch.cat([input, channels.expand(len(input), *channels.shape)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"coords={self.coords!r}"
+
+
+class Network(nn.Sequential):
+    """A :class:`coordconv.networks.Network` as a module; input ``(N, C, *S)``."""
+
+    def __init__(self, network: networks.Network) -> None:
+        super().__init__(
+            OrderedDict(
+                (layer.name or f"{layer.kind.lower()}{i}", _layer(layer))
+                for i, layer in enumerate(network.layers)
+            )
+        )
+        self.network = network
+
+    def export_weights(self) -> Weights:
+        """The canonical weights under dotted names."""
+        arrays = {name: _numpy(tensor) for name, tensor in self.named_parameters()}
+        return Weights(arrays, self.network.coordinates())
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights; errors as a layer's ``import_weights``, nothing changed."""
+        _import(self, mapping, self.network.coordinates())
+
+
+def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+    """Build a network with these weights."""
+    module = Network(network)
+    module.import_weights(weights)
+    return module
+
+
+def evaluate(
+    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Output and gradients; see :mod:`coordconv.backends`."""
+    module.import_weights(weights)
+    given = torch.tensor(x, requires_grad=dy is not None)
+    if dy is None:
+        with torch.no_grad():
+            return module(given).numpy(), {}
+    output = module(given)
+    names, tensors = zip(("x", given), *module.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(output, tensors, torch.tensor(dy))
+    return output.detach().numpy(), {n: g.numpy() for n, g in zip(names, gradients, strict=True)}
+
+
+def trainer(
+    module: Network, weights: Mapping[str, Array]
+) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
+    """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
+    module.import_weights(weights)
+    optimizer = torch.optim.Adam(module.parameters())
+
+    def step(x: Array, labels: Array, learning_rate: float) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(torch.tensor(x)), torch.tensor(labels))
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step, module.export_weights
+
+
+def _layer(layer: networks.Layer) -> nn.Module:
+    match layer:
+        case networks.Conv():
+            return _conv(layer)
+        case networks.Linear():
+            return nn.Linear(layer.in_features, layer.out_features)
+        case networks.ReLU():
+            return nn.ReLU()
+        case networks.Flatten():
+            return nn.Flatten()
+
+
+def _conv(layer: networks.Conv) -> nn.Module:
+    geometry = layer.geometry
+    kernel, stride, dilation, output_padding, holes = geometry.per_axis
+    if max(holes) > 1:
+        raise NotImplementedError("torch convolutions have no input_dilation")
+    padding: Any = geometry.padding
+    if padding != "same":
+        if any(before != after for before, after in padding):
+            raise NotImplementedError(f"torch convolutions pad both ends alike, not by {padding}")
+        padding = tuple(before for before, _ in padding)
+        if min(padding) < 0:
+            raise NotImplementedError(f"torch convolutions take no negative padding {padding}")
+    elif max(stride) > 1:
+        raise NotImplementedError("torch convolutions with stride have no padding='same'")
+    options: dict[str, Any] = {"output_padding": output_padding} if geometry.transposed else {}
+    name = layer.kind
+    if layer.coords:
+        options["coords"] = layer.coords
+    return (globals() if layer.coords else vars(nn))[name](  # type: ignore[no-any-return]
+        layer.in_channels,
+        layer.out_channels,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=geometry.groups,
+        bias=layer.bias,
+        padding_mode=geometry.padding_mode,
+        **options,
+    )
+
+
+def _numpy(tensor: Tensor) -> Array:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # NumPy has none; float32 holds every value of it
+        tensor = tensor.float()
+    return np.array(tensor.numpy())
+
+
+def _import(
+    module: nn.Module, mapping: Mapping[str, Array], coordinates: Mapping[str, Coordinates]
+) -> None:
+    parameters = dict(module.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    arrays = checked(mapping, shapes, coordinates)
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(torch.tensor(arrays[name]))

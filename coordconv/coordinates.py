@@ -1,0 +1,244 @@
+"""Coordinates: which coordinate channels, in which order, on which scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+AXES = "zyx"  # axis tokens by distance from the last axis: AXES[-1] is the last one
+TOKENS = frozenset(AXES + "r")
+ALIGNMENTS = ("corners", "edges")
+OUTSIDES = ("zero", "extend")
+COORD_INITS = ("fan_in", "zeros")
+
+CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[str] | None"
+
+# The channels that other implementations append, by rank: (without radius, with radius), and the
+# centre their radius is measured from. None: that implementation has no such variant.
+_NAMED: dict[str, tuple[dict[int, tuple[str, str | None]], float]] = {
+    "paddle": ({2: ("xy", None)}, 0.0),
+    "uber": ({2: ("xy", "xyr")}, 0.0),
+    "mkocabas": ({2: ("yx", "yxr")}, 0.5),
+    "walsvid": ({1: ("x", "xr"), 2: ("yx", "yxr")}, 0.5),
+    "keras": ({1: ("x", None), 2: ("yx", "yxr"), 3: ("zyx", None)}, 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Which coordinate channels a layer sees, in which order, and on which scale.
+
+    Args:
+        channels: the tokens, in the order in which the channels are appended: a string such as
+            ``"xyr"`` or a sequence such as ``("x", "y", "r")``. ``x`` runs along the last axis
+            (columns), ``y`` along the one before (rows), ``z`` along the one before that; ``r`` is
+            the distance from the centre, ``sqrt(sum((coordinate - r_center) ** 2))`` over all the
+            axes of the grid, in coordinate units.
+        span: the values at the two ends of an axis, first to last. Any two different finite
+            numbers; a decreasing span turns the axis round.
+        align: ``"corners"`` puts the ends of ``span`` on the first and the last sample;
+            ``"edges"`` on the outer edges of the first and the last sample, so that sample ``i``
+            of ``n`` on ``span=(-1, 1)`` reads ``(2 * i + 1) / n - 1``.
+        outside: what padding reads. ``"zero"``: what it reads in any other channel, which with
+            zero padding is 0. ``"extend"``: the ramp goes on beyond the border, whatever the
+            padding mode does to the features.
+        r_center: the centre of ``r`` on every axis, in coordinate units.
+
+    With ``align="corners"`` an axis of length 1 has coordinate 0.
+
+    Raises:
+        TypeError: ``channels`` is neither a string nor a sequence of strings.
+        ValueError: an unknown, repeated or missing token; equal or non-finite span ends; an
+            unknown ``align`` or ``outside``; a non-finite ``r_center``.
+
+    Example:
+        >>> Coordinates(("y", "x"), span=(0, 1))
+        Coordinates('yx', span=(0.0, 1.0))
+        >>> Coordinates("xyr") == Coordinates(["x", "y", "r"])
+        True
+
+    Source:
+        Liu et al., "An Intriguing Failing of Convolutional Neural Networks and the CoordConv
+        Solution", NeurIPS 2018, section 3.
+    """
+
+    channels: str = "xy"
+    span: tuple[float, float] = field(default=(-1.0, 1.0), kw_only=True)
+    align: Literal["corners", "edges"] = field(default="corners", kw_only=True)
+    outside: Literal["zero", "extend"] = field(default="zero", kw_only=True)
+    r_center: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", _checked_channels(self.channels))
+        object.__setattr__(self, "span", _checked_span(self.span))
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"align must be one of {ALIGNMENTS}, got {self.align!r}")
+        if self.outside not in OUTSIDES:
+            raise ValueError(f"outside must be one of {OUTSIDES}, got {self.outside!r}")
+        object.__setattr__(self, "r_center", _finite("r_center", self.r_center))
+
+    def __len__(self) -> int:
+        """The number of coordinate channels."""
+        return len(self.channels)
+
+    def __repr__(self) -> str:
+        default = Coordinates()
+        options = (
+            f", {name}={getattr(self, name)!r}"
+            for name in ("span", "align", "outside", "r_center")
+            if getattr(self, name) != getattr(default, name)
+        )
+        return f"Coordinates({self.channels!r}{''.join(options)})"
+
+    def check_rank(self, rank: int) -> Coordinates:
+        """Return ``self`` if every token names an axis of a grid of ``rank`` axes.
+
+        Raises:
+            ValueError: a token lies beyond the rank, as ``z`` does in 2-D.
+
+        Example:
+            >>> Coordinates("xyz").check_rank(2)
+            Traceback (most recent call last):
+            ...
+            ValueError: coords 'xyz' name axis 'z', which a 2-D grid does not have: use tokens of 'xy' and 'r'
+        """
+        axes = axis_tokens(rank)
+        beyond = [token for token in self.channels if token not in axes and token != "r"]
+        if beyond:
+            raise ValueError(
+                f"coords {self.channels!r} name axis {', '.join(map(repr, beyond))}, which a "
+                f"{rank}-D grid does not have: use tokens of {axes!r} and 'r'"
+            )
+        return self
+
+    @classmethod
+    def resolve(cls, coords: CoordinatesLike, rank: int) -> Coordinates:
+        """Turn a layer's ``coords`` argument into Coordinates that fit a grid of ``rank`` axes.
+
+        Args:
+            coords: None for all axes (``x``, ``xy``, ``xyz`` by rank), tokens, or Coordinates.
+            rank: the number of axes of the grid, 1 to 3.
+
+        Raises:
+            TypeError, ValueError: as the constructor and :meth:`check_rank`.
+
+        Example:
+            >>> Coordinates.resolve(None, 3)
+            Coordinates('xyz')
+        """
+        if coords is None:
+            coords = axis_tokens(rank)
+        if not isinstance(coords, cls):
+            coords = cls(coords)  # type: ignore[arg-type]  # the constructor normalises tokens
+        return coords.check_rank(rank)
+
+    @classmethod
+    def named(cls, name: str, *, rank: int = 2, with_r: bool = False) -> Coordinates:
+        """The convention of another implementation, so that its weights mean the same here.
+
+        Args:
+            name: ``"paddle"`` (PaddleDetection, and the article this project started from),
+                ``"uber"`` (the paper's own code), ``"mkocabas"``, ``"walsvid"`` or ``"keras"``
+                (titu1994/keras-coordconv).
+            rank: the number of axes, where that implementation differs by rank.
+            with_r: with the radius, where that implementation has one.
+
+        Raises:
+            ValueError: an unknown name, or a rank or radius that the implementation lacks.
+                walsvid in 3-D is refused because that code mixes its axes.
+
+        Example:
+            >>> Coordinates.named("mkocabas", with_r=True)
+            Coordinates('yxr', r_center=0.5)
+            >>> Coordinates.named("keras", rank=3)
+            Coordinates('zyx')
+        """
+        if name not in _NAMED:
+            raise ValueError(f"name must be one of {', '.join(_NAMED)}, got {name!r}")
+        by_rank, r_center = _NAMED[name]
+        if rank not in by_rank:
+            raise ValueError(
+                f"the {name!r} convention has no rank {rank}, only "
+                f"{', '.join(map(str, by_rank))}"
+                + (" (its 3-D variant mixes its axes)" if name == "walsvid" else "")
+            )
+        channels = by_rank[rank][with_r]
+        if channels is None:
+            raise ValueError(f"the {name!r} convention has no radius in {rank}-D: with_r=False")
+        return cls(channels, r_center=r_center if with_r else 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; ``Coordinates.from_dict`` reads it back.
+
+        Example:
+            >>> Coordinates.from_dict(Coordinates("yx").to_dict())
+            Coordinates('yx')
+        """
+        return {**asdict(self), "span": list(self.span)}
+
+    @classmethod
+    def from_dict(cls, description: Mapping[str, Any]) -> Coordinates:
+        """Read a description that ``to_dict`` made.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        return cls(**description)
+
+
+def axis_tokens(rank: int) -> str:
+    """The axis tokens of a grid of ``rank`` axes, last axis first: ``x``, ``xy``, ``xyz``.
+
+    Raises:
+        ValueError: ``rank`` is not 1, 2 or 3.
+    """
+    if rank not in (1, 2, 3):
+        raise ValueError(f"a grid has 1, 2 or 3 axes, got {rank}")
+    return AXES[: -rank - 1 : -1]
+
+
+def check_coord_init(coord_init: str) -> None:
+    """Check a layer's ``coord_init`` argument.
+
+    Raises:
+        ValueError: it is neither ``"fan_in"`` nor ``"zeros"``.
+    """
+    if coord_init not in COORD_INITS:
+        raise ValueError(f"coord_init must be one of {COORD_INITS}, got {coord_init!r}")
+
+
+def _checked_channels(channels: object) -> str:
+    if not isinstance(channels, Sequence) or not all(isinstance(t, str) for t in channels):
+        raise TypeError(
+            f"coords must be a string or a sequence of the tokens x, y, z, r, got {channels!r}"
+        )
+    unknown = [token for token in channels if token not in TOKENS]
+    repeated = sorted({token for token in channels if channels.count(token) > 1})
+    if unknown:
+        raise ValueError(f"coords {channels!r}: unknown token {unknown[0]!r}, want x, y, z or r")
+    if repeated:
+        raise ValueError(f"coords {channels!r}: repeated token {repeated[0]!r}")
+    if not channels:
+        raise ValueError("coords must name at least one of x, y, z, r, got none")
+    return "".join(channels)
+
+
+def _checked_span(span: object) -> tuple[float, float]:
+    if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2:
+        raise TypeError(f"span must be a pair of numbers, got {span!r}")
+    first, last = (_finite("span", end) for end in span)
+    if first == last:
+        raise ValueError(f"span must have two different ends, got {span!r}")
+    return first, last
+
+
+def _finite(name: str, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number

@@ -1,0 +1,249 @@
+"""ConvGeometry: the arithmetic of a convolution's shapes, without a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Kernel, stride, padding, dilation and groups of a convolution of one to three axes.
+
+    Args:
+        kernel: the kernel's length on each axis; its number of items is the rank.
+        stride: one int for all axes or one per axis, likewise below.
+        padding: an int, one int per axis, one ``(before, after)`` pair per axis, or ``"same"`` for
+            an output of ``ceil(input / stride)`` samples, the odd sample of padding behind. Of a
+            transposed convolution, what is cut off its full output.
+        dilation: the distance between the kernel's taps.
+        groups: the number of groups that input and output channels are divided into.
+        transposed: the transposed convolution, whose output is ``stride`` times the input.
+        output_padding: samples added behind the output of a transposed convolution.
+        input_dilation: the distance between input samples, zeros in between (JAX's
+            ``lhs_dilation``).
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+
+    Raises:
+        TypeError: a value that is not an int, or not one per axis.
+        ValueError: a value out of range, an unknown padding mode, or options that exclude one
+            another.
+
+    Example:
+        >>> ConvGeometry((3, 3), stride=2, padding=1).output_shape((7, 7))
+        (4, 4)
+        >>> ConvGeometry((3,), stride=2, transposed=True).output_shape((4,))
+        (9,)
+    """
+
+    kernel: tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] | Pairs | Literal["same"] = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    transposed: bool = False
+    output_padding: int | tuple[int, ...] = 0
+    input_dilation: int | tuple[int, ...] = 1
+    padding_mode: str = "zeros"
+
+    def __post_init__(self) -> None:
+        kernel = tuple(self.kernel)
+        rank = len(kernel)
+        if not 1 <= rank <= 3:
+            raise ValueError(f"kernel must have 1, 2 or 3 axes, got {kernel}")
+        object.__setattr__(self, "kernel", _per_axis("kernel", kernel, rank, least=1))
+        for name, least in (
+            ("stride", 1),
+            ("dilation", 1),
+            ("input_dilation", 1),
+            ("output_padding", 0),
+        ):
+            object.__setattr__(self, name, _per_axis(name, getattr(self, name), rank, least=least))
+        if self.padding != "same":
+            object.__setattr__(self, "padding", _pairs(self.padding, rank))
+        if self.groups < 1:
+            raise ValueError(f"groups must be positive, got {self.groups}")
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(
+                f"padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}"
+            )
+        if self.transposed and (
+            self.padding == "same" or self.padding_mode != "zeros" or max(self.per_axis[4]) > 1
+        ):
+            raise ValueError(
+                "a transposed convolution takes explicit zero padding and no input_dilation"
+            )
+        if not self.transposed and any(self.per_axis[3]):
+            raise ValueError("output_padding belongs to a transposed convolution")
+
+    @property
+    def rank(self) -> int:
+        """The number of spatial axes."""
+        return len(self.kernel)
+
+    @property
+    def per_axis(self) -> tuple[tuple[int, ...], ...]:
+        """Kernel, stride, dilation, output_padding and input_dilation, each one int per axis."""
+        return (  # __post_init__ made each of them a tuple
+            self.kernel,
+            self.stride,  # type: ignore[return-value]
+            self.dilation,
+            self.output_padding,
+            self.input_dilation,
+        )
+
+    @property
+    def taps(self) -> int:
+        """The number of taps of the kernel."""
+        return int(np.prod(self.kernel))
+
+    def pads(self, shape: Sequence[int]) -> Pairs:
+        """The ``(before, after)`` padding of each axis for an input of spatial ``shape``."""
+        if self.padding != "same":
+            return self.padding  # type: ignore[return-value]  # pairs since __post_init__
+        pairs = []
+        for n, k, s, d in zip(shape, *self.per_axis[:3], strict=True):
+            total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            pairs.append((total // 2, total - total // 2))
+        return tuple(pairs)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The spatial shape of the output for an input of spatial ``shape``.
+
+        Raises:
+            ValueError: ``shape`` has another rank or an empty axis, reflected padding is not
+                narrower than its axis, or circular padding is wider; or the output would be empty.
+        """
+        shape = tuple(shape)
+        if len(shape) != self.rank:
+            raise ValueError(f"input must have {self.rank} spatial axes, got shape {shape}")
+        if min(shape) < 1:
+            raise ValueError(f"input must have no empty axis, got spatial shape {shape}")
+        pads = self.pads(shape)
+        if self.padding_mode in ("reflect", "circular"):
+            limit = 1 if self.padding_mode == "reflect" else 0
+            if any(max(pair) > n - limit for pair, n in zip(pads, shape, strict=True)):
+                raise ValueError(
+                    f"{self.padding_mode} padding {pads} is too wide for an input of spatial "
+                    f"shape {shape}: at most the axis's length less {limit}"
+                )
+        lengths = []
+        for n, (before, after), k, s, d, extra, hole in zip(
+            shape, pads, *self.per_axis, strict=True
+        ):
+            reach = d * (k - 1) + 1
+            if self.transposed:
+                lengths.append((n - 1) * s + reach + extra - before - after)
+            elif self.padding_mode == "zeros":
+                lengths.append(((n - 1) * hole + 1 + before + after - reach) // s + 1)
+            else:  # these modes copy samples, so they pad before the holes are made
+                lengths.append(((n + before + after - 1) * hole + 1 - reach) // s + 1)
+        if min(lengths) < 1:
+            raise ValueError(
+                f"output would be empty, of spatial shape {tuple(lengths)}: kernel {self.kernel} "
+                f"with dilation {self.dilation} does not fit an input of spatial shape {shape} "
+                f"padded by {pads}"
+            )
+        return tuple(lengths)
+
+    def tap_positions(
+        self, shape: Sequence[int]
+    ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
+        """Which input sample each tap reads, axis by axis, before padding is applied.
+
+        Returns:
+            Per axis two arrays of shape ``(output length, kernel)``: the sample's index, which
+            may lie outside the input, and whether the tap meets a sample at all rather than a
+            hole between dilated ones.
+        """
+        lengths, pads = self.output_shape(shape), self.pads(shape)
+        positions = []
+        for m, (before, _), k, s, d, _, hole in zip(lengths, pads, *self.per_axis, strict=True):
+            t, tap = np.arange(m)[:, None], np.arange(k)[None, :] * d
+            if self.transposed:
+                place, hole = t + before - tap, s
+            else:
+                shift = before if self.padding_mode == "zeros" else before * hole
+                place = t * s + tap - shift
+            positions.append((place // hole, place % hole == 0))
+        return positions
+
+
+def check_input(
+    shape: Sequence[int], *, rank: int, channels: int, coords: int, channel_axis: int, batched: int
+) -> tuple[int, ...]:
+    """Return the spatial shape of a layer's input, or say what is wrong with it.
+
+    Args:
+        shape: the input's whole shape.
+        rank: the layer's number of spatial axes.
+        channels: the features that the layer was made for.
+        coords: the number of its coordinate channels, to recognise an input that has them already.
+        channel_axis: where the channels are, counted from the end: ``-1`` or ``-1 - rank``.
+        batched: how many batch axes there may be: 1 for exactly one, 0 for one or none, -1 for
+            any number.
+
+    Raises:
+        ValueError: the rank, the number of channels or the spatial shape is wrong.
+    """
+    shape = tuple(shape)
+    batch_axes = len(shape) - rank - 1
+    if batch_axes < 0 or (batched == 1 and batch_axes != 1) or (batched == 0 and batch_axes > 1):
+        space = ", ".join("DHW"[-rank:]) if rank > 1 else "L"
+        form = f"C, {space}" if channel_axis != -1 else f"{space}, C"
+        wanted = {1: f"(N, {form})", 0: f"(N, {form}) or ({form})", -1: f"(..., {form})"}[batched]
+        raise ValueError(f"input must have shape {wanted}, got {shape}")
+    if shape[channel_axis] != channels:
+        hint = (
+            ": pass the features alone, the layer adds the coordinates itself"
+            if shape[channel_axis] == channels + coords
+            else ""
+        )
+        raise ValueError(
+            f"input must have {channels} channels, got {shape[channel_axis]} "
+            f"in shape {shape}{hint}"
+        )
+    spatial = shape[-rank - 1 : -1] if channel_axis == -1 else shape[-rank:]
+    if 0 in spatial:
+        raise ValueError(f"input must have no empty axis, got shape {shape}")
+    return spatial
+
+
+def _per_axis(name: str, value: Any, rank: int, *, least: int) -> tuple[int, ...]:
+    values = (value,) * rank if _is_int(value) else value
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != rank:
+        raise TypeError(f"{name} must be an int or {rank} ints, got {value!r}")
+    if not all(_is_int(v) for v in values):
+        raise TypeError(f"{name} must be an int or {rank} ints, got {value!r}")
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return tuple(int(v) for v in values)
+
+
+def _pairs(value: Any, rank: int) -> Pairs:
+    values = (value,) * rank if _is_int(value) else value
+    problem = TypeError(
+        f"padding must be 'same', an int, {rank} ints or {rank} (before, after) pairs, "
+        f"got {value!r}"
+    )
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != rank:
+        raise problem
+    pairs = []
+    for v in values:
+        pair = (v, v) if _is_int(v) else v
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(p) for p in pair):
+            raise problem
+        pairs.append((int(pair[0]), int(pair[1])))
+    return tuple(pairs)
+
+
+def _is_int(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)

@@ -1,0 +1,338 @@
+"""Networks described once, without a framework, and built in any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+from coordconv.weights import Weights
+
+_MEGABYTE = 1024**2
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution, transposed or not, with coordinates or without."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+    geometry: ConvGeometry
+    coords: Coordinates | None = None
+    bias: bool = True
+
+    @property
+    def kind(self) -> str:
+        return ("Coord" if self.coords else "") + (
+            f"Conv{'Transpose' if self.geometry.transposed else ''}{self.geometry.rank}d"
+        )
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.out_channels, *self.geometry.output_shape(shape[1:]))
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        kernel, groups = self.geometry.kernel, self.geometry.groups
+        if self.geometry.transposed:
+            weight = (self.in_channels, self.out_channels // groups, *kernel)
+        else:
+            weight = (self.out_channels, self.in_channels // groups, *kernel)
+        shapes = {"weight": weight}
+        if self.coords:
+            shapes["coord_weight"] = (self.out_channels, len(self.coords), *kernel)
+        if self.bias:
+            shapes["bias"] = (self.out_channels,)
+        return shapes
+
+    @property
+    def fan_in(self) -> int:
+        seen = self.in_channels // self.geometry.groups + (len(self.coords) if self.coords else 0)
+        return seen * self.geometry.taps
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A fully connected layer."""
+
+    name: str
+    in_features: int
+    out_features: int
+    kind = "Linear"
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.out_features,)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+
+    @property
+    def fan_in(self) -> int:
+        return self.in_features
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """``max(x, 0)``."""
+
+    name: str = ""
+    kind = "ReLU"
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """Everything but the batch into one axis, in channels-first order in every backend."""
+
+    name: str = ""
+    kind = "Flatten"
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (int(np.prod(shape)),)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
+Layer: TypeAlias = Conv | Linear | ReLU | Flatten
+
+
+@dataclass(frozen=True)
+class Network:
+    """A chain of layers.
+
+    Args:
+        name: the network's name.
+        input_shape: channels and spatial shape of one sample, ``(C, *S)``.
+        layers: the layers in order; the names of those with weights are their weights' prefixes.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    layers: tuple[Layer, ...]
+
+    def shapes(self) -> Iterator[tuple[Layer, tuple[int, ...], tuple[int, ...]]]:
+        """Each layer with the shape of its input and of its output, without the batch."""
+        shape = self.input_shape
+        for layer in self.layers:
+            output = layer.output_shape(shape)
+            yield layer, shape, output
+            shape = output
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical shape of every weight by its dotted name."""
+        return {
+            f"{layer.name}.{name}": shape
+            for layer in self.layers
+            for name, shape in layer.weight_shapes().items()
+        }
+
+    def coordinates(self) -> dict[str, Coordinates]:
+        """The Coordinates of each CoordConv by the layer's name."""
+        return {
+            layer.name: layer.coords
+            for layer in self.layers
+            if isinstance(layer, Conv) and layer.coords
+        }
+
+
+def _article(name: str, coords: Coordinates | None) -> Network:
+    def conv(layer: str, channels: tuple[int, int], stride: int, padding: int, **options: Any) -> Conv:
+        return Conv(layer, *channels, ConvGeometry((3, 3), stride=stride, padding=padding), **options)
+
+    return Network(
+        name,
+        (3, 32, 32),
+        (
+            conv("conv1", (3, 32), 1, 1),
+            ReLU(),
+            conv("conv2", (32, 64), 2, 0),
+            ReLU(),
+            conv("conv3", (64, 64), 2, 0),
+            ReLU(),
+            conv("conv4", (64, 64), 2, 1, coords=coords),
+            ReLU(),
+            Flatten("flatten"),
+            Linear("linear1", 1024, 64),
+            ReLU(),
+            Linear("linear2", 64, 1),
+        ),
+    )
+
+
+def _coord_classifier() -> Network:
+    channels = (2, 32, 32, 64, 64, 1)
+    layers: list[Layer] = []
+    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+        if layers:
+            layers.append(ReLU())
+        coords = None if layers else Coordinates()
+        layers.append(Conv(f"conv{i + 1}", before, after, ConvGeometry((1, 1)), coords))
+    return Network("coord_classifier", (2, 64, 64), (*layers, Flatten("flatten")))
+
+
+def _deconv_classifier() -> Network:
+    channels = (2, 64, 64, 64, 64, 32, 1)
+    double = ConvGeometry((2, 2), stride=2, transposed=True)
+    layers: list[Layer] = []
+    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+        if layers:
+            layers.append(ReLU())
+        layers.append(Conv(f"deconv{i + 1}", before, after, double))
+    return Network("deconv_classifier", (2, 1, 1), (*layers, Flatten("flatten")))
+
+
+NETWORKS = {
+    network.name: network
+    for network in (
+        _article("plain_cnn", None),
+        _article("coord_cnn", Coordinates.named("paddle")),
+        _coord_classifier(),
+        _deconv_classifier(),
+    )
+}
+
+
+def get(name: str | Network) -> Network:
+    """The network of that name.
+
+    - ``plain_cnn``, ``coord_cnn``: the two networks of the article, without and with a CoordConv
+      as the fourth convolution; input ``(3, 32, 32)``, output ``(1,)``.
+    - ``coord_classifier``: the paper's coordinate classification network; input ``(2, 64, 64)``,
+      the target's x and y tiled over the canvas, output the ``(4096,)`` logits of the positions.
+    - ``deconv_classifier``: what the paper compares it with, transposed convolutions from
+      ``(2, 1, 1)``, the target's x and y, to the same ``(4096,)`` logits.
+
+    Raises:
+        ValueError: there is no network of that name.
+    """
+    if isinstance(name, Network):
+        return name
+    if name not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    return NETWORKS[name]
+
+
+def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
+    """Build a network as a module of a framework.
+
+    The module takes inputs in its framework's own layout: channels first in torch and Paddle,
+    channels last in Flax.
+
+    Args:
+        name: one of ``NETWORKS``, or a :class:`Network` of your own.
+        backend: ``"torch"``, ``"paddle"``, ``"flax"`` or ``"linen"``.
+        seed: what the initial weights are drawn with, the same ones in every backend. A Linen
+            module holds no arrays: give it ``initial_weights(name, seed)`` by its
+            ``import_weights``, or use its ``init``.
+
+    Returns:
+        A module with ``export_weights()`` and ``import_weights(mapping)``.
+
+    Raises:
+        ValueError: an unknown network or backend.
+        ImportError: the backend's framework is not installed.
+        NotImplementedError: the framework's convolution lacks an option of the network.
+    """
+    from coordconv import backends  # the registry imports a framework only when asked to
+
+    network = get(name)
+    return backends.load(backend).build(network, initial_weights(network, seed))
+
+
+def initial_weights(name: str | Network, seed: int = 0) -> Weights:
+    """The weights that a network starts with: uniform within ``1 / sqrt(fan_in)`` of zero.
+
+    This is what ``torch.nn`` draws, coordinate channels counted among the inputs, but from
+    NumPy's generator, so that every backend starts alike.
+
+    Returns:
+        float32 arrays by dotted name.
+    """
+    network, rng = get(name), np.random.default_rng(seed)
+    weights = Weights(coordinates=network.coordinates())
+    for layer in network.layers:
+        for weight, shape in layer.weight_shapes().items():
+            limit = 1 / np.sqrt(layer.fan_in)  # type: ignore[union-attr]  # it has weights
+            weights[f"{layer.name}.{weight}"] = rng.uniform(-limit, limit, shape).astype("f4")
+    return weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a summary: shapes with the batch first, ``parameters`` the layer's own."""
+
+    layer: str
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a network costs: a row per layer, and sizes in MB of 2**20 bytes, float32.
+
+    ``forward_backward_mb`` counts the output of every row twice, for the pass forward and the
+    pass back.
+    """
+
+    network: str
+    batch: int
+    rows: tuple[Row, ...]
+    parameters: int
+    input_mb: float
+    forward_backward_mb: float
+    parameters_mb: float
+    total_mb: float
+
+
+def summary(name: str | Network, batch: int = 1) -> Summary:
+    """The per-layer table of a network.
+
+    A CoordConv is two rows: the convolution inside it, whose input has the coordinate channels,
+    and the layer around it, as in the definition. ReLU is not counted.
+
+    Args:
+        name: one of ``NETWORKS``, or a :class:`Network`.
+        batch: the number of samples, at least 1.
+
+    Raises:
+        ValueError: an unknown network, or a batch below 1.
+
+    Example:
+        >>> s = summary("coord_cnn", 64)
+        >>> s.parameters, round(s.forward_backward_mb, 2), round(s.total_mb, 2)
+        (160065, 26.09, 27.45)
+    """
+    network = get(name)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    rows = []
+    for layer, before, after in network.shapes():
+        if isinstance(layer, ReLU):
+            continue
+        count = sum(int(np.prod(shape)) for shape in layer.weight_shapes().values())
+        given, made = (batch, *before), (batch, *after)
+        if isinstance(layer, Conv) and layer.coords:
+            fused = (batch, before[0] + len(layer.coords), *before[1:])
+            inner = layer.kind.removeprefix("Coord")
+            rows.append(Row(f"{layer.name}.conv", inner, fused, made, count))
+            count = 0
+        rows.append(Row(layer.name, layer.kind, given, made, count))
+    parameters = sum(row.parameters for row in rows)
+    outputs = sum(int(np.prod(row.output_shape)) for row in rows)
+    sizes = [
+        count * _FLOAT_BYTES / _MEGABYTE
+        for count in (batch * int(np.prod(network.input_shape)), 2 * outputs, parameters)
+    ]
+    return Summary(network.name, batch, tuple(rows), parameters, *sizes, sum(sizes))

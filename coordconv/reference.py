@@ -1,0 +1,241 @@
+"""CoordConv by its definition, in NumPy float64: the oracle that every backend is held to.
+
+Nothing here is fast, and nothing here uses the position bias: the coordinates are concatenated,
+each group is given all of them, the input is padded, and the taps are summed one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+from coordconv.grid import Array, evaluate
+
+_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A convolution, with coordinates or without, and its gradients.
+
+    All arrays are canonical: ``x (N, C, *S)``, ``weight (out, C / groups, *kernel)``, of a
+    transposed convolution ``(C, out / groups, *kernel)``, ``coord_weight (out, n, *kernel)``,
+    ``bias (out,)``.
+
+    Args:
+        geometry: the convolution.
+        coords: its coordinate channels, or None for a plain convolution.
+
+    Example:
+        >>> layer = Reference(ConvGeometry((1,)), Coordinates("x"))
+        >>> layer.forward(np.ones((1, 1, 3)), np.ones((1, 1, 1)), np.full((1, 1, 1), 10.0))
+        array([[[-9.,  1., 11.]]])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3; for groups every group sees all the coordinates.
+    """
+
+    geometry: ConvGeometry
+    coords: Coordinates | None = None
+
+    def forward(
+        self,
+        x: Array,
+        weight: Array,
+        coord_weight: Array | None = None,
+        bias: Array | None = None,
+        *,
+        magnitudes: bool = False,
+    ) -> Array:
+        """The output, shape ``(N, out, *S_out)``.
+
+        With ``magnitudes`` every term of every sum is replaced by its absolute value: the
+        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of.
+        """
+        z = self.padded(x)
+        fused = self.fuse(weight, coord_weight)
+        bias = None if bias is None else np.asarray(bias, np.float64)
+        if magnitudes:
+            z, fused, bias = np.abs(z), np.abs(fused), None if bias is None else np.abs(bias)
+        out_shape = self.geometry.output_shape(x.shape[2:])
+        groups, out, _ = fused.shape[:3]
+        y = np.zeros((len(x), groups, out, int(np.prod(out_shape))))
+        for tap, window in self._windows(out_shape):
+            y += fused[(..., *tap)] @ _flat(z[(..., *window)])
+        y = y.reshape(len(x), groups * out, *out_shape)
+        return y if bias is None else y + bias.reshape(-1, *(1,) * self.geometry.rank)
+
+    def input_gradient(
+        self, dy: Array, weight: Array, shape: tuple[int, ...], *, magnitudes: bool = False
+    ) -> Array:
+        """The gradient with respect to ``x``, shape ``(N, C, *shape)``, for the output's ``dy``."""
+        dy, fused = self._by_group(dy), self.fuse(weight, None)
+        if magnitudes:
+            dy, fused = np.abs(dy), np.abs(fused)
+        maps = self._axis_maps(shape)
+        dz = np.zeros((*dy.shape[:2], fused.shape[2], *(len(m) for m in maps)))
+        for tap, window in self._windows(dy.shape[3:]):
+            term = fused[(..., *tap)].swapaxes(1, 2) @ _flat(dy)
+            dz[(..., *window)] += term.reshape(*term.shape[:3], *dy.shape[3:])
+        for axis, m in enumerate(maps):
+            dz = _along(dz, m.T, 3 + axis)
+        return dz.reshape(len(dy), -1, *shape)
+
+    def weight_gradients(
+        self, x: Array, dy: Array, *, magnitudes: bool = False
+    ) -> dict[str, Array]:
+        """The gradients of ``weight``, ``coord_weight`` (if there are coordinates) and ``bias``."""
+        z, grouped = self.padded(x), self._by_group(dy)
+        if magnitudes:
+            z, grouped = np.abs(z), np.abs(grouped)
+        fused = np.zeros((grouped.shape[1], grouped.shape[2], z.shape[2], *self.geometry.kernel))
+        for tap, window in self._windows(dy.shape[2:]):
+            read = _flat(z[(..., *window)]).swapaxes(2, 3)
+            fused[(..., *tap)] = (_flat(grouped) @ read).sum(axis=0)
+        weight, coord_weight = self._split(fused)
+        gradients = {"weight": weight}
+        if coord_weight is not None:
+            gradients["coord_weight"] = coord_weight
+        gradients["bias"] = grouped.sum(axis=(0, *range(3, grouped.ndim))).reshape(-1)
+        return gradients
+
+    def padded(self, x: Array) -> Array:
+        """What the kernel slides over: ``(N, groups, C / groups + n, *padded shape)``."""
+        x = np.asarray(x, np.float64)
+        batch, channels, *shape = x.shape
+        groups = self.geometry.groups
+        z = x.reshape(batch, groups, channels // groups, *shape)
+        maps = self._axis_maps(tuple(shape))
+        for axis, m in enumerate(maps):
+            z = _along(z, m, 3 + axis)
+        if self.coords is None:
+            return z
+        coordinates = self._padded_coordinates(tuple(shape), maps)
+        repeated = np.broadcast_to(coordinates, (batch, groups, *coordinates.shape))
+        return np.concatenate([z, repeated], axis=2)
+
+    def fuse(self, weight: Array, coord_weight: Array | None) -> Array:
+        """One kernel over features and coordinates: ``(groups, out / groups, C / groups + n, *k)``.
+
+        The taps are in the order of a plain convolution: a transposed one's are reversed.
+        """
+        weight = np.asarray(weight, np.float64)
+        fused = weight.reshape(self.geometry.groups, -1, *weight.shape[1:])
+        if self.geometry.transposed:
+            fused = fused.swapaxes(1, 2)
+        if coord_weight is not None:
+            coord_weight = np.asarray(coord_weight, np.float64)
+            per_group = coord_weight.reshape(*fused.shape[:2], *coord_weight.shape[1:])
+            fused = np.concatenate([fused, per_group], axis=2)
+        return np.flip(fused, self._kernel_axes) if self.geometry.transposed else fused
+
+    def _split(self, fused: Array) -> tuple[Array, Array | None]:
+        """The inverse of :meth:`fuse`."""
+        if self.geometry.transposed:
+            fused = np.flip(fused, self._kernel_axes)
+        features = fused.shape[2] - (0 if self.coords is None else len(self.coords))
+        weight, coordinates = fused[:, :, :features], fused[:, :, features:]
+        if self.geometry.transposed:
+            weight = weight.swapaxes(1, 2)
+        weight = weight.reshape(-1, *weight.shape[2:])
+        if self.coords is None:
+            return weight, None
+        return weight, coordinates.reshape(-1, *coordinates.shape[2:])
+
+    @property
+    def _kernel_axes(self) -> tuple[int, ...]:
+        return tuple(range(-self.geometry.rank, 0))
+
+    def _by_group(self, dy: Array) -> Array:
+        dy = np.asarray(dy, np.float64)
+        return dy.reshape(len(dy), self.geometry.groups, -1, *dy.shape[2:])
+
+    def _windows(
+        self, out_shape: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """Each tap, with the part of the padded input that it reads."""
+        kernel, stride, dilation, _, _ = self.geometry.per_axis
+        if self.geometry.transposed:
+            stride = (1,) * self.geometry.rank
+        for tap in product(*map(range, kernel)):
+            yield (
+                tap,
+                tuple(
+                    slice(k * d, k * d + (m - 1) * s + 1, s)
+                    for k, d, m, s in zip(tap, dilation, out_shape, stride, strict=True)
+                ),
+            )
+
+    def _layout(self, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
+        """Per axis: samples before, samples after, distance of samples, and whether padding comes
+        before the samples are spread."""
+        g = self.geometry
+        layout = []
+        for (before, after), k, s, d, extra, hole in zip(
+            g.pads(shape), *g.per_axis, strict=True
+        ):
+            if g.transposed:
+                reach = d * (k - 1)
+                layout.append((reach - before, reach - after + extra, s, False))
+            else:
+                layout.append((before, after, hole, g.padding_mode != "zeros"))
+        return layout
+
+    def _axis_maps(self, shape: tuple[int, ...]) -> list[Array]:
+        """Per axis the matrix that pads and spreads: ``(padded length, length)``, zeros and ones."""
+        maps = []
+        for n, (before, after, hole, pad_first) in zip(shape, self._layout(shape), strict=True):
+            m = np.eye(n)
+            if pad_first:
+                m = _pad(m, before, after, self.geometry.padding_mode)
+            m = _spread(m, hole)
+            if not pad_first:
+                m = _pad(m, before, after, "zeros")
+            maps.append(m)
+        return maps
+
+    def _padded_coordinates(self, shape: tuple[int, ...], maps: list[Array]) -> Array:
+        assert self.coords is not None
+        if self.coords.outside == "zero":
+            grid = evaluate(self.coords, [np.arange(n) for n in shape], shape)
+            for axis, m in enumerate(maps):
+                grid = _along(grid, m, 1 + axis)
+            return grid
+        # The ramp, sample by sample: those beyond the border lie at whole steps from it.
+        places = []
+        for m, (before, _, hole, pad_first) in zip(maps, self._layout(shape), strict=True):
+            places.append(np.arange(len(m)) - before * (hole if pad_first else 1))
+        steps = [hole for _, _, hole, _ in self._layout(shape)]
+        indices = [p // hole for p, hole in zip(places, steps, strict=True)]
+        grid = evaluate(self.coords, indices, shape)
+        for axis, (p, hole) in enumerate(zip(places, steps, strict=True)):
+            grid = _along(grid, np.diag((p % hole == 0).astype(np.float64)), 1 + axis)
+        return grid
+
+
+def _flat(array: Array) -> Array:
+    """``(N, groups, channels, *S)`` with the spatial axes flattened into one."""
+    return array.reshape(*array.shape[:3], -1)
+
+
+def _pad(m: Array, before: int, after: int, mode: str) -> Array:
+    """Pad the rows of ``m``; negative padding cuts."""
+    m = m[max(-before, 0) : len(m) - max(-after, 0)]
+    widths = ((max(before, 0), max(after, 0)), (0, 0))
+    return np.pad(m, widths, mode=_PAD_MODES[mode])  # type: ignore[call-overload, no-any-return]
+
+
+def _spread(m: Array, hole: int) -> Array:
+    spread = np.zeros(((len(m) - 1) * hole + 1, m.shape[1]))
+    spread[::hole] = m
+    return spread
+
+
+def _along(array: Array, matrix: Array, axis: int) -> Array:
+    """``matrix @ array`` along one axis."""
+    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)

@@ -1,0 +1,26 @@
+"""What every test shares: a backend that an environment promises must be there."""
+
+import os
+
+import pytest
+
+from coordconv.backends import BACKENDS
+
+
+def pytest_configure() -> None:
+    """Turn "backend missing" from a skip into a failure where COORDCONV_REQUIRE names it."""
+    for name in filter(None, os.environ.get("COORDCONV_REQUIRE", "").split(",")):
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"COORDCONV_REQUIRE names {name!r}, which is no backend")
+        if BACKENDS[name].missing:
+            raise pytest.UsageError(
+                f"COORDCONV_REQUIRE names {name!r}, which needs {BACKENDS[name].missing}"
+            )
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend in turn, skipped if it is not installed."""
+    if BACKENDS[request.param].missing:
+        pytest.skip(f"{request.param} is not installed")
+    return request.param
