@@ -293,10 +293,10 @@ def _conv(layer: networks.Conv) -> nn.Module:
     padding: Any = geometry.padding
     if padding != "same":
         if any(before != after for before, after in padding):
-            raise NotImplementedError(f"torch convolutions pad both ends alike, not by {padding}")
+            raise NotImplementedError("torch convolutions pad both ends of an axis alike")
         padding = tuple(before for before, _ in padding)
         if min(padding) < 0:
-            raise NotImplementedError(f"torch convolutions take no negative padding {padding}")
+            raise NotImplementedError("torch convolutions take no negative padding")
     elif max(stride) > 1:
         raise NotImplementedError("torch convolutions with stride have no padding='same'")
     options: dict[str, Any] = {"output_padding": output_padding} if geometry.transposed else {}

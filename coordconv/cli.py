@@ -1,0 +1,258 @@
+"""The ``coordconv`` command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import warnings
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from coordconv import __version__, available_backends, backends, demo, load_weights, networks
+from coordconv import parity as parity_check
+from coordconv import save_weights
+from coordconv.parity.report import Report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="CoordConv for PyTorch, Paddle and Flax: one set of weights, identical outputs.",
+)
+console = Console(soft_wrap=False)
+
+DEMO_SECONDS = 180.0
+
+
+def _fail(message: str) -> typer.Exit:
+    """Say what is wrong on standard error; to be raised."""
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    return typer.Exit(2)
+
+
+def _installed(wanted: str | None) -> tuple[str, ...]:
+    """The backends asked for, comma-separated, or all that are installed."""
+    names = available_backends() if wanted is None else tuple(wanted.split(","))
+    if not names:
+        commands = dict.fromkeys(backend.install for backend in backends.BACKENDS.values())
+        raise _fail("no framework is installed; install at least one:\n  " + "\n  ".join(commands))
+    for name in names:
+        try:
+            backends.load(name)
+        except (ImportError, ValueError) as error:
+            raise _fail(str(error)) from error
+    return names
+
+
+def _writable(folder: Path) -> Path:
+    """Make a folder, and make sure before any work that a file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise _fail(f"cannot write to {folder}: {error.strerror}; choose another one") from error
+
+
+@app.command()
+def info() -> None:
+    """Show the backends, their versions, and what to install for those that are missing."""
+    console.print(
+        f"coordconv {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, "
+        f"safetensors {metadata.version('safetensors')}"
+    )
+    table = Table("backend", "installed", "layers in, or how to install")
+    for name, backend in backends.BACKENDS.items():
+        if backend.missing:
+            table.add_row(name, "[red]no[/]", escape(backend.install))
+        else:
+            versions = ", ".join(f"{k} {v}" for k, v in backend.versions().items())
+            table.add_row(name, f"[green]{versions}[/]", f"coordconv.backends.{name}")
+    console.print(table)
+
+
+@app.command()
+def summary(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(networks.NETWORKS)}.")],
+    batch: Annotated[int, typer.Option(help="Samples in a batch.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a network's layers, parameters and memory.
+
+    A CoordConv is two rows, as in its definition: the convolution inside, which sees the
+    coordinate channels, and the layer around it. Both outputs count.
+    """
+    try:
+        found = networks.summary(name, batch)
+    except ValueError as error:
+        raise _fail(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    table = Table("layer", "kind", "input", "output", title=f"{found.network}, batch {found.batch}")
+    table.add_column("parameters", justify="right")
+    for row in found.rows:
+        shapes = ("x".join(map(str, shape)) for shape in (row.input_shape, row.output_shape))
+        table.add_row(row.layer, row.kind, *shapes, f"{row.parameters:,}")
+    console.print(table)
+    console.print(f"parameters: {found.parameters:,}")
+    for label, size in (
+        ("input", found.input_mb),
+        ("forward and backward", found.forward_backward_mb),
+        ("parameters", found.parameters_mb),
+        ("total", found.total_mb),
+    ):
+        console.print(f"{label}: {size:.2f} MB")
+
+
+@app.command()
+def parity(
+    wanted: Annotated[
+        str | None, typer.Option("--backends", help="Comma-separated; all installed by default.")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Layers to generate.")] = 100,
+    seed: Annotated[int, typer.Option(help="What they are drawn with.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+) -> None:
+    """Run the same weights and inputs through every backend and the float64 reference.
+
+    Exits with 1 if an output or a gradient is off by more than its bound, or if a case of exact
+    arithmetic is not equal to the last bit.
+    """
+    names = _installed(wanted)
+    if json_file is not None:
+        _writable(json_file.parent)
+    drawn = parity_check.generate(cases, seed)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console,
+    ) as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a framework's advice on speed is not for this table
+        task = progress.add_task(f"cases through {', '.join(names)}", total=len(drawn))
+        report = parity_check.check(drawn, names, lambda: progress.advance(task))
+    _print_report(report)
+    if json_file is not None:
+        json_file.write_text(report.to_json())
+        console.print(f"report: {json_file}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _print_report(report: Report) -> None:
+    table = Table(title="largest error in units of the bound", title_justify="left")
+    for column in ("backend", "layers", "networks", "bitwise", "forward", "gradients", "failed"):
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for tally in report.tallies:
+        colour = "red" if tally.failures else "green"
+        table.add_row(
+            tally.backend,
+            str(tally.layers),
+            str(tally.networks),
+            f"{tally.bitwise}/{tally.exact}",
+            f"{tally.forward_error:.3f}",
+            f"{tally.gradient_error:.3f}",
+            f"[{colour}]{len(tally.failures)}[/]",
+        )
+    console.print(table)
+    console.print("bitwise: of the cases in exact arithmetic, those equal to the last bit")
+    for tally in report.tallies:
+        for reason, times in tally.excluded.items():
+            console.print(f"excluded in {tally.backend}: {times} cases: {reason}", highlight=False)
+    for tally in report.tallies:
+        for failure in tally.failures:
+            console.print(f"[red]failed[/] in {tally.backend}: {escape(failure)}", soft_wrap=True)
+
+
+@app.command("demo")
+def demo_command(
+    backend: Annotated[
+        str | None, typer.Option(help="The framework to train in; the first installed by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for weights and picture.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="What split, weights and batches are drawn with.")] = 0,
+) -> None:
+    """Train a CoordConv network in one framework; run its weights in all of them.
+
+    The task is the paper's: name the pixel at the centre of a square. Exits with 1 if the
+    network does not get every held-out position right, or if another framework answers otherwise.
+    """
+    others = _installed(None)
+    trainer = others[0] if backend is None else _installed(backend)[0]
+    _writable(out)
+    data = demo.positions(seed)
+    coord = _train("CoordConv", "coord_classifier", trainer, data, DEMO_SECONDS, seed)
+    conv = _train("Conv", "deconv_classifier", trainer, data, coord.seconds, seed)
+    path = out / "coord_classifier.safetensors"
+    save_weights(path, coord.weights)
+    console.print(f"weights: {path}")
+
+    weights = load_weights(path)
+    table = Table(title="the same file in every backend", title_justify="left")
+    for column in ("backend", "right", "other answers", "largest logit difference"):
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    own = demo.predict("coord_classifier", trainer, weights, data)
+    answers, agree = own.argmax(axis=1), True
+    for name in (trainer, *(other for other in others if other != trainer)):
+        console.print(f"running all {len(answers):,} positions in {name} ...")
+        logits = own if name == trainer else demo.predict("coord_classifier", name, weights, data)
+        found = logits.argmax(axis=1)
+        differing = int((found != answers).sum())
+        agree = agree and differing == 0
+        table.add_row(
+            name + (" (trained here)" if name == trainer else ""),
+            f"{int((found == data.labels).sum()):,} of {len(found):,}",
+            str(differing),
+            f"{np.abs(logits - own).max():.1e} of {np.abs(own).max():.0f}",
+        )
+    console.print(table)
+
+    picture = out / "demo.png"
+    conv_answers = demo.predict("deconv_classifier", trainer, conv.weights, data).argmax(axis=1)
+    demo.draw(
+        picture,
+        data,
+        {"CoordConv": answers, "Conv": conv_answers},
+        {"CoordConv": coord.losses, "Conv": conv.losses},
+    )
+    console.print(f"picture: {picture}")
+    held_out = coord.epochs[-1].held_out_right
+    if held_out < len(data.held_out) or not agree:
+        raise typer.Exit(1)
+
+
+def _train(
+    label: str, name: str, backend: str, data: demo.Positions, seconds: float, seed: int
+) -> demo.Training:
+    count = networks.summary(name).parameters
+    console.print(
+        f"training {label} ({name}, {count:,} parameters) in {backend}, "
+        f"at most {seconds:.0f} s ..."
+    )
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task(label, total=seconds)
+
+        def on_step(elapsed: float, loss: float) -> None:
+            progress.update(task, completed=elapsed, description=f"{label}: loss {loss:.4f}")
+
+        def on_epoch(epoch: demo.Epoch) -> None:
+            progress.console.print(
+                f"epoch {epoch.number}: loss {epoch.loss:.4f}, held out "
+                f"{epoch.held_out_right:,} of {len(data.held_out):,} right, trained on "
+                f"{epoch.trained_right:,} of {len(data.trained):,}"
+            )
+
+        return demo.train(
+            name, backend, data, seconds=seconds, seed=seed, on_step=on_step, on_epoch=on_epoch
+        )
