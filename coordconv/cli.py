@@ -18,9 +18,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from coordconv import __version__, available_backends, backends, demo, load_weights, networks
+from coordconv import (
+    __version__,
+    available_backends,
+    backends,
+    demo,
+    load_weights,
+    networks,
+    save_weights,
+)
 from coordconv import parity as parity_check
-from coordconv import save_weights
 from coordconv.parity.report import Report
 
 app = typer.Typer(
@@ -133,10 +140,16 @@ def parity(
     if json_file is not None:
         _writable(json_file.parent)
     drawn = parity_check.generate(cases, seed)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console,
-    ) as progress, warnings.catch_warnings():
+    with (
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # a framework's advice on speed is not for this table
         task = progress.add_task(f"cases through {', '.join(names)}", total=len(drawn))
         report = parity_check.check(drawn, names, lambda: progress.advance(task))
@@ -235,8 +248,7 @@ def _train(
 ) -> demo.Training:
     count = networks.summary(name).parameters
     console.print(
-        f"training {label} ({name}, {count:,} parameters) in {backend}, "
-        f"at most {seconds:.0f} s ..."
+        f"training {label} ({name}, {count:,} parameters) in {backend}, at most {seconds:.0f} s ..."
     )
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console

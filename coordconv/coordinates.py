@@ -102,14 +102,14 @@ class Coordinates:
             >>> Coordinates("xyz").check_rank(2)
             Traceback (most recent call last):
             ...
-            ValueError: coords 'xyz' name axis 'z', which a 2-D grid does not have: use tokens of 'xy' and 'r'
+            ValueError: coords 'xyz' name axis 'z', which a 2-D grid does not have: want xyr
         """
         axes = axis_tokens(rank)
         beyond = [token for token in self.channels if token not in axes and token != "r"]
         if beyond:
             raise ValueError(
                 f"coords {self.channels!r} name axis {', '.join(map(repr, beyond))}, which a "
-                f"{rank}-D grid does not have: use tokens of {axes!r} and 'r'"
+                f"{rank}-D grid does not have: want {axes}r"
             )
         return self
 

@@ -148,9 +148,7 @@ def predict(name: str, backend: str, weights: Mapping[str, Array], data: Positio
     return np.concatenate(
         [
             evaluate(module, weights, data.inputs(which, network.input_shape[1:]))[0]
-            for which in np.split(
-                np.arange(len(data.labels)), len(data.labels) // _PREDICT_BATCH
-            )
+            for which in np.split(np.arange(len(data.labels)), len(data.labels) // _PREDICT_BATCH)
         ]
     )
 

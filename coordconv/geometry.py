@@ -119,8 +119,8 @@ class ConvGeometry:
         """The spatial shape of the output for an input of spatial ``shape``.
 
         Raises:
-            ValueError: ``shape`` has another rank or an empty axis, reflected padding is not
-                narrower than its axis, or circular padding is wider; or the output would be empty.
+            ValueError: ``shape`` has another rank or an empty axis, reflect padding is not
+                narrower than its axis, or the output would be empty.
         """
         shape = tuple(shape)
         if len(shape) != self.rank:
@@ -128,13 +128,13 @@ class ConvGeometry:
         if min(shape) < 1:
             raise ValueError(f"input must have no empty axis, got spatial shape {shape}")
         pads = self.pads(shape)
-        if self.padding_mode in ("reflect", "circular"):
-            limit = 1 if self.padding_mode == "reflect" else 0
-            if any(max(pair) > n - limit for pair, n in zip(pads, shape, strict=True)):
-                raise ValueError(
-                    f"{self.padding_mode} padding {pads} is too wide for an input of spatial "
-                    f"shape {shape}: at most the axis's length less {limit}"
-                )
+        if self.padding_mode == "reflect" and any(
+            max(pair) >= n for pair, n in zip(pads, shape, strict=True)
+        ):
+            raise ValueError(
+                f"reflect padding {pads} is too wide for an input of spatial shape {shape}: "
+                "it must be narrower than the axis"
+            )
         lengths = []
         for n, (before, after), k, s, d, extra, hole in zip(
             shape, pads, *self.per_axis, strict=True
@@ -208,8 +208,7 @@ def check_input(
             else ""
         )
         raise ValueError(
-            f"input must have {channels} channels, got {shape[channel_axis]} "
-            f"in shape {shape}{hint}"
+            f"input must have {channels} channels, got {shape[channel_axis]} in shape {shape}{hint}"
         )
     spatial = shape[-rank - 1 : -1] if channel_axis == -1 else shape[-rank:]
     if 0 in spatial:

@@ -67,9 +67,7 @@ def evaluate(coords: Coordinates, positions: Sequence[Array], shape: Sequence[in
     """
     rank = len(shape)
     ramps = {
-        token: ramp(coords, positions[rank - 1 - i], shape[rank - 1 - i]).reshape(
-            (-1,) + (1,) * i
-        )
+        token: ramp(coords, positions[rank - 1 - i], shape[rank - 1 - i]).reshape((-1,) + (1,) * i)
         for i, token in enumerate(axis_tokens(rank))
     }
     if "r" in coords.channels:

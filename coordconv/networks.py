@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -146,8 +147,12 @@ class Network:
 
 
 def _article(name: str, coords: Coordinates | None) -> Network:
-    def conv(layer: str, channels: tuple[int, int], stride: int, padding: int, **options: Any) -> Conv:
-        return Conv(layer, *channels, ConvGeometry((3, 3), stride=stride, padding=padding), **options)
+    def conv(
+        layer: str, channels: tuple[int, int], stride: int, padding: int, **options: Any
+    ) -> Conv:
+        return Conv(
+            layer, *channels, ConvGeometry((3, 3), stride=stride, padding=padding), **options
+        )
 
     return Network(
         name,
@@ -172,7 +177,7 @@ def _article(name: str, coords: Coordinates | None) -> Network:
 def _coord_classifier() -> Network:
     channels = (2, 32, 32, 64, 64, 1)
     layers: list[Layer] = []
-    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(channels)):
         if layers:
             layers.append(ReLU())
         coords = None if layers else Coordinates()
@@ -184,7 +189,7 @@ def _deconv_classifier() -> Network:
     channels = (2, 64, 64, 64, 64, 32, 1)
     double = ConvGeometry((2, 2), stride=2, transposed=True)
     layers: list[Layer] = []
-    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(channels)):
         if layers:
             layers.append(ReLU())
         layers.append(Conv(f"deconv{i + 1}", before, after, double))
@@ -322,17 +327,19 @@ def summary(name: str | Network, batch: int = 1) -> Summary:
         if isinstance(layer, ReLU):
             continue
         count = sum(int(np.prod(shape)) for shape in layer.weight_shapes().values())
-        given, made = (batch, *before), (batch, *after)
+        seen, made = (batch, *before), (batch, *after)
         if isinstance(layer, Conv) and layer.coords:
             fused = (batch, before[0] + len(layer.coords), *before[1:])
             inner = layer.kind.removeprefix("Coord")
             rows.append(Row(f"{layer.name}.conv", inner, fused, made, count))
             count = 0
-        rows.append(Row(layer.name, layer.kind, given, made, count))
+        rows.append(Row(layer.name, layer.kind, seen, made, count))
     parameters = sum(row.parameters for row in rows)
     outputs = sum(int(np.prod(row.output_shape)) for row in rows)
-    sizes = [
+    given, passed, kept = (
         count * _FLOAT_BYTES / _MEGABYTE
         for count in (batch * int(np.prod(network.input_shape)), 2 * outputs, parameters)
-    ]
-    return Summary(network.name, batch, tuple(rows), parameters, *sizes, sum(sizes))
+    )
+    return Summary(
+        network.name, batch, tuple(rows), parameters, given, passed, kept, given + passed + kept
+    )

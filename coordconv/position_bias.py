@@ -46,7 +46,10 @@ class Share:
 
 @lru_cache(maxsize=64)
 def shares(
-    geometry: ConvGeometry, coords: Coordinates, shape: tuple[int, ...], dtype: type[np.floating[Any]]
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    dtype: type[np.floating[Any]],
 ) -> tuple[Share, ...]:
     """The arrays that the position bias is made from: functions of shape and options alone.
 
@@ -78,7 +81,12 @@ def shares(
 
 
 def _separable_share(
-    geometry: ConvGeometry, coords: Coordinates, shape: Sequence[int], dtype: Any, start: int, stop: int
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: Sequence[int],
+    dtype: Any,
+    start: int,
+    stop: int,
 ) -> Share:
     extend = coords.outside == "extend"
     tables = []
@@ -95,7 +103,12 @@ def _separable_share(
 
 
 def _padded_share(
-    geometry: ConvGeometry, coords: Coordinates, shape: Sequence[int], dtype: Any, start: int, stop: int
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: Sequence[int],
+    dtype: Any,
+    start: int,
+    stop: int,
 ) -> Share:
     """The channels on every place that a tap reaches, those between holes and outside included."""
     _, stride, dilation, _, holes = geometry.per_axis
@@ -174,7 +187,9 @@ def position_bias(
     for share in arrays:
         kernel = coord_weight[:, share.start : share.stop]
         if share.tables:
-            term = _contract(kernel, [asarray(table) for table in share.tables], einsum, channels_last)
+            term = _contract(
+                kernel, [asarray(table) for table in share.tables], einsum, channels_last
+            )
         else:
             assert share.padded is not None
             term = convolve(share, asarray(share.padded), kernel)
@@ -185,7 +200,9 @@ def position_bias(
     return total
 
 
-def _contract(kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], channels_last: bool) -> Any:
+def _contract(
+    kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], channels_last: bool
+) -> Any:
     rank = len(tables)
     taps, outs = "klm"[:rank], "tuv"[:rank]
     term, indices = kernel, "oc" + taps

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Reference:
         groups, out, _ = fused.shape[:3]
         y = np.zeros((len(x), groups, out, int(np.prod(out_shape))))
         for tap, window in self._windows(out_shape):
-            y += fused[(..., *tap)] @ _flat(z[(..., *window)])
+            y += fused[tap] @ _flat(z[window])
         y = y.reshape(len(x), groups * out, *out_shape)
         return y if bias is None else y + bias.reshape(-1, *(1,) * self.geometry.rank)
 
@@ -80,8 +81,8 @@ class Reference:
         maps = self._axis_maps(shape)
         dz = np.zeros((*dy.shape[:2], fused.shape[2], *(len(m) for m in maps)))
         for tap, window in self._windows(dy.shape[3:]):
-            term = fused[(..., *tap)].swapaxes(1, 2) @ _flat(dy)
-            dz[(..., *window)] += term.reshape(*term.shape[:3], *dy.shape[3:])
+            term = fused[tap].swapaxes(1, 2) @ _flat(dy)
+            dz[window] += term.reshape(*term.shape[:3], *dy.shape[3:])
         for axis, m in enumerate(maps):
             dz = _along(dz, m.T, 3 + axis)
         return dz.reshape(len(dy), -1, *shape)
@@ -95,8 +96,8 @@ class Reference:
             z, grouped = np.abs(z), np.abs(grouped)
         fused = np.zeros((grouped.shape[1], grouped.shape[2], z.shape[2], *self.geometry.kernel))
         for tap, window in self._windows(dy.shape[2:]):
-            read = _flat(z[(..., *window)]).swapaxes(2, 3)
-            fused[(..., *tap)] = (_flat(grouped) @ read).sum(axis=0)
+            read = _flat(z[window]).swapaxes(2, 3)
+            fused[tap] = (_flat(grouped) @ read).sum(axis=0)
         weight, coord_weight = self._split(fused)
         gradients = {"weight": weight}
         if coord_weight is not None:
@@ -157,28 +158,23 @@ class Reference:
 
     def _windows(
         self, out_shape: tuple[int, ...]
-    ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-        """Each tap, with the part of the padded input that it reads."""
+    ) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """The index of each tap, and of the part of the padded input that it reads."""
         kernel, stride, dilation, _, _ = self.geometry.per_axis
         if self.geometry.transposed:
             stride = (1,) * self.geometry.rank
         for tap in product(*map(range, kernel)):
-            yield (
-                tap,
-                tuple(
-                    slice(k * d, k * d + (m - 1) * s + 1, s)
-                    for k, d, m, s in zip(tap, dilation, out_shape, stride, strict=True)
-                ),
+            window = (
+                slice(k * d, k * d + (m - 1) * s + 1, s)
+                for k, d, m, s in zip(tap, dilation, out_shape, stride, strict=True)
             )
+            yield (..., *tap), (..., *window)
 
     def _layout(self, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
-        """Per axis: samples before, samples after, distance of samples, and whether padding comes
-        before the samples are spread."""
+        """Per axis: padding before and after, distance of samples, whether padding comes first."""
         g = self.geometry
         layout = []
-        for (before, after), k, s, d, extra, hole in zip(
-            g.pads(shape), *g.per_axis, strict=True
-        ):
+        for (before, after), k, s, d, extra, hole in zip(g.pads(shape), *g.per_axis, strict=True):
             if g.transposed:
                 reach = d * (k - 1)
                 layout.append((reach - before, reach - after + extra, s, False))
@@ -187,7 +183,7 @@ class Reference:
         return layout
 
     def _axis_maps(self, shape: tuple[int, ...]) -> list[Array]:
-        """Per axis the matrix that pads and spreads: ``(padded length, length)``, zeros and ones."""
+        """Per axis the matrix of zeros and ones that pads: ``(padded length, length)``."""
         maps = []
         for n, (before, after, hole, pad_first) in zip(shape, self._layout(shape), strict=True):
             m = np.eye(n)

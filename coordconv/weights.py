@@ -85,7 +85,9 @@ def save_weights(
     for name, array in weights.items():
         array = np.asarray(array)
         if not isinstance(name, str) or array.dtype.kind not in "fiub":
-            raise TypeError(f"weights must map names to numeric arrays, got {name!r}: {array.dtype}")
+            raise TypeError(
+                f"weights must map names to numeric arrays, got {name!r}: {array.dtype}"
+            )
         arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
     coordinates = getattr(weights, "coordinates", {})
     entries["format_version"] = str(FORMAT_VERSION)
@@ -127,7 +129,8 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            names: list[str] = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     version = metadata.pop("format_version", str(FORMAT_VERSION))

@@ -4,17 +4,23 @@ import os
 
 import pytest
 
-from coordconv.backends import BACKENDS
+from coordconv.backends import BACKENDS, Backend
+
+# What an environment can promise: the backends, and the command line.
+PROMISES = {
+    **BACKENDS,
+    "cli": Backend("cli", ("typer", "rich", "matplotlib"), (), "cli"),
+}
 
 
 def pytest_configure() -> None:
     """Turn "backend missing" from a skip into a failure where COORDCONV_REQUIRE names it."""
     for name in filter(None, os.environ.get("COORDCONV_REQUIRE", "").split(",")):
-        if name not in BACKENDS:
-            raise pytest.UsageError(f"COORDCONV_REQUIRE names {name!r}, which is no backend")
-        if BACKENDS[name].missing:
+        if name not in PROMISES:
+            raise pytest.UsageError(f"COORDCONV_REQUIRE names {name!r}, want {list(PROMISES)}")
+        if PROMISES[name].missing:
             raise pytest.UsageError(
-                f"COORDCONV_REQUIRE names {name!r}, which needs {BACKENDS[name].missing}"
+                f"COORDCONV_REQUIRE names {name!r}, which needs {PROMISES[name].missing}"
             )
 
 

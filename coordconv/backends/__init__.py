@@ -84,7 +84,5 @@ def load(name: str) -> Any:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     backend = BACKENDS[name]
     if backend.missing:
-        raise ImportError(
-            f"backend {name!r} needs {', '.join(backend.missing)}: {backend.install}"
-        )
+        raise ImportError(f"backend {name!r} needs {', '.join(backend.missing)}: {backend.install}")
     return importlib.import_module(f"{__name__}.{name}")

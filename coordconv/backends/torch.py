@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -89,8 +90,7 @@ class _CoordConv(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution of ``input (N, C, *S)``, or ``(C, *S)``, and of the coordinates."""
-        if not (input.is_floating_point() or input.is_complex()):
-            raise TypeError(f"input must be floating-point, got {input.dtype}")
+        _check_dtype(input)
         shape = check_input(
             input.shape,
             rank=self.rank,
@@ -111,11 +111,11 @@ class _CoordConv(nn.modules.conv._ConvNd):
             groups=self.groups,
             padding_mode=self.padding_mode,
         )
-        kernel = self.coord_weight
+        kernel: Tensor = self.coord_weight
         if kernel.dtype in (torch.float16, torch.bfloat16):
             kernel = kernel.float()
         exact = np.float64 if kernel.dtype in (torch.float64, torch.complex128) else np.float32
-        with torch.autocast(output.device.type, enabled=False):
+        with _no_autocast(output.device.type):
             bias = position_bias(
                 kernel,
                 shares(geometry, self.coords, shape, exact),
@@ -144,6 +144,17 @@ class _CoordConv(nn.modules.conv._ConvNd):
                 coordinates; all are listed and nothing is changed.
         """
         _import(self, mapping, {"": self.coords})
+
+
+def _check_dtype(input: Tensor) -> None:
+    if not (input.is_floating_point() or input.is_complex()):
+        raise TypeError(f"input must be floating-point, got {input.dtype}")
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device):  # not on every kind, "meta" for one
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _convolve(share: Share, padded: Tensor, kernel: Tensor) -> Tensor:
@@ -200,8 +211,7 @@ class AddCoords(nn.Module):
         self.coords = coords if coords is None else Coordinates.resolve(coords, 3)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not input.is_floating_point():
-            raise TypeError(f"input must be floating-point, got {input.dtype}")
+        _check_dtype(input)
         grid = coordinate_grid(input.shape[2:], self.coords, dtype=np.float64)
         channels = torch.tensor(grid, dtype=input.dtype, device=input.device)
         return torch.cat([input, channels.expand(len(input), *channels.shape)], dim=1)

@@ -128,10 +128,12 @@ def _backward(
         sizes = {"weight": larger_dy.T @ larger_x, "bias": larger_dy.sum(axis=0)}
     else:
         reference = Reference(layer.geometry, layer.coords)
-        terms_x = layer.out_channels // layer.geometry.groups * layer.geometry.taps
+        shape = x.shape[2:]
+        # Not taps times outputs: padding that copies has one sample read several times.
+        ones = np.ones_like(dy), np.ones_like(weight)
+        terms_x = int(reference.input_gradient(*ones, shape).max())
         # two more for the coordinates: their own rounding and the product with them
         terms_w = len(x) * int(np.prod(dy.shape[2:])) + 2
-        shape = x.shape[2:]
         dx = reference.input_gradient(dy, weight, shape)
         dx_size = reference.input_gradient(larger_dy, weight, shape, magnitudes=True)
         dx_passed = reference.input_gradient(f, weight, shape, magnitudes=True)

@@ -1,0 +1,250 @@
+"""CoordConv for Flax NNX: subclasses of ``flax.nnx``'s own convolution.
+
+Each layer takes what its base class takes, in the same order and with the same defaults, and has
+one parameter more: ``coord_kernel`` of shape ``(*kernel_size, n, out_features)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx.nn.linear import default_kernel_init
+from jax import numpy as jnp
+
+from coordconv import networks
+from coordconv.backends import jax as common
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.grid import Array
+from coordconv.weights import Weights
+
+
+class _CoordConv(nnx.Module):
+    """What every CoordConv adds to the convolution it is mixed into.
+
+    Args:
+        coords: the coordinate channels: tokens such as ``"xyr"``, a
+            :class:`~coordconv.Coordinates`, or None for all axes. Keyword only.
+        coord_init: ``"fan_in"`` has ``kernel_init`` draw one kernel over
+            ``in_features / feature_group_count + n`` channels and divides it; ``"zeros"`` draws
+            the feature kernel as the base class does and starts the coordinate kernel at zero.
+            Keyword only.
+
+    A ``mask`` applies to the feature kernel alone. ``kernel_metadata`` goes to both kernels, but
+    for its sharding: the coordinate kernel is on every device. The coordinates' share of the
+    output is computed in float32 at least, whatever ``dtype`` and ``precision``, and cast once.
+
+    Raises:
+        TypeError, ValueError: as :class:`~coordconv.Coordinates`, and when called: inputs that
+            are not floating-point, or of the wrong rank, channels or an empty axis.
+    """
+
+    in_features: int
+    out_features: int
+    kernel_size: tuple[int, ...]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Any,
+        *args: Any,
+        coords: CoordinatesLike = None,
+        coord_init: str = "fan_in",
+        kernel_init: Any = default_kernel_init,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
+        rank = 1 if isinstance(kernel_size, int) else len(kernel_size)
+        coordinates = Coordinates.resolve(coords, rank)
+        check_coord_init(coord_init)
+        count = len(coordinates)
+        coordinate_part: Any = None
+
+        def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+            """The kernel that the base class asks for; the coordinate part is kept."""
+            nonlocal coordinate_part
+            *taps, features, out = shape
+            fused = features + (count if coord_init == "fan_in" else 0)
+            drawn = kernel_init(key, (*taps, fused, out), dtype)
+            boxed = isinstance(drawn, nnx.VariableMetadata)  # as nnx.with_partitioning does
+            kernel = drawn.raw_value if boxed else drawn
+            kernel, coordinate_part = kernel[..., :features, :], kernel[..., features:, :]
+            if coord_init == "zeros":
+                coordinate_part = jnp.zeros((*taps, count, out), kernel.dtype)
+            if not boxed:
+                return kernel
+            metadata = _unsharded(drawn.metadata)
+            coordinate_part = replace(drawn, raw_value=coordinate_part, metadata=metadata)
+            return replace(drawn, raw_value=kernel)
+
+        super().__init__(  # type: ignore[call-arg]  # nnx.Conv's: the next base class
+            in_features,
+            out_features,
+            kernel_size,
+            *args,
+            kernel_init=draw,
+            kernel_metadata=kernel_metadata,
+            **kwargs,
+        )
+        self.coords = coordinates
+        self.coord_kernel = nnx.Param(coordinate_part, **_unsharded(kernel_metadata))
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The convolution of ``inputs (..., *S, C)``, and of the coordinates."""
+        shape = common.spatial_shape(self, inputs, self.in_features)
+        output: jax.Array = super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
+        geometry = common.geometry(self, shape)
+        coord_kernel = self.coord_kernel[...]
+        return common.add_position_bias(output, coord_kernel, geometry, self.coords, shape)
+
+    def export_weights(self) -> Weights:
+        """The canonical weights: ``weight``, ``coord_weight`` and, if there is one, ``bias``."""
+        return Weights(common.to_weights(_params(self)), {"": self.coords})
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights.
+
+        Raises:
+            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+                coordinates; all are listed and nothing is changed.
+        """
+        _assign(self, common.layer_params(self, self.in_features, self.out_features, mapping))
+
+
+class CoordConv(_CoordConv, nnx.Conv):
+    """``flax.nnx.Conv`` that sees its coordinates, on one to three axes.
+
+    Takes every argument of ``flax.nnx.Conv``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.nnx.Conv``.
+
+    Example:
+        >>> layer = CoordConv(3, 8, (3, 3), coords="xyr", rngs=nnx.Rngs(0))
+        >>> layer(jnp.zeros((2, 16, 16, 3))).shape
+        (2, 16, 16, 8)
+        >>> layer.coord_kernel.shape
+        (3, 3, 3, 8)
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+
+class AddCoords(nnx.Module):
+    """Append the coordinate channels to an input, for layers that have no CoordConv.
+
+    Args:
+        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes of the input.
+
+    Shape:
+        inputs ``(N, *S, C)`` with one to three spatial axes; output ``(N, *S, C + n)``.
+
+    Raises:
+        TypeError: the inputs are not floating-point.
+        ValueError: the inputs have no spatial axes or an empty one, or lack an axis of ``coords``.
+
+    Example:
+        >>> AddCoords("x")(jnp.zeros((1, 3, 1)))[0, :, 1]
+        Array([-1.,  0.,  1.], dtype=float32)
+    """
+
+    def __init__(self, coords: CoordinatesLike = None) -> None:
+        self.coords = coords if coords is None else Coordinates.resolve(coords, 3)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return common.add_coords(inputs, self.coords)
+
+
+class Network(nnx.Module):
+    """A :class:`coordconv.networks.Network` as a module; inputs ``(N, *S, C)``."""
+
+    def __init__(self, network: networks.Network) -> None:
+        self.network = network
+        rngs = nnx.Rngs(0)  # for nothing: import_weights brings the weights
+        for layer in common.weighted(network):
+            setattr(self, layer.name, _layer(layer, rngs))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return common.run(self.network, inputs, lambda layer: getattr(self, layer.name))
+
+    def apply(self, params: common.Params, inputs: jax.Array) -> jax.Array:
+        """The output with ``params``, arrays by layer and name, in place of its own."""
+        graph, state = nnx.split(self)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)(inputs)
+
+    def params(self) -> common.Params:
+        """Its parameters, arrays by layer and name."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def export_weights(self) -> Weights:
+        """The canonical weights under dotted names."""
+        return common.network_weights(self.network, self.params())
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights; errors as a layer's ``import_weights``, nothing changed."""
+        for name, params in common.network_params(self.network, mapping).items():
+            _assign(getattr(self, name), params)
+
+
+def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+    """Build a network with these weights."""
+    module = Network(network)
+    module.import_weights(weights)
+    return module
+
+
+def evaluate(
+    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Output and gradients; see :mod:`coordconv.backends`."""
+    module.import_weights(weights)
+    y, dx, gradients = common.evaluate(module.apply, module.params(), x, dy)
+    if dx is None:
+        return y, {}
+    return y, {"x": dx, **common.network_weights(module.network, gradients)}
+
+
+def trainer(
+    module: Network, weights: Mapping[str, Array]
+) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
+    """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
+    module.import_weights(weights)
+    step, trained = common.trainer(module.apply, module.params())
+    return step, lambda: common.network_weights(module.network, trained())
+
+
+def _layer(layer: networks.Conv | networks.Linear, rngs: nnx.Rngs) -> nnx.Module:
+    options: dict[str, Any] = {"kernel_init": nnx.initializers.zeros, "rngs": rngs}
+    if isinstance(layer, networks.Linear):
+        return nnx.Linear(layer.in_features, layer.out_features, **options)
+    options |= common.conv_options(layer)
+    kind: type[Any] = nnx.ConvTranspose if layer.geometry.transposed else nnx.Conv
+    if layer.coords:
+        kind, options["coords"] = CoordConv, layer.coords
+    return kind(layer.in_channels, layer.out_channels, **options)
+
+
+def _params(module: nnx.Module) -> dict[str, Any]:
+    return {
+        name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Param)
+    }
+
+
+def _assign(module: nnx.Module, params: common.Params) -> None:
+    for name, array in params.items():
+        param = getattr(module, name)
+        param[...] = jnp.asarray(array, param.dtype)  # which keeps the parameter's sharding
+
+
+def _unsharded(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A kernel's metadata for its coordinate part: few meshes divide two or three channels."""
+    names = ("out_sharding", "sharding", "sharding_names")  # one thing; the last two are old
+    return {name: value for name, value in metadata.items() if name not in names}

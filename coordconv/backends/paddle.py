@@ -1,0 +1,434 @@
+"""CoordConv for Paddle: subclasses of ``paddle.nn``'s own convolutions.
+
+Each layer takes what its base class takes, in the same order and with the same defaults, and has
+one parameter more: ``coord_weight`` of shape ``(out_channels, n, *kernel_size)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from coordconv import networks
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.geometry import ConvGeometry, check_input
+from coordconv.grid import Array, coordinate_grid
+from coordconv.position_bias import Share, position_bias, shares
+from coordconv.weights import Weights, checked
+
+with warnings.catch_warnings():  # of a compiler cache, which only builders of extensions miss
+    warnings.filterwarnings("ignore", "No ccache found")
+    import paddle
+    from paddle import Tensor, nn
+    from paddle.nn.functional.conv import _update_padding_nd
+    from paddle.utils.decorator_utils import param_one_alias
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {
+    1: nn.functional.conv1d,
+    2: nn.functional.conv2d,
+    3: nn.functional.conv3d,
+}
+_DATA_FORMATS = ("NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
+_geometry = lru_cache(maxsize=256)(ConvGeometry)
+
+
+class _CoordConv(nn.layer.conv._ConvNd):
+    """What every CoordConv adds to the convolution it is mixed into.
+
+    Args:
+        coords: the coordinate channels: tokens such as ``"xyr"``, a
+            :class:`~coordconv.Coordinates`, or None for all axes. Keyword only.
+        coord_init: ``"fan_in"`` draws both kernels as the base class draws one over
+            ``in_channels + groups * n`` channels, an initializer of ``weight_attr`` included, but
+            for ``Assign``, whose values are the feature kernel's alone; ``"zeros"`` draws the
+            feature kernel as the base class does and starts the coordinate kernel at zero.
+            Keyword only.
+
+    The rest of ``weight_attr`` holds for both kernels; if it has a ``name``, the coordinate
+    kernel's is that with ``_coord`` appended.
+
+    Raises:
+        TypeError, ValueError: as :class:`~coordconv.Coordinates`, and from ``forward``: an input
+            that is not floating-point, or of the wrong rank, channels or an empty axis.
+    """
+
+    rank: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # to_static without full_graph mistakes what super() is here, and makes the axes of an input
+        # that comes in several shapes unknown; so it is told to leave the layer to eager execution.
+        paddle.jit.marker.force_dynamic(cls)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *args: Any,
+        coords: CoordinatesLike = None,
+        coord_init: str = "fan_in",
+        **kwargs: Any,
+    ) -> None:
+        coordinates = Coordinates.resolve(coords, self.rank)
+        check_coord_init(coord_init)
+        before = paddle.get_rng_state()
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        self.coords = coordinates
+        self.coord_init = coord_init
+        attr = copy.copy(paddle.ParamAttr._to_attr(self._param_attr))
+        assigned = isinstance(attr.initializer, nn.initializer.Assign)
+        attr.initializer = nn.initializer.Constant(0.0)
+        if attr.name is not None:  # Paddle wants the names of all parameters to differ
+            attr.name += "_coord"
+        self.coord_weight = self.create_parameter(
+            [out_channels, len(coordinates), *self._kernel_size],
+            attr=attr,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        if coord_init == "fan_in":
+            paddle.set_rng_state(before)  # so that a seed means what it means to the base class
+            self._draw(assigned)
+
+    def _draw(self, assigned: bool) -> None:
+        """Draw both kernels as the base class draws one over features and coordinates."""
+        plain = next(base for base in type(self).__mro__ if base.__module__ == nn.Conv2D.__module__)
+        with paddle.utils.unique_name.guard():  # leave the names of later parameters as they were
+            drawn = plain(
+                self._in_channels + self._groups * len(self.coords),
+                self._out_channels,
+                self._kernel_size,
+                groups=self._groups,
+                weight_attr=None if assigned else self._param_attr,
+                bias_attr=self._bias_attr,
+                device=self._device,
+                dtype=self._dtype,
+            )
+        features = self._in_channels // self._groups
+        with paddle.no_grad():
+            if not assigned:
+                self.weight.set_value(drawn.weight[:, :features])
+            self.coord_weight.set_value(drawn.weight[:, features:])
+            if self.bias is not None:
+                self.bias.set_value(drawn.bias)
+
+    @paddle.jit.marker.unified  # to_static with full_graph=True traces it, and rewrites nothing
+    @param_one_alias(["x", "input"])  # as the base class
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The convolution of ``x (N, C, *S)``, or ``(N, *S, C)``, and of the coordinates."""
+        if not paddle.is_floating_point(x):
+            raise TypeError(f"input must be floating-point, got {x.dtype}")
+        if -1 in x.shape[1:]:
+            raise ValueError(f"input_spec must fix all axes but the batch, got {tuple(x.shape)}")
+        shape = check_input(
+            x.shape,
+            rank=self.rank,
+            channels=self._in_channels,
+            coords=len(self.coords),
+            channel_axis=-1 if self._channels_last else -1 - self.rank,
+            batched=1,
+        )
+        output = super().forward(x, *args, **kwargs)
+        return output + self._position_bias(shape, output)
+
+    def _position_bias(self, shape: tuple[int, ...], output: Tensor) -> Tensor:
+        kernel = self.coord_weight
+        if kernel.dtype in (paddle.float16, paddle.bfloat16):
+            kernel = kernel.astype(paddle.float32)
+        exact = np.float64 if kernel.dtype == paddle.float64 else np.float32
+        with paddle.amp.auto_cast(enable=False):
+            bias = position_bias(
+                kernel,
+                shares(self._conv_geometry(), self.coords, shape, exact),
+                einsum=paddle.einsum,
+                convolve=_convolve,
+                asarray=lambda array: _constant(array, kernel),
+                channels_last=self._channels_last,
+            )
+        return bias.astype(output.dtype)
+
+    def _conv_geometry(self) -> ConvGeometry:
+        """The geometry, from the attributes that the base class's ``forward`` reads."""
+        padding: Any
+        if self._padding_mode != "zeros":
+            ends = self._reversed_padding_repeated_twice  # the last axis first
+            padding, algorithm = [*zip(ends[::2], ends[1::2], strict=True)][::-1], "EXPLICIT"
+        elif self.rank == 1:
+            padding, algorithm = _update_padding_nd(self._padding, self._channels_last, 1)
+        else:
+            padding, algorithm = self._updated_padding, self._padding_algorithm
+        if len(padding) == 2 * self.rank:
+            padding = zip(padding[::2], padding[1::2], strict=True)
+        same = algorithm == "SAME"
+        return _geometry(
+            tuple(self._kernel_size),
+            stride=tuple(self._stride),
+            padding="same" if same else tuple(padding),
+            dilation=1 if same else tuple(self._dilation),  # Paddle's "SAME" undoes the dilation
+            groups=self._groups,
+            padding_mode=self._padding_mode,
+        )
+
+    @property
+    def _channels_last(self) -> bool:
+        return self._data_format.endswith("C")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coords={self.coords!r}"
+
+    def export_weights(self) -> Weights:
+        """The canonical weights: ``weight``, ``coord_weight`` and, if there is one, ``bias``."""
+        arrays = {"weight": self.weight, "coord_weight": self.coord_weight, "bias": self.bias}
+        return Weights(
+            {name: _numpy(tensor) for name, tensor in arrays.items() if tensor is not None},
+            {"": self.coords},
+        )
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights.
+
+        Raises:
+            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+                coordinates; all are listed and nothing is changed.
+        """
+        _import(self, mapping, {"": self.coords})
+
+
+def _constant(array: Array, beside: Tensor) -> Tensor:
+    """An array on another tensor's device; while a program is traced, no tensor has one."""
+    return paddle.to_tensor(array, place=beside.place if paddle.in_dynamic_mode() else None)
+
+
+def _convolve(share: Share, padded: Tensor, kernel: Tensor) -> Tensor:
+    rank = len(share.stride)
+    if share.flip:
+        kernel = kernel.flip(list(range(-rank, 0)))
+    return _CONVOLVE[rank](padded[None], kernel, None, share.stride, 0, share.dilation)[0]
+
+
+class CoordConv2D(_CoordConv, nn.Conv2D):
+    """``paddle.nn.Conv2D`` that sees its coordinates.
+
+    Takes every argument of ``paddle.nn.Conv2D``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, H, W)``, or ``(N, H, W, C)`` with ``data_format="NHWC"``; output as
+        ``paddle.nn.Conv2D``.
+
+    Example:
+        >>> layer = CoordConv2D(3, 8, 3, padding=1, coords="xyr")
+        >>> layer(paddle.zeros([2, 3, 16, 16])).shape
+        paddle.Size([2, 8, 16, 16])
+        >>> layer.coord_weight.shape
+        paddle.Size([8, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 2
+
+
+@paddle.jit.marker.force_dynamic  # as the convolutions are
+class AddCoords(nn.Layer):
+    """Append the coordinate channels to an input, for layers that have no CoordConv.
+
+    Args:
+        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes of the input.
+        data_format: one of Paddle's, such as ``"NHWC"``; None for channels first, of any rank.
+
+    Shape:
+        input ``(N, C, *S)`` with one to three spatial axes; output ``(N, C + n, *S)``; with the
+        channels last ``(N, *S, C)`` and ``(N, *S, C + n)``.
+
+    Raises:
+        TypeError: the input is not floating-point.
+        ValueError: an unknown ``data_format``; the input has no spatial axes or an empty one,
+            another rank than ``data_format``, or lacks an axis of ``coords``.
+
+    Example:
+        >>> AddCoords("x")(paddle.zeros([1, 1, 3])).numpy()
+        array([[[ 0.,  0.,  0.],
+                [-1.,  0.,  1.]]], dtype=float32)
+    """
+
+    def __init__(self, coords: CoordinatesLike = None, data_format: str | None = None) -> None:
+        super().__init__()
+        if data_format is not None and data_format not in _DATA_FORMATS:
+            raise ValueError(f"data_format must be one of {_DATA_FORMATS}, got {data_format!r}")
+        self.coords = coords if coords is None else Coordinates.resolve(coords, 3)
+        self.data_format = data_format
+
+    @paddle.jit.marker.unified
+    def forward(self, x: Tensor) -> Tensor:
+        if not paddle.is_floating_point(x):
+            raise TypeError(f"input must be floating-point, got {x.dtype}")
+        if self.data_format is not None and len(self.data_format) != x.ndim:
+            form = ", ".join(self.data_format)
+            raise ValueError(f"input must have shape ({form}), got {tuple(x.shape)}")
+        last = self.data_format is not None and self.data_format.endswith("C")
+        shape = x.shape[1:-1] if last else x.shape[2:]
+        grid = coordinate_grid(shape, self.coords, dtype=np.float64)
+        channels = _constant(np.moveaxis(grid, 0, -1) if last else grid, x)
+        batch = x.shape[0] if x.shape[0] >= 0 else paddle.shape(x)[0]  # -1 where input_spec is open
+        channels = channels.astype(x.dtype).expand([batch, *channels.shape])
+        return paddle.concat([x, channels], axis=-1 if last else 1)
+
+    def extra_repr(self) -> str:
+        return f"coords={self.coords!r}, data_format={self.data_format!r}"
+
+
+class Network(nn.Sequential):
+    """A :class:`coordconv.networks.Network` as a Paddle layer; input ``(N, C, *S)``."""
+
+    def __init__(self, network: networks.Network) -> None:
+        super().__init__(
+            *(
+                (layer.name or f"{layer.kind.lower()}{i}", _layer(layer))
+                for i, layer in enumerate(network.layers)
+            )
+        )
+        self.network = network
+
+    def export_weights(self) -> Weights:
+        """The canonical weights under dotted names."""
+        arrays = _canonical(self, dict(self.named_parameters()))
+        return Weights(arrays, self.network.coordinates())
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights; errors as a layer's ``import_weights``, nothing changed."""
+        _import(self, mapping, self.network.coordinates())
+
+
+def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+    """Build a network with these weights."""
+    module = Network(network)
+    module.import_weights(weights)
+    return module
+
+
+def evaluate(
+    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Output and gradients; see :mod:`coordconv.backends`."""
+    module.import_weights(weights)
+    given = paddle.to_tensor(x, stop_gradient=dy is None)
+    if dy is None:
+        with paddle.no_grad():
+            return module(given).numpy(), {}
+    output = module(given)
+    names, tensors = zip(("x", given), *module.named_parameters(), strict=True)
+    gradients = paddle.grad(output, tensors, paddle.to_tensor(dy))
+    return output.numpy(), _canonical(module, dict(zip(names, gradients, strict=True)))
+
+
+def trainer(
+    module: Network, weights: Mapping[str, Array]
+) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
+    """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
+    module.import_weights(weights)
+    optimizer = paddle.optimizer.Adam(parameters=module.parameters())
+
+    def step(x: Array, labels: Array, learning_rate: float) -> float:
+        optimizer.set_lr(learning_rate)
+        optimizer.clear_grad()
+        logits = module(paddle.to_tensor(x))
+        loss = nn.functional.cross_entropy(logits, paddle.to_tensor(labels))
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return step, module.export_weights
+
+
+def _layer(layer: networks.Layer) -> nn.Layer:
+    match layer:
+        case networks.Conv():
+            return _conv(layer)
+        case networks.Linear():
+            return nn.Linear(layer.in_features, layer.out_features)
+        case networks.ReLU():
+            return nn.ReLU()
+        case networks.Flatten():
+            return nn.Flatten()
+
+
+def _conv(layer: networks.Conv) -> nn.Layer:
+    geometry = layer.geometry
+    kernel, stride, dilation, output_padding, holes = geometry.per_axis
+    pads: Any = geometry.padding
+    same, mode = pads == "same", geometry.padding_mode
+    ends: tuple[int, ...] = () if same else tuple(end for pair in pads for end in pair)
+    unequal = len(set(ends)) > 1
+    lacking = {
+        "input_dilation": max(holes) > 1,
+        "dilation with padding='SAME'": same and max(dilation) > 1,
+        f"padding_mode={mode!r} with padding='SAME'": same and mode != "zeros",
+        f"padding_mode={mode!r} with unequal padding {ends}": mode != "zeros" and unequal,
+        f"negative padding {ends}": min(ends, default=0) < 0,
+        f"output_padding {output_padding} of a stride {stride} or more": any(
+            extra >= s for extra, s in zip(output_padding, stride, strict=True)
+        ),
+    }
+    for option, wanted in lacking.items():
+        if wanted:
+            raise NotImplementedError(f"paddle convolutions have no {option}")
+    options: dict[str, Any] = {"padding_mode": mode}
+    if geometry.transposed:
+        options = {"output_padding": list(output_padding)}
+    if layer.coords:
+        options["coords"] = layer.coords
+    name = f"Conv{geometry.rank}D{'Transpose' if geometry.transposed else ''}"
+    return (globals()[f"Coord{name}"] if layer.coords else vars(nn)[name])(  # type: ignore[no-any-return]
+        layer.in_channels,
+        layer.out_channels,
+        kernel,
+        stride=stride,
+        padding="SAME" if same else ends if mode == "zeros" else ends[0],
+        dilation=dilation,
+        groups=geometry.groups,
+        bias_attr=None if layer.bias else False,
+        **options,
+    )
+
+
+def _numpy(tensor: Tensor) -> Array:
+    if tensor.dtype == paddle.bfloat16:  # NumPy has none; float32 holds every value of it
+        tensor = tensor.astype(paddle.float32)
+    return tensor.numpy()  # a copy
+
+
+def _canonical(module: nn.Layer, tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Tensors under the names of a module's parameters, as canonical arrays."""
+    linear = _linear_weights(module)
+    arrays = {name: _numpy(tensor) for name, tensor in tensors.items()}
+    return {n: np.ascontiguousarray(a.T) if n in linear else a for n, a in arrays.items()}
+
+
+def _linear_weights(module: nn.Layer) -> set[str]:
+    """The names of the weights that Paddle keeps as ``(in, out)``."""
+    layers = module.named_sublayers()
+    return {f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Linear)}
+
+
+def _import(
+    module: nn.Layer, mapping: Mapping[str, Array], coordinates: Mapping[str, Coordinates]
+) -> None:
+    linear = _linear_weights(module)
+    parameters = dict(module.named_parameters())
+    shapes = {
+        name: tuple(tensor.shape)[:: -1 if name in linear else 1]
+        for name, tensor in parameters.items()
+    }
+    arrays = checked(mapping, shapes, coordinates)
+    with paddle.no_grad():
+        for name, tensor in parameters.items():
+            array = arrays[name].T if name in linear else arrays[name]
+            tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))

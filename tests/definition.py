@@ -1,0 +1,347 @@
+"""CoordConv once more, straight from its definition, and the configurations that tests draw.
+
+One product per term, in exact rational arithmetic, from the options alone: it shares no code with
+the package. A convolution gathers: output ``t`` takes tap ``k`` from place ``t * stride +
+k * dilation`` of the padded input. A transposed one scatters: sample ``i`` adds tap ``k`` to place
+``i * stride + k * dilation`` of the full output. Only for tiny shapes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+
+UNIT = 2.0**-53  # the unit roundoff of float64
+
+
+def gamma(n: int, unit: float = UNIT) -> float:
+    """The relative error of a sum of ``n`` products, in any order (Higham, section 3.1)."""
+    return n * unit / (1 - n * unit)
+
+
+# --- the definition ------------------------------------------------------------------------------
+
+
+def padding(g: ConvGeometry, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The padding before and after each axis; ``same`` by its promise, not by a formula."""
+    if g.padding != "same":
+        return list(g.padding)
+    pairs = []
+    for n, k, s, d in zip(shape, g.kernel, g.stride, g.dilation, strict=True):
+        total = 0
+        while len(places(n + total, k, s, d)) < math.ceil(n / s):
+            total += 1
+        pairs.append((total // 2, total - total // 2))
+    return pairs
+
+
+def places(padded: int, k: int, s: int, d: int) -> list[int]:
+    """Where the kernel can lie on an axis of ``padded`` samples, by its first tap."""
+    return [start for start in range(0, padded, s) if start + (k - 1) * d < padded]
+
+
+def folded(i: int, n: int, mode: str) -> int | None:
+    """The sample that padding puts at ``i``, or None where it puts a zero."""
+    if mode == "reflect":
+        while not 0 <= i < n:
+            i = -i if i < 0 else 2 * (n - 1) - i
+    elif mode == "circular":
+        i %= n
+    elif mode == "replicate":
+        i = min(max(i, 0), n - 1)
+    return i if 0 <= i < n else None
+
+
+def reads(g: ConvGeometry, shape: tuple[int, ...]) -> list[list[dict[int, int]]]:
+    """Per axis and output position, the sample that each tap reads, before padding is applied.
+
+    A tap that meets a hole between spread samples is left out; a sample may lie outside.
+    """
+    axes = []
+    for n, (before, after), k, s, d, extra, hole in zip(
+        shape, padding(g, shape), *g.per_axis, strict=True
+    ):
+        if g.transposed:
+            length = (n - 1) * s + (k - 1) * d + 1 + extra - before - after
+            outputs: list[dict[int, int]] = [{} for _ in range(length)]
+            reach = length + abs(before) + (k - 1) * d  # as far out as any tap can come from
+            for i in range(-reach, n + reach):
+                for tap in range(k):
+                    t = i * s + tap * d - before
+                    if 0 <= t < length:
+                        outputs[t][tap] = i
+        elif g.padding_mode == "zeros":  # spread, then pad
+            starts = places((n - 1) * hole + 1 + before + after, k, s, d)
+            at = [{tap: start + tap * d - before for tap in range(k)} for start in starts]
+            outputs = [{t: p // hole for t, p in taps.items() if p % hole == 0} for taps in at]
+        else:  # pad by copies, then spread
+            starts = places((n + before + after - 1) * hole + 1, k, s, d)
+            at = [{tap: start + tap * d for tap in range(k)} for start in starts]
+            outputs = [
+                {t: p // hole - before for t, p in taps.items() if p % hole == 0} for taps in at
+            ]
+        axes.append(outputs)
+    return axes
+
+
+def coordinate(
+    coords: Coordinates, token: str, place: tuple[int, ...], shape: tuple[int, ...]
+) -> Fraction:
+    """A coordinate of one sample, exactly (the radius to a hundred digits)."""
+    first, last = map(Fraction, coords.span)
+    values = []
+    for i, n in zip(place, shape, strict=True):
+        if coords.align == "edges":
+            values.append(first + (last - first) * Fraction(2 * i + 1, 2 * n))
+        else:
+            values.append(first + (last - first) * Fraction(i, n - 1) if n > 1 else Fraction(0))
+    if token != "r":
+        return values[{"x": -1, "y": -2, "z": -3}[token]]
+    return root(sum(((v - Fraction(coords.r_center)) ** 2 for v in values), Fraction(0)))
+
+
+def root(square: Fraction) -> Fraction:
+    shift = 2**400
+    numerator = math.isqrt(square.numerator * square.denominator * shift**2)
+    return Fraction(numerator, square.denominator * shift)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of the sum: ``output[o, t] += kernel[weight] * value``."""
+
+    output: tuple[int, ...]
+    kernel: str
+    weight: tuple[int, ...]
+    source: tuple[int, ...] | None  # of a feature: its index in the input, without the batch
+    value: Fraction = Fraction(0)  # of a coordinate
+
+
+def terms(
+    g: ConvGeometry, coords: Coordinates | None, channels: int, out: int, shape: tuple[int, ...]
+) -> Iterator[Term]:
+    """Every term of the convolution of one sample."""
+    axes = reads(g, shape)
+    ins, outs = channels // g.groups, out // g.groups
+    for t in product(*(range(len(outputs)) for outputs in axes)):
+        for tap in product(*(outputs[p] for outputs, p in zip(axes, t, strict=True))):
+            place = tuple(outputs[p][k] for outputs, p, k in zip(axes, t, tap, strict=True))
+            sample = [folded(i, n, g.padding_mode) for i, n in zip(place, shape, strict=True)]
+            inside = None if None in sample else tuple(i for i in sample if i is not None)
+            seen = place if coords and coords.outside == "extend" else inside
+            values = (
+                [coordinate(coords, token, seen, shape) for token in coords.channels]
+                if coords and seen is not None
+                else []
+            )
+            for o in range(out):
+                if inside is not None:
+                    for j in range(ins):
+                        c = o // outs * ins + j
+                        weight = (c, o % outs, *tap) if g.transposed else (o, j, *tap)
+                        yield Term((o, *t), "weight", weight, (c, *inside))
+                for j, value in enumerate(values):
+                    yield Term((o, *t), "coord_weight", (o, j, *tap), None, value)
+
+
+@dataclass
+class Sums:
+    """Sums with what bounds the error of computing them in floating point.
+
+    ``magnitude`` has every term's absolute value; ``inexact`` the same of those terms alone whose
+    coordinate is no floating-point number, each as the factor of that coordinate's error.
+    """
+
+    value: Any
+    magnitude: Any
+    inexact: Any
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...]) -> "Sums":
+        return cls(*(np.full(shape, Fraction(0), dtype=object) for _ in range(3)))
+
+    def add(self, index: tuple[int, ...], factor: Fraction, value: Fraction) -> None:
+        self.value[index] += factor * value
+        self.magnitude[index] += abs(factor * value)
+        if Fraction(float(value)) != value:
+            self.inexact[index] += abs(factor)
+
+    def check(self, computed: Any, count: int, coordinate_error: float = 0.0) -> None:
+        """Hold a computed array to the bound: of none at all if every term is exact."""
+        assert computed.shape == self.value.shape
+        rounded = np.vectorize(Fraction, otypes=[object])(computed)
+        error = abs(rounded - self.value)
+        bound = gamma(count) * self.magnitude + coordinate_error * self.inexact
+        bound = np.where(self.inexact == 0, Fraction(0), bound)
+        assert np.all(error <= bound), f"off by {float((error - bound).max())} beyond the bound"
+
+
+def exact(array: Any) -> Any:
+    return np.vectorize(Fraction, otypes=[object])(array)
+
+
+def forward(case: "Case") -> Sums:
+    """The output for the case's input and weights."""
+    x, weights = exact(case.x), {k: exact(v) for k, v in case.weights.items()}
+    y = Sums.zeros((len(x), case.out, *(len(axis) for axis in reads(case.geometry, case.shape))))
+    for batch in range(len(x)):
+        for term in case.terms():
+            value = term.value if term.source is None else x[(batch, *term.source)]
+            y.add((batch, *term.output), weights[term.kernel][term.weight], value)
+    if "bias" in weights:
+        bias = weights["bias"].reshape(-1, *(1,) * len(case.shape))
+        y.value, y.magnitude = y.value + bias, y.magnitude + abs(bias)
+    return y
+
+
+def gradients(case: "Case", dy: Any) -> dict[str, Sums]:
+    """The gradients of ``sum(dy * output)``: each term's derivative, added up."""
+    x, dy = exact(case.x), exact(dy)
+    weights = {k: exact(v) for k, v in case.weights.items()}
+    sums = {name: Sums.zeros(array.shape) for name, array in {"x": x, **weights}.items()}
+    for batch in range(len(x)):
+        for term in case.terms():
+            back = dy[(batch, *term.output)]
+            weight = weights[term.kernel][term.weight]
+            if term.source is None:
+                sums[term.kernel].add(term.weight, back, term.value)
+            else:
+                source = (batch, *term.source)
+                sums[term.kernel].add(term.weight, back, x[source])
+                sums["x"].add(source, back, weight)
+    if "bias" in weights:
+        sums["bias"].value = dy.sum(axis=(0, *range(2, dy.ndim)))
+    return sums
+
+
+# --- configurations ------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A convolution with an input and weights: small integers, so that sums of them are exact."""
+
+    geometry: ConvGeometry
+    coords: Coordinates | None
+    channels: int
+    out: int
+    shape: tuple[int, ...]
+    x: Any
+    weights: dict[str, Any]
+
+    def terms(self) -> Iterator[Term]:
+        return terms(self.geometry, self.coords, self.channels, self.out, self.shape)
+
+    @property
+    def count(self) -> int:
+        """How many terms a sum has at most, with a few roundings more for what made them."""
+        seen = self.channels + (len(self.coords) if self.coords else 0)
+        return seen * math.prod(self.geometry.kernel) + 5
+
+
+coordinates_of_rank = {
+    rank: st.builds(
+        Coordinates,
+        st.permutations("zyx"[-rank:] + "r").flatmap(
+            lambda tokens: st.integers(1, len(tokens)).map(lambda n: tuple(tokens[:n]))
+        ),
+        span=st.sampled_from([(-1, 1), (0, 1), (1, -1), (-3, 5), (0.25, 0.5)]),
+        align=st.sampled_from(["corners", "edges"]),
+        outside=st.sampled_from(["zero", "extend"]),
+        r_center=st.sampled_from([0, 0.5, -2]),
+    )
+    for rank in (1, 2, 3)
+}
+
+
+@st.composite
+def geometries(draw: st.DrawFn, shape: tuple[int, ...], groups: int = 1) -> ConvGeometry:
+    """Any convolution that fits the shape."""
+    rank = len(shape)
+
+    def ints(low: int, high: int) -> tuple[int, ...]:
+        return draw(st.tuples(*[st.integers(low, high)] * rank))
+
+    kernel = ints(1, 3 if rank < 3 else 2)
+    stride, dilation = ints(1, 3), ints(1, 2)
+    kind = draw(st.sampled_from(["zeros", "zeros", "transposed", "same", "copies"]))
+    if kind == "transposed":
+        pads = [
+            draw(st.tuples(st.integers(-1, 1 + (k > 2)), st.integers(-1, 1 + (k > 2))))
+            for k in kernel
+        ]
+        extra = ints(0, 2)
+        lengths = (
+            (n - 1) * s + (k - 1) * d + 1 + e - before - after
+            for n, s, k, d, e, (before, after) in zip(
+                shape, stride, kernel, dilation, extra, pads, strict=True
+            )
+        )
+        if min(lengths) < 1:
+            pads = [(0, 0)] * rank
+        return ConvGeometry(
+            kernel,
+            stride=stride,
+            padding=tuple(pads),
+            dilation=dilation,
+            groups=groups,
+            transposed=True,
+            output_padding=extra,
+        )
+    mode, holes = "zeros", ints(1, 2)
+    if kind == "same":
+        mode = draw(st.sampled_from(["zeros", "zeros", "replicate"]))
+        pads = "same"
+    elif kind == "copies":
+        mode = draw(st.sampled_from(["reflect", "replicate", "circular"]))
+        limit = {"reflect": -1, "replicate": 2, "circular": 0}[mode]
+        pads = [draw(st.tuples(*[st.integers(0, n + limit)] * 2)) for n in shape]
+    else:
+        pads = [draw(st.tuples(*[st.integers(-1, 3)] * 2)) for _ in shape]
+    options = {
+        "stride": stride,
+        "padding": pads if pads == "same" else tuple(pads),
+        "dilation": dilation,
+        "groups": groups,
+        "input_dilation": holes,
+        "padding_mode": mode,
+    }
+    if any(not axis for axis in reads(ConvGeometry(kernel, **options), shape)):
+        options["padding"] = tuple((k * d, k * d) for k, d in zip(kernel, dilation, strict=True))
+        options["padding_mode"] = "zeros"
+    return ConvGeometry(kernel, **options)
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, with_coords: bool = True) -> Case:
+    """Any CoordConv, on a tiny shape, with integers for an input and weights."""
+    rank = draw(st.sampled_from([1, 2, 2, 3]))
+    shape = draw(st.tuples(*[st.integers(1, {1: 9, 2: 5, 3: 3}[rank])] * rank))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, out = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    geometry = draw(geometries(shape, groups))
+    coords = draw(coordinates_of_rank[rank]) if with_coords else None
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def integers(*size: int) -> Any:
+        return rng.integers(-4, 5, size).astype(np.float64)
+
+    weights = {
+        "weight": integers(channels, out // groups, *geometry.kernel)
+        if geometry.transposed
+        else integers(out, channels // groups, *geometry.kernel)
+    }
+    if coords:
+        weights["coord_weight"] = integers(out, len(coords), *geometry.kernel)
+    if draw(st.booleans()):
+        weights["bias"] = integers(out)
+    x = integers(draw(st.integers(1, 2)), channels, *shape)
+    return Case(geometry, coords, channels, out, shape, x, weights)

@@ -1,0 +1,54 @@
+"""The examples in the docstrings run, in every module whose packages are there."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+
+import pytest
+
+import coordconv
+from coordconv.backends import BACKENDS
+
+# What a module outside the core may lack here. A ModuleNotFoundError for anything else is an error.
+OPTIONAL = {"torch", "paddle", "flax", "jax", "optax", "typer", "rich", "matplotlib"}
+
+MODULES = sorted(
+    {
+        info.name
+        for info in pkgutil.walk_packages(coordconv.__path__, "coordconv.")
+        if not info.name.endswith("__main__")
+    }
+    | {"coordconv"}
+)
+
+# Modules with a public face, which must show how it is used.
+MUST_HAVE = {
+    *(f"coordconv.{name}" for name in ("coordinates", "grid", "geometry", "position_bias")),
+    *(f"coordconv.{name}" for name in ("reference", "weights", "networks", "backends")),
+    *(f"coordconv.backends.{name}" for name in BACKENDS),
+}
+
+
+def promised(module: str) -> bool:
+    """Whether this environment says that the module's framework is there."""
+    names = os.environ.get("COORDCONV_REQUIRE", "").split(",")
+    return module.removeprefix("coordconv.backends.") in names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL or promised(name):
+            raise
+        pytest.skip(f"{name} needs {package}")
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed, see above"
+    assert result.attempted > 0 or name not in MUST_HAVE, f"{name} has no examples"
+
+
+def test_every_module_that_must_have_examples_exists() -> None:
+    assert set(MODULES) >= MUST_HAVE

@@ -1,0 +1,840 @@
+"""The Paddle layers: against the definition, against Paddle itself, and under its users' habits."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle")
+
+from paddle import nn  # noqa: E402
+from paddle.nn import initializer  # noqa: E402
+
+from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights  # noqa: E402
+from coordconv.backends import paddle as backend  # noqa: E402
+from coordconv.backends.paddle import AddCoords, CoordConv2D  # noqa: E402
+from coordconv.geometry import ConvGeometry  # noqa: E402
+from coordconv.networks import Conv, Linear, Network  # noqa: E402
+from coordconv.parity.comparison import Expected, expected, gamma  # noqa: E402
+from coordconv.reference import Reference  # noqa: E402
+
+
+class CoordConv1D(backend._CoordConv, nn.Conv1D):
+    """The mixin takes any rank."""
+
+    rank = 1
+
+
+class CoordConv3D(backend._CoordConv, nn.Conv3D):
+    rank = 3
+
+
+LAYERS = {1: CoordConv1D, 2: CoordConv2D, 3: CoordConv3D}
+
+# Options as Paddle has them, and the geometry that they must mean.
+NESTED = [[0, 0], [0, 0], [1, 2], [0, 3]]  # batch and channels first, as data_format has them
+ZERO_PADDINGS = [
+    ({}, {}),
+    ({"padding": 2}, {"padding": 2}),
+    ({"padding": [2, 1]}, {"padding": (2, 1)}),
+    ({"padding": (1, 1, 2, 2)}, {"padding": (1, 2)}),
+    ({"padding": [1, 2, 0, 3]}, {"padding": ((1, 2), (0, 3))}),
+    ({"padding": NESTED}, {"padding": ((1, 2), (0, 3))}),
+    ({"padding": "SAME"}, {"padding": "same"}),
+    ({"padding": "same", "stride": (2, 3)}, {"padding": "same", "stride": (2, 3)}),
+    ({"padding": "SAME", "dilation": 2}, {"padding": "same"}),  # Paddle undoes the dilation
+    ({"padding": "VALID", "dilation": (1, 2)}, {"dilation": (1, 2)}),
+    (
+        {"padding": 2, "stride": (2, 1), "dilation": (1, 2)},
+        {"padding": 2, "stride": (2, 1), "dilation": (1, 2)},
+    ),
+]
+COPYING = [
+    ({"padding": p, "padding_mode": mode, **more}, {"padding": p, "padding_mode": mode, **more})
+    for mode in ("reflect", "replicate", "circular")
+    for p, more in ((1, {}), (3, {"stride": 2, "dilation": 2}))
+]
+COORDS = [
+    "xy",
+    "yx",
+    "x",
+    "r",
+    "xyr",
+    Coordinates("yrx", r_center=0.5, span=(0, 1)),
+    Coordinates("xyr", align="edges"),
+    Coordinates("xyr", outside="extend"),
+    Coordinates("yx", align="edges", outside="extend", span=(3, -1)),
+]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def integers(*shape, seed=0):
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+
+
+def in_format(options, data_format):
+    if options.get("padding") == NESTED and data_format == "NHWC":
+        return options | {"padding": [NESTED[0], *NESTED[2:], NESTED[1]]}
+    return options
+
+
+def last(layer):
+    return layer._data_format.endswith("C")
+
+
+def fill(layer, draw):
+    """Give every parameter its own data."""
+    for i, parameter in enumerate(layer.parameters()):
+        parameter.set_value(draw(*parameter.shape, seed=10 + i))
+
+
+def run(layer, x, dy):
+    """Output and gradients by name, channels first, for arrays that have the channels first."""
+    to, back = (1, -1) if last(layer) else (1, 1), (-1, 1) if last(layer) else (1, 1)
+    given = paddle.to_tensor(np.moveaxis(x, *to), stop_gradient=False)
+    y = layer(given)
+    tensors = {"x": given, **dict(layer.named_parameters())}
+    gradients = paddle.grad(y, list(tensors.values()), paddle.to_tensor(np.moveaxis(dy, *to)))
+    found = {"y": y, **dict(zip(tensors, gradients, strict=True))}
+    return {
+        name: np.moveaxis(t.numpy(), *back) if name in "xy" else t.numpy()
+        for name, t in found.items()
+    }
+
+
+def wanted(layer, geometry, x, dy):
+    """What :func:`run` must return, with the bounds of float32 in any order."""
+    weights = [None if w is None else w.numpy() for w in (layer.weight, layer.coord_weight)]
+    bias = None if layer.bias is None else layer.bias.numpy()
+    reference = Reference(geometry, layer.coords)
+    terms_y = (weights[0][0].size + weights[1][0].size) + 1
+    # of the input's gradient by counting: padding that copies reads a sample more than once
+    ones = np.ones(dy.shape), np.ones(weights[0].shape)
+    terms_x = int(reference.input_gradient(*ones, x.shape[2:]).max())
+    terms_w = len(x) * int(np.prod(dy.shape[2:])) + 2
+
+    def bounded(terms, method, *args):
+        return method(*args), gamma(terms), method(*args, magnitudes=True)
+
+    results = {
+        "y": bounded(terms_y, reference.forward, x, *weights, bias),
+        "x": bounded(terms_x, reference.input_gradient, dy, weights[0], x.shape[2:]),
+    }
+    values, relative, sizes = bounded(terms_w, reference.weight_gradients, x, dy)
+    results |= {
+        name: (values[name], relative, sizes[name])
+        for name in values
+        if name != "bias" or bias is not None
+    }
+    return {
+        name: Expected(value, relative * size) for name, (value, relative, size) in results.items()
+    }
+
+
+def hold(layer, geometry, shape, batch=2):
+    """Hold a layer's output and all gradients to the reference, componentwise."""
+    fill(layer, normal)
+    x = normal(batch, layer._in_channels, *shape, seed=1)
+    dy = normal(batch, layer._out_channels, *geometry.output_shape(shape), seed=2)
+    found = run(layer, x, dy)
+    results = wanted(layer, geometry, x, dy)
+    assert found.keys() == results.keys()
+    for name, result in results.items():
+        assert result.error(found[name]) <= 1, name
+
+
+def concatenated(layer, x):
+    """The definition in Paddle itself, for one group: concatenate, then convolve."""
+    plain = next(base for base in type(layer).__mro__ if base.__module__ == nn.Conv2D.__module__)(
+        layer._in_channels + len(layer.coords),
+        layer._out_channels,
+        layer._kernel_size,
+        layer._stride,
+        layer._padding,
+        layer._dilation,
+        padding_mode=layer._padding_mode,
+        data_format=layer._data_format,
+        bias_attr=layer._bias_attr,
+        dtype=layer.weight.dtype,
+    )
+    plain.weight.set_value(paddle.concat([layer.weight, layer.coord_weight], axis=1))
+    if plain.bias is not None:
+        plain.bias.set_value(layer.bias)
+    return plain(AddCoords(layer.coords, layer._data_format)(x))
+
+
+class TestAgainstTheReference:
+    @pytest.mark.parametrize("coords", COORDS, ids=repr)
+    def test_coordinates(self, coords):
+        layer = CoordConv2D(3, 4, (3, 2), stride=(2, 1), padding=2, coords=coords)
+        hold(layer, ConvGeometry((3, 2), stride=(2, 1), padding=2), (7, 6))
+
+    @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+    @pytest.mark.parametrize(("options", "meant"), ZERO_PADDINGS + COPYING)
+    def test_options(self, options, meant, data_format):
+        options = in_format(options, data_format)
+        layer = CoordConv2D(2, 3, (3, 2), coords="xyr", data_format=data_format, **options)
+        hold(layer, ConvGeometry((3, 2), **meant), (7, 9))
+
+    @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+    @pytest.mark.parametrize(
+        ("channels", "out", "groups"), [(4, 6, 2), (4, 4, 4), (3, 6, 3), (2, 2, 1)]
+    )
+    def test_groups_each_see_all_coordinates(self, channels, out, groups, data_format):
+        layer = CoordConv2D(
+            channels, out, 3, padding=1, groups=groups, coords="xyr", data_format=data_format
+        )
+        hold(layer, ConvGeometry((3, 3), padding=1, groups=groups), (5, 6))
+
+    @pytest.mark.parametrize("outside", ["zero", "extend"])
+    @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+    def test_padding_modes_and_what_lies_outside(self, mode, outside):
+        coords = Coordinates("xyr", outside=outside)
+        layer = CoordConv2D(4, 4, 3, padding=2, padding_mode=mode, groups=4, coords=coords)
+        hold(layer, ConvGeometry((3, 3), padding=2, padding_mode=mode, groups=4), (5, 4))
+
+    @pytest.mark.parametrize(
+        ("options", "shape"),
+        [
+            ({"bias_attr": False}, (5, 5)),
+            ({"bias": False}, (5, 5)),
+            ({"padding": 1}, (1, 5)),
+            ({"padding": 1}, (1, 1)),
+            ({"padding": 1, "stride": 7}, (5, 6)),
+        ],
+    )
+    def test_odds_and_ends(self, options, shape):
+        layer = CoordConv2D(2, 3, 1, coords="xyr", **options)
+        plain = {name: options[name] for name in ("padding", "stride") if name in options}
+        assert (layer.bias is None) == ("padding" not in options)
+        hold(layer, ConvGeometry((1, 1), **plain), shape)
+
+    @pytest.mark.parametrize(
+        ("rank", "options", "meant"),
+        [
+            (1, {"padding": 2, "dilation": 2}, {"padding": 2, "dilation": 2}),
+            (1, {"padding": [1]}, {"padding": 1}),
+            (1, {"padding": [1, 2]}, {"padding": ((1, 2),)}),
+            (1, {"padding": [[0, 0], [0, 0], [2, 1]]}, {"padding": ((2, 1),)}),
+            (1, {"padding": "same", "dilation": 3, "stride": 2}, {"padding": "same", "stride": 2}),
+            (1, {"padding": 2, "groups": 2, "data_format": "NLC"}, {"padding": 2, "groups": 2}),
+            (
+                1,
+                {"padding": 2, "padding_mode": "reflect"},
+                {"padding": 2, "padding_mode": "reflect"},
+            ),
+            (3, {"padding": [1, 0, 2], "stride": 2}, {"padding": (1, 0, 2), "stride": 2}),
+            (3, {"padding": [1, 0, 0, 2, 1, 1]}, {"padding": ((1, 0), (0, 2), (1, 1))}),
+            (3, {"padding": "SAME", "dilation": 2}, {"padding": "same"}),
+            (3, {"groups": 4, "data_format": "NDHWC"}, {"groups": 4}),
+            (
+                3,
+                {"padding": 1, "padding_mode": "circular"},
+                {"padding": 1, "padding_mode": "circular"},
+            ),
+        ],
+    )
+    def test_other_ranks(self, rank, options, meant):
+        kernel, shape = (3, 2, 2)[:rank], (5, 4, 6)[-rank:]
+        layer = LAYERS[rank](4, 4, kernel, coords="zyx"[-rank:] + "r", **options)
+        hold(layer, ConvGeometry(kernel, **meant), shape)
+
+    def test_options_changed_on_the_layer_count(self):
+        """Dilating a trained backbone by hand is a habit of segmentation code."""
+        layer = CoordConv2D(2, 3, 3, padding=1)
+        layer(paddle.ones([1, 2, 8, 8]))  # nothing of the options may be kept from here
+        layer._dilation, layer._updated_padding, layer._stride = [2, 2], [2, 1], [1, 2]
+        hold(layer, ConvGeometry((3, 3), stride=(1, 2), padding=(2, 1), dilation=2), (8, 8))
+        layer = CoordConv2D(2, 3, 3, padding=1, padding_mode="reflect")
+        layer._reversed_padding_repeated_twice = [1, 2, 0, 3]  # left, right, top, bottom
+        meant = ConvGeometry((3, 3), padding=((0, 3), (1, 2)), padding_mode="reflect")
+        hold(layer, meant, (5, 6))
+
+
+class TestAgainstPaddle:
+    """Paddle's own convolution of the concatenation, with the same options, is the oracle."""
+
+    @pytest.mark.parametrize("coords", ["yx", Coordinates("xyr", align="edges")], ids=repr)
+    @pytest.mark.parametrize(("options", "_"), ZERO_PADDINGS + COPYING)
+    def test_equals_the_concatenation_that_defines_it(self, options, _, coords):
+        layer = CoordConv2D(3, 4, 3, coords=coords, dtype="float64", **options)
+        x = paddle.to_tensor(normal(2, 3, 7, 9).astype(np.float64))
+        found, oracle = layer(x).numpy(), concatenated(layer, x).numpy()
+        assert found.shape == oracle.shape
+        for parameter in layer.parameters():
+            parameter.set_value(parameter.abs())
+        terms = (3 + len(layer.coords)) * 9 + 1
+        span = AddCoords(layer.coords)(x)[:, 3:].abs().max()  # no padding makes it larger
+        size = x.abs().max() * layer.weight.sum((1, 2, 3)).max()
+        size += span * layer.coord_weight.sum((1, 2, 3)).max()
+        # each side is off by gamma of the number of terms at most
+        assert np.abs(found - oracle).max() <= 2 * terms * 2.0**-53 * float(size)
+
+    @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+    @pytest.mark.parametrize(("options", "_"), ZERO_PADDINGS[1:] + COPYING)
+    def test_bitwise_where_arithmetic_is_exact(self, options, _, data_format):
+        options = in_format(options, data_format)
+        layer = CoordConv2D(3, 4, 2, coords="yx", data_format=data_format, **options)
+        fill(layer, integers)
+        x = integers(2, 3, 9, 5)
+        given = paddle.to_tensor(np.moveaxis(x, 1, -1) if last(layer) else x)
+        assert np.array_equal(layer(given).numpy(), concatenated(layer, given).numpy())
+
+
+@pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("shape", "coords"),
+    [
+        ((2, 3), "xy"),
+        ((5, 9), "yx"),
+        ((17, 3), Coordinates("xy", span=(0, 1))),
+        ((9, 2), Coordinates("x", outside="extend")),
+        ((8, 4), Coordinates("yx", align="edges", outside="extend")),
+    ],
+)
+@pytest.mark.parametrize(("mode", "groups"), [("zeros", 1), ("replicate", 2), ("zeros", 4)])
+def test_exact_arithmetic_gives_the_same_bits(shape, coords, mode, groups, data_format):
+    geometry = ConvGeometry((3, 2), stride=(2, 1), padding=1, groups=groups, padding_mode=mode)
+    layer = CoordConv2D(
+        4,
+        8,
+        (3, 2),
+        (2, 1),
+        1,
+        groups=groups,
+        padding_mode=mode,
+        coords=coords,
+        data_format=data_format,
+    )
+    fill(layer, integers)
+    x, dy = integers(3, 4, *shape), integers(3, 8, *geometry.output_shape(shape), seed=5)
+    found = run(layer, x, dy)
+    for name, result in wanted(layer, geometry, x, dy).items():
+        assert result.equals(found[name]), name
+
+
+class TestInit:
+    @pytest.mark.parametrize("groups", [1, 4])
+    @pytest.mark.parametrize(
+        "attr",
+        [
+            None,
+            initializer.KaimingUniform(),
+            initializer.XavierNormal(),
+            initializer.Constant(0.5),
+            initializer.Dirac(),
+            paddle.ParamAttr(initializer=initializer.Orthogonal()),
+        ],
+        ids=lambda attr: type(attr).__name__,
+    )
+    def test_fan_in_is_what_paddle_draws_for_all_channels(self, attr, groups):
+        options = {"groups": groups, "weight_attr": attr, "bias_attr": initializer.Normal()}
+        paddle.seed(3)
+        layer = CoordConv2D(8, 8, 3, coords="xyr", **options)
+        after = paddle.rand([1])
+        paddle.seed(3)
+        plain = nn.Conv2D(8 + groups * 3, 8, 3, **options)
+        drawn = paddle.concat([layer.weight, layer.coord_weight], axis=1)
+        assert paddle.equal_all(drawn, plain.weight)
+        assert paddle.equal_all(layer.bias, plain.bias)
+        assert paddle.equal_all(after, paddle.rand([1]))
+
+    def test_fan_in_counts_the_coordinates(self):
+        paddle.seed(0)
+        layer = CoordConv2D(2, 512, 3, coords="xyr")
+        std = (2 / (9 * (2 + 3))) ** 0.5
+        for kernel in (layer.weight, layer.coord_weight):  # 5 sigma of a sample's deviation
+            assert abs(kernel.numpy().std() / std - 1) < 5 / (2 * kernel.size) ** 0.5
+
+    def test_assigned_values_are_the_feature_kernel(self):
+        given = normal(8, 5, 3, 3)
+        layer = CoordConv2D(5, 8, 3, coords="xyr", weight_attr=initializer.Assign(given))
+        std = (2 / (9 * (5 + 3))) ** 0.5
+        assert np.array_equal(layer.weight.numpy(), given)
+        assert abs(layer.coord_weight.numpy().std() / std - 1) < 5 / (2 * 8 * 27) ** 0.5
+
+    @pytest.mark.parametrize("attr", [None, initializer.Constant(2.0)])
+    def test_zeros_starts_as_the_plain_layer(self, attr):
+        paddle.seed(3)
+        layer = CoordConv2D(5, 8, 3, coord_init="zeros", weight_attr=attr)
+        paddle.seed(3)
+        plain = nn.Conv2D(5, 8, 3, weight_attr=attr)
+        x = paddle.to_tensor(normal(1, 5, 6, 6))
+        assert not layer.coord_weight.any()
+        assert np.array_equal(layer(x).numpy(), plain(x).numpy())
+
+    def test_same_seed_same_weights(self):
+        drawn = []
+        for _ in range(2):
+            paddle.seed(5)
+            drawn.append(CoordConv2D(2, 3, 3).coord_weight)
+        drawn.append(CoordConv2D(2, 3, 3).coord_weight)
+        assert paddle.equal_all(drawn[0], drawn[1])
+        assert not paddle.equal_all(drawn[0], drawn[2])
+
+    def test_names(self):
+        with paddle.utils.unique_name.guard():
+            first = CoordConv2D(1, 1, 1)
+            named = CoordConv2D(1, 1, 1, weight_attr="stem", bias_attr="stem_b")
+            later = nn.Conv2D(1, 1, 1)
+        assert first.coord_weight.name == "coord_conv2d_0.w_1"
+        assert [p.name for p in named.parameters()] == ["stem", "stem_b", "stem_coord"]
+        assert later.weight.name == "conv2d_0.w_0"
+
+    def test_attributes_hold_for_both_kernels(self):
+        decay = paddle.regularizer.L2Decay(0.5)
+        attr = paddle.ParamAttr(name="shared", learning_rate=0.25, regularizer=decay)
+        layer = CoordConv2D(1, 2, 3, weight_attr=attr)
+        assert attr.name == "shared"  # the caller's attribute is left alone
+        assert attr.initializer is None
+        before = {name: p.numpy() for name, p in layer.named_parameters()}
+        layer(paddle.zeros([1, 1, 5, 5])).backward(paddle.zeros([1, 2, 3, 3]))
+        paddle.optimizer.SGD(0.5, parameters=layer.parameters()).step()
+        for name in ("weight", "coord_weight"):  # by learning rate, factor and decay
+            moved = getattr(layer, name).numpy()
+            np.testing.assert_allclose(moved, before[name] * (1 - 0.5 * 0.25 * 0.5), rtol=1e-6)
+
+    def test_frozen_parameters_get_no_gradient(self):
+        attr = paddle.ParamAttr(trainable=False)
+        layer = CoordConv2D(1, 1, 3, weight_attr=attr, bias_attr=False)
+        assert layer.weight.stop_gradient
+        assert layer.coord_weight.stop_gradient
+        assert layer(paddle.ones([1, 1, 5, 5])).stop_gradient
+
+    def test_takes_device_and_dtype(self):
+        layer = CoordConv2D(2, 3, 3, device="cpu", dtype="float64")
+        assert {p.dtype for p in layer.parameters()} == {paddle.float64}
+        assert all(p.place.is_cpu_place() for p in layer.parameters())
+
+    def test_default_dtype(self):
+        paddle.set_default_dtype("float64")
+        try:
+            layer = CoordConv2D(2, 3, 3)
+        finally:
+            paddle.set_default_dtype("float32")
+        assert {p.dtype for p in layer.parameters()} == {paddle.float64}
+
+    def test_bad_arguments(self):
+        with pytest.raises(ValueError, match=r"coord_init must be one of .* got 'ones'"):
+            CoordConv2D(1, 1, 1, coord_init="ones")
+        with pytest.raises(ValueError, match="'z', which a 2-D grid does not have"):
+            CoordConv2D(1, 1, 1, coords="xyz")
+        with pytest.raises(TypeError, match="coords must be a string"):
+            CoordConv2D(1, 1, 1, coords=3)
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        ("data_format", "shape", "message"),
+        [
+            ("NCHW", (3, 5), r"must have shape \(N, C, H, W\), got \(3, 5\)$"),
+            ("NCHW", (3, 5, 5), r"must have shape \(N, C, H, W\), got \(3, 5, 5\)$"),
+            ("NHWC", (1, 1, 5, 5, 3), r"must have shape \(N, H, W, C\), got \(1, 1, 5, 5, 3\)$"),
+            ("NCHW", (1, 4, 5, 5), r"must have 3 channels, got 4 in shape \(1, 4, 5, 5\)$"),
+            ("NHWC", (1, 3, 5, 5), r"must have 3 channels, got 5 in shape \(1, 3, 5, 5\)"),
+            ("NCHW", (1, 5, 5, 5), "3 channels, got 5 .* the layer adds the coordinates itself"),
+            ("NCHW", (1, 3, 0, 5), r"no empty axis, got shape \(1, 3, 0, 5\)"),
+        ],
+    )
+    def test_wrong_shapes(self, data_format, shape, message):
+        layer = CoordConv2D(3, 4, 3, padding=1, data_format=data_format)
+        with pytest.raises(ValueError, match=message):
+            layer(paddle.zeros(shape))
+
+    def test_integers(self):
+        with pytest.raises(TypeError, match=r"input must be floating-point, got paddle.int64"):
+            CoordConv2D(3, 4, 3)(paddle.zeros([1, 3, 5, 5], dtype="int64"))
+
+    def test_empty_batch(self):
+        assert CoordConv2D(3, 4, 3)(paddle.zeros([0, 3, 5, 6])).shape == [0, 4, 3, 4]
+
+    def test_by_either_name(self):
+        layer, x = CoordConv2D(3, 4, 3), paddle.ones([1, 3, 5, 5])
+        assert paddle.equal_all(layer(x=x), layer(input=x))
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+    @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+    def test_the_map_is_computed_in_float32_and_rounded_once(self, data_format, dtype, unit):
+        """Paddle convolves no 16-bit input on a CPU, so the map alone is looked at."""
+        layer = CoordConv2D(1, 4, 1, data_format=data_format)
+        layer.to(dtype=dtype)
+        assert layer.coord_weight.dtype == getattr(paddle, dtype)
+        y = layer._position_bias((512, 512), paddle.zeros([1], dtype=dtype))
+        assert y.dtype == layer.coord_weight.dtype
+        y.astype("float32").square().sum().backward()
+        assert layer.coord_weight.grad.astype("float32").abs().sum() > 0
+        y = y.astype("float64").numpy()
+        y = np.moveaxis(y, -1, 0) if last(layer) else y
+        grid = coordinate_grid((512, 512), dtype=np.float64)
+        kernel = layer.coord_weight.astype("float64").numpy()[:, :, 0, 0]
+        exact = np.einsum("on,nhw->ohw", kernel, grid)
+        size = np.einsum("on,nhw->ohw", np.abs(kernel), np.abs(grid))
+        tiny = float(paddle.finfo(layer.coord_weight.dtype).tiny)
+        assert (np.abs(y - exact) <= unit * np.abs(exact) + tiny + 2 * gamma(3) * size).all()
+
+    def test_float64_stays_float64(self):
+        layer = CoordConv2D(2, 3, 3, coords="xyr", dtype="float64")
+        x = paddle.to_tensor(normal(1, 2, 5, 5).astype(np.float64))
+        assert layer(x).dtype == paddle.float64
+        assert (layer(x) - concatenated(layer, x)).abs().max() < 1e-13
+
+    def test_layer_cast_after_it_was_made(self):
+        layer = CoordConv2D(2, 3, 3, coords="xyr")
+        layer(paddle.ones([1, 2, 5, 5]))  # float32 tables may be kept, and must not be used
+        layer.to(dtype="float64")
+        x = paddle.to_tensor(normal(1, 2, 5, 5).astype(np.float64))
+        assert (layer(x) - concatenated(layer, x)).abs().max() < 1e-13
+
+    def test_autocast_leaves_the_map_alone(self, monkeypatch):
+        """Paddle has no autocast on a CPU but keeps its state: it must be off in the map alone."""
+        tracer = paddle.base.framework._dygraph_tracer()
+        level = paddle.base.core.AmpLevel
+        contract, seen = paddle.einsum, []
+
+        def spy(*args):
+            seen.append((tracer._amp_level, [a.dtype for a in args[1:]]))
+            return contract(*args)
+
+        monkeypatch.setattr(paddle, "einsum", spy)
+        layer, x = CoordConv2D(1, 4, 3), paddle.ones([1, 1, 5, 5])
+        plain = layer(x)
+        seen.clear()
+        state = tracer._amp_level, tracer._amp_dtype
+        tracer._amp_level, tracer._amp_dtype = level.O1, "bfloat16"
+        try:
+            y = layer(x)
+            assert tracer._amp_level == level.O1
+        finally:
+            tracer._amp_level, tracer._amp_dtype = state
+        assert seen == [(level.O0, [paddle.float32] * 2)] * 2
+        assert paddle.equal_all(y, plain)
+
+    def test_map_has_the_dtype_of_the_convolution(self):
+        """Autocast on a GPU gives 16 bits from 32-bit parameters; the map is rounded once."""
+        layer = CoordConv2D(1, 4, 3, coords="xyr")
+        maps = [
+            layer._position_bias((9, 7), paddle.zeros([1], dtype=t))
+            for t in ("float32", "bfloat16")
+        ]
+        assert maps[1].dtype == paddle.bfloat16
+        rounded = maps[0].astype("bfloat16").astype("float32")
+        assert paddle.equal_all(maps[1].astype("float32"), rounded)
+
+
+class TestLayer:
+    def test_copies_and_state(self, tmp_path):
+        coords = Coordinates("yx", align="edges")
+        layer, x = CoordConv2D(2, 3, 3, coords=coords), paddle.ones([1, 2, 5, 5])
+        loaded = CoordConv2D(2, 3, 3, coords=coords)
+        paddle.save(layer.state_dict(), str(tmp_path / "layer.pdparams"))
+        loaded.set_state_dict(paddle.load(str(tmp_path / "layer.pdparams")))
+        assert set(layer.state_dict()) == {"weight", "coord_weight", "bias"}
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+            assert twin.coords == coords
+            assert paddle.equal_all(twin(x), layer(x))
+
+    def test_takes_a_plain_layers_state_but_for_the_coordinates(self):
+        plain = nn.Conv2D(2, 3, 3)
+        layer = CoordConv2D(2, 3, 3, coord_init="zeros")
+        with pytest.warns(UserWarning, match="coord_weight is not found"):
+            missing, unexpected = layer.set_state_dict(plain.state_dict())
+        assert (missing, unexpected) == (["coord_weight"], [])
+        x = paddle.ones([1, 2, 5, 5])
+        assert paddle.equal_all(plain(x), layer(x))
+
+    def test_repr_shows_the_coordinates(self):
+        assert repr(CoordConv2D(2, 3, 3, padding=1, coords="xyr")) == (
+            "CoordConv2D(2, 3, kernel_size=[3, 3], padding=1, data_format=NCHW, "
+            "coords=Coordinates('xyr'))"
+        )
+
+    def test_is_paddles_own_convolution(self):
+        assert isinstance(CoordConv2D(1, 1, 1), nn.Conv2D)
+
+    def test_no_grad_first_does_not_spoil_training_later(self):
+        layer, x = CoordConv2D(2, 3, 3, coords="xyr"), paddle.ones([1, 2, 11, 13])
+        with paddle.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+        assert layer.coord_weight.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("full_graph", [False, True])
+    @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+    def test_compiled_as_eager(self, data_format, full_graph):
+        class Both(nn.Layer):
+            def __init__(self):
+                super().__init__()
+                self.conv = CoordConv2D(2, 3, 3, coords="xyr", data_format=data_format)
+                self.add = AddCoords(data_format=data_format)
+
+            def forward(self, x):
+                return self.add(nn.functional.relu(self.conv(x)))
+
+        module, x = Both(), paddle.to_tensor(normal(2, 2, 5, 2))
+        x = x if data_format == "NCHW" else x.transpose([0, 2, 3, 1])
+        x = nn.functional.pad(x, [1, 1, 1, 1], data_format=data_format)
+        eager = module(x)
+        eager.sum().backward()
+        gradient = module.conv.coord_weight.grad.numpy()
+        module.clear_gradients()
+        compiled = paddle.jit.to_static(module, full_graph=full_graph)
+        y = compiled(x)
+        assert np.array_equal(y.numpy(), eager.numpy())
+        y.sum().backward()
+        assert np.array_equal(module.conv.coord_weight.grad.numpy(), gradient)
+
+    def test_compiled_for_inputs_of_many_shapes(self):
+        """Paddle then takes the shape for unknown, of which a layer must not hear."""
+
+        class Mine(CoordConv2D):
+            pass
+
+        module = nn.Sequential(nn.ReLU(), Mine(2, 3, 3, coords="xyr"), AddCoords())
+        compiled = paddle.jit.to_static(copy.deepcopy(module))
+        for shape in ((5, 6), (7, 4), (8, 9)):
+            x = paddle.to_tensor(normal(2, 2, *shape))
+            assert np.array_equal(compiled(x).numpy(), module(x).numpy())
+
+    def test_saved_for_inference_with_any_batch(self, tmp_path):
+        layer = nn.Sequential(CoordConv2D(2, 3, 3, coords="xyr"), AddCoords())
+        spec = [paddle.static.InputSpec([None, 2, 5, 6])]
+        paddle.jit.save(layer, str(tmp_path / "layer"), input_spec=spec)
+        x = paddle.to_tensor(normal(4, 2, 5, 6))
+        assert paddle.equal_all(paddle.jit.load(str(tmp_path / "layer"))(x), layer(x))
+
+    def test_open_spatial_shape_is_refused(self, tmp_path):
+        spec = [paddle.static.InputSpec([None, 2, None, None])]
+        with pytest.raises(ValueError, match="input_spec must fix all axes but the batch"):
+            paddle.jit.save(CoordConv2D(2, 3, 3), str(tmp_path / "layer"), input_spec=spec)
+
+
+class TestWeights:
+    def test_round_trip_through_a_file(self, tmp_path):
+        layer, other = CoordConv2D(2, 3, 3, coords="xyr"), CoordConv2D(2, 3, 3, coords="xyr")
+        save_weights(tmp_path / "layer.safetensors", layer.export_weights())
+        other.import_weights(load_weights(tmp_path / "layer.safetensors"))
+        for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            assert paddle.equal_all(mine, theirs)
+
+    def test_exported_arrays_are_canonical_and_copies(self):
+        layer = CoordConv2D(4, 6, (3, 2), groups=2, coords="xyr")
+        exported = layer.export_weights()
+        assert {name: array.shape for name, array in exported.items()} == {
+            "weight": (6, 2, 3, 2),
+            "coord_weight": (6, 3, 3, 2),
+            "bias": (6,),
+        }
+        exported["bias"][:] = 7
+        assert not layer.bias.any()
+        assert "bias" not in CoordConv2D(1, 1, 1, bias_attr=False).export_weights()
+
+    def test_other_order_of_the_same_coordinates_is_permuted(self):
+        layer, other = CoordConv2D(2, 3, 3, coords="xyr"), CoordConv2D(2, 3, 3, coords="ryx")
+        other.import_weights(layer.export_weights())
+        assert np.array_equal(other.coord_weight.numpy(), layer.coord_weight.numpy()[:, [2, 1, 0]])
+
+    def test_all_problems_at_once_and_nothing_changed(self):
+        layer = CoordConv2D(2, 3, 3)
+        before = layer.export_weights()
+        wrong = {
+            "weight": np.ones((3, 4, 3, 3)),
+            "conv.weight": np.ones(1),
+            "bias": np.ones(3, dtype=np.int64),
+        }
+        with pytest.raises(ValueError, match="cannot import weights") as error:
+            layer.import_weights(wrong)
+        for part in (
+            "missing: coord_weight, shape (3, 2, 3, 3)",
+            "unexpected: conv.weight, shape (1,)",
+            "wrong shape: weight is (3, 4, 3, 3), want (3, 2, 3, 3)",
+            "not floating-point: bias is int64",
+        ):
+            assert part in str(error.value)
+        with pytest.raises(ValueError, match="other coordinates: coord_weight was made for"):
+            layer.import_weights(CoordConv2D(2, 3, 3, coords="xr").export_weights())
+        for name, array in layer.export_weights().items():
+            assert np.array_equal(array, before[name])
+
+    @pytest.mark.parametrize(
+        ("dtype", "exported"),
+        [("bfloat16", "float32"), ("float16", "float16"), ("float64", "float64")],
+    )
+    def test_other_dtypes_travel_without_loss(self, dtype, exported):
+        layer, other = CoordConv2D(2, 3, 3, dtype=dtype), CoordConv2D(2, 3, 3, dtype=dtype)
+        weights = layer.export_weights()
+        assert {str(array.dtype) for array in weights.values()} == {exported}
+        other.import_weights(weights)
+        assert other.coord_weight.dtype == getattr(paddle, dtype)
+        for name, array in other.export_weights().items():
+            assert np.array_equal(array, weights[name])
+
+
+class TestAddCoords:
+    @pytest.mark.parametrize(
+        ("shape", "first", "final"),
+        [
+            ((5,), "NCL", "NLC"),
+            ((5, 4), "NCHW", "NHWC"),
+            ((2, 5, 4), "NCDHW", "NDHWC"),
+        ],
+    )
+    def test_appends_the_grid(self, shape, first, final):
+        x, grid = normal(2, 3, *shape), coordinate_grid(shape)
+        wanted = np.concatenate([x, np.broadcast_to(grid, (2, *grid.shape))], axis=1)
+        for data_format in (None, first):
+            y = AddCoords(data_format=data_format)(paddle.to_tensor(x))
+            assert np.array_equal(y.numpy(), wanted)
+        y = AddCoords(data_format=final)(paddle.to_tensor(np.moveaxis(x, 1, -1)))
+        assert np.array_equal(y.numpy(), np.moveaxis(wanted, 1, -1))
+
+    def test_keeps_dtype_and_order(self):
+        for dtype in ("float64", "bfloat16"):
+            y = AddCoords("yx")(paddle.zeros([1, 1, 2, 3], dtype=dtype))
+            assert y.dtype == getattr(paddle, dtype)
+            assert y.astype("float32")[0, 1:, 0].tolist() == [[-1, -1, -1], [-1, 0, 1]]
+
+    def test_repr(self):
+        assert repr(AddCoords("x")) == "AddCoords(coords=Coordinates('x'), data_format=None)"
+
+    def test_bad_input(self):
+        with pytest.raises(TypeError, match="floating-point"):
+            AddCoords()(paddle.zeros([1, 1, 3], dtype="int32"))
+        with pytest.raises(ValueError, match="1, 2 or 3 axes"):
+            AddCoords()(paddle.zeros([1, 1]))
+        with pytest.raises(ValueError, match="'y', which a 1-D grid"):
+            AddCoords("xy")(paddle.zeros([1, 1, 3]))
+        with pytest.raises(ValueError, match=r"must have shape \(N, H, W, C\), got \(1, 1, 3\)"):
+            AddCoords(data_format="NHWC")(paddle.zeros([1, 1, 3]))
+        with pytest.raises(ValueError, match="data_format must be one of .* got 'NWC'"):
+            AddCoords(data_format="NWC")
+
+
+class TestNetworks:
+    @pytest.mark.parametrize(
+        ("name", "count"),
+        [
+            ("plain_cnn", 158913),
+            ("coord_cnn", 160065),
+            ("coord_classifier", None),
+            ("deconv_classifier", None),
+        ],
+    )
+    def test_parameter_count_is_the_modules_own(self, name, count):
+        module = networks.build(name, "paddle")
+        counted = paddle.summary(module, (1, *networks.get(name).input_shape))["total_params"]
+        assert counted == networks.summary(name).parameters
+        assert count in (None, counted)
+
+    @pytest.mark.parametrize("name", networks.NETWORKS)
+    def test_output_and_gradients(self, name):
+        network = networks.get(name)
+        weights = networks.initial_weights(network, 4)
+        x = normal(2, *network.input_shape)
+        dy = normal(2, *list(network.shapes())[-1][2], seed=1)
+        module = networks.build(network, "paddle")
+        y, gradients = backend.evaluate(module, weights, x, dy)
+        assert gradients.keys() == {"x", *weights}
+        for part, result in expected(network, weights, x, dy).items():
+            assert result.error(y if part == "y" else gradients[part]) <= 1, part
+        alone, none = backend.evaluate(module, weights, x)
+        assert np.array_equal(alone, y)
+        assert none == {}
+
+    @pytest.mark.parametrize(
+        ("kernel", "options"),
+        [
+            ((3, 2), {"padding": ((1, 2), (0, 3)), "stride": (1, 2)}),
+            ((3, 3), {"padding": "same", "stride": 2}),
+            ((3, 2), {"padding": 2, "padding_mode": "circular", "dilation": (2, 1)}),
+            ((4,), {"padding": ((1, 0),), "stride": 2, "transposed": True, "output_padding": 1}),
+            ((3, 2), {"stride": (2, 3), "transposed": True, "output_padding": (1, 2), "groups": 2}),
+            ((2, 3, 2), {"padding": 1, "groups": 2}),
+        ],
+    )
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_convolutions_of_a_spec(self, kernel, options, bias):
+        geometry = ConvGeometry(kernel, **options)
+        coords = Coordinates("yxr") if geometry.rank == 2 and not geometry.transposed else None
+        conv = Conv("conv", 4, 6, geometry, coords, bias)
+        network = Network("one", (4, *(5, 7, 4)[: geometry.rank]), (conv,))
+        x, weights = normal(2, *network.input_shape), networks.initial_weights(network)
+        assert ("conv.bias" in weights) == bias
+        dy = normal(2, *conv.output_shape(network.input_shape), seed=1)
+        y, gradients = backend.evaluate(backend.build(network, weights), weights, x, dy)
+        for part, result in expected(network, weights, x, dy).items():
+            assert result.error(y if part == "y" else gradients[part]) <= 1, part
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"input_dilation": 2}, "no input_dilation"),
+            ({"padding": "same", "dilation": 2}, "no dilation with padding='SAME'"),
+            ({"padding": "same", "padding_mode": "reflect"}, "'reflect' with padding='SAME'"),
+            ({"padding": (1, 2), "padding_mode": "circular"}, "'circular' with unequal padding"),
+            ({"padding": ((0, -1), (0, 0))}, r"no negative padding \(0, -1, 0, 0\)"),
+            ({"transposed": True, "output_padding": 1}, r"no output_padding \(1, 1\) of a stride"),
+        ],
+    )
+    def test_what_paddle_lacks(self, options, reason):
+        conv = Conv("conv", 1, 1, ConvGeometry((3, 3), **options))
+        with pytest.raises(NotImplementedError, match=f"paddle convolutions have .*{reason}"):
+            backend.Network(Network("one", (1, 5, 5), (conv,)))
+
+    def test_weights_travel_in_the_canonical_layout(self, tmp_path):
+        module = networks.build("coord_cnn", "paddle", seed=1)
+        exported = module.export_weights()
+        assert {n: a.shape for n, a in exported.items()} == module.network.weight_shapes()
+        assert exported.coordinates == {"conv4": Coordinates("xy")}
+        initial = networks.initial_weights("coord_cnn", 1)
+        assert all(np.array_equal(exported[name], initial[name]) for name in initial)
+        assert np.array_equal(module.linear1.weight.numpy(), initial["linear1.weight"].T)
+        save_weights(tmp_path / "net.safetensors", exported)
+        other = networks.build("coord_cnn", "paddle", seed=2)
+        other.import_weights(load_weights(tmp_path / "net.safetensors"))
+        x = paddle.to_tensor(normal(1, 3, 32, 32))
+        assert paddle.equal_all(other(x), module(x))
+        with pytest.raises(ValueError, match=r"wrong shape: linear1.weight is \(1024, 64\)"):
+            other.import_weights({**exported, "linear1.weight": exported["linear1.weight"].T})
+
+    def test_a_step_of_training_lowers_the_loss(self):
+        initial = networks.initial_weights("coord_classifier")
+        module = networks.build("coord_classifier", "paddle", seed=9)
+        step, export = backend.trainer(module, initial)
+        labels = np.array([5, 4000])
+        x = np.broadcast_to(normal(2, 2, 1, 1), (2, 2, 64, 64)).copy()
+        losses = [step(x, labels, 0.01) for _ in range(5)]
+        y, _ = backend.evaluate(networks.build("coord_classifier", "paddle"), initial, x)
+        y = y.astype(np.float64)
+        cross_entropy = np.log(np.exp(y).sum(axis=1)) - y[[0, 1], labels]
+        assert losses[0] == pytest.approx(cross_entropy.mean(), rel=1e-6)
+        assert losses[-1] < losses[0]
+        moved = np.abs(export()["conv1.coord_weight"] - initial["conv1.coord_weight"])
+        assert 0 < moved.max() <= 5 * 0.01 * (1 + 1e-3)
+
+    def test_training_is_adam_on_the_mean_cross_entropy(self):
+        """Adam in float64, with the published defaults, on a network whose gradient is known."""
+        network = Network("one", (4,), (Linear("fc", 4, 3),))
+        initial = networks.initial_weights(network)
+        step, export = backend.trainer(networks.build(network, "paddle"), initial)
+        x, labels, rate = normal(5, 4), np.array([0, 1, 2, 0, 1]), 0.125
+        w = {name.removeprefix("fc."): array.astype(np.float64) for name, array in initial.items()}
+        m, v = ({name: np.zeros(array.shape) for name, array in w.items()} for _ in range(2))
+        for t in range(1, 4):
+            p = np.exp(x @ w["weight"].T + w["bias"])
+            p /= p.sum(axis=1, keepdims=True)
+            loss = -np.log(p[range(5), labels]).mean()
+            assert step(x, labels, rate) == pytest.approx(loss, rel=1e-5)
+            dy = (p - np.eye(3)[labels]) / 5
+            for name, g in {"weight": dy.T @ x, "bias": dy.sum(axis=0)}.items():
+                m[name] = 0.9 * m[name] + 0.1 * g
+                v[name] = 0.999 * v[name] + 0.001 * g**2
+                rms = np.sqrt(v[name] / (1 - 0.999**t)) + 1e-8
+                w[name] -= rate * m[name] / (1 - 0.9**t) / rms
+        for name, array in export().items():
+            np.testing.assert_allclose(array, w[name.removeprefix("fc.")], atol=1e-5)

@@ -1,0 +1,161 @@
+"""The parity check: every backend passes it, and a wrong one does not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from coordconv import backends
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+from coordconv.networks import Conv, Network, get
+from coordconv.parity import Case, check, generate
+from coordconv.parity.comparison import Expected, expected
+
+
+def test_every_case_is_within_its_bound_and_exact_ones_to_the_last_bit(backend):
+    report = check(generate(60, seed=2), [backend])
+    (tally,) = report.tallies
+    assert report.ok, "\n".join(tally.failures)
+    assert tally.networks == 3
+    assert tally.layers + sum(tally.excluded.values()) == 60
+    assert tally.layers >= 35
+    assert tally.bitwise == tally.exact >= 15
+    assert 0 < tally.forward_error <= 1
+    assert 0 < tally.gradient_error <= 1
+
+
+class Spoilt:
+    """A backend with one array of every evaluation spoilt."""
+
+    def __init__(self, module, name, spoil):
+        self.build, self._evaluate = module.build, module.evaluate
+        self._name, self._spoil = name, spoil
+
+    def evaluate(self, *args):
+        y, gradients = self._evaluate(*args)
+        arrays = {"y": np.array(y), **{k: np.array(v) for k, v in gradients.items()}}
+        if self._name in arrays:
+            arrays[self._name] = self._spoil(arrays[self._name])
+        return arrays.pop("y"), arrays
+
+
+@pytest.mark.parametrize("name", ["y", "x", "conv.weight", "conv.coord_weight", "conv.bias"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda a: a * (1 + 2.0**-10),
+        lambda a: a[::-1].copy(),
+        lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, np.nan, a),
+        lambda a: a[..., None],
+    ],
+    ids=["scaled", "reversed", "nan", "shape"],
+)
+def test_a_wrong_array_fails(monkeypatch, backend, name, spoil):
+    spoilt = Spoilt(backends.load(backend), name, spoil)
+    monkeypatch.setattr(backends, "load", lambda _: spoilt)
+    report = check(generate(6, seed=4), ["spoilt"])
+    assert not report.ok
+    (tally,) = report.tallies
+    assert all(failure.startswith(name) for failure in tally.failures)
+
+
+def test_one_unit_in_the_last_place_fails_an_exact_case(monkeypatch, backend):
+    spoilt = Spoilt(backends.load(backend), "y", lambda a: np.nextafter(a, np.float32(np.inf)))
+    monkeypatch.setattr(backends, "load", lambda _: spoilt)
+    exact = [case for case in generate(12, seed=4) if case.exact]
+    (tally,) = check(exact, ["spoilt"]).tallies
+    assert len(tally.failures) == tally.exact > 0
+    assert tally.bitwise == 0
+
+
+def test_a_failure_is_one_line_that_makes_the_case_again(monkeypatch, backend):
+    spoilt = Spoilt(backends.load(backend), "y", lambda a: a + 1)
+    monkeypatch.setattr(backends, "load", lambda _: spoilt)
+    layer = Conv("conv", 2, 3, ConvGeometry((3, 3), padding=1), Coordinates("yx"))
+    case = Case(Network("layer", (2, 5, 9), (layer,)), batch=2, seed=1, exact=True)
+    (tally,) = check([case], ["spoilt"]).tallies
+    (line,) = tally.failures
+    assert "\n" not in line
+    names = {
+        "Case": Case,
+        "Network": Network,
+        "Conv": Conv,
+        "ConvGeometry": ConvGeometry,
+        "Coordinates": Coordinates,
+    }
+    assert eval(line.partition(" in ")[2], names) == case
+
+
+def test_an_option_that_a_framework_lacks_is_counted_under_its_reason(monkeypatch):
+    class Lacking:
+        @staticmethod
+        def build(network, weights):
+            raise NotImplementedError("no such padding")
+
+    monkeypatch.setattr(backends, "load", lambda _: Lacking)
+    report = check(generate(3), ["lacking"])
+    assert report.ok
+    assert report.tallies[0].excluded == {"no such padding": 6}
+
+
+def test_report_as_json(backend):
+    report = check(generate(2), [backend])
+    read = json.loads(report.to_json())
+    assert read["ok"] is True
+    assert read["backends"][0]["backend"] == backend
+    assert read["backends"][0]["networks"] == 3
+
+
+def test_cases_come_from_the_seed_alone():
+    assert generate(20, seed=5) == generate(20, seed=5)
+    assert generate(20, seed=5) != generate(20, seed=6)
+    first, second = (generate(1, seed=5)[0].draw() for _ in range(2))
+    assert np.array_equal(first[1], second[1])
+
+
+def test_generated_cases_cover_the_options():
+    geometries = [case.network.layers[0].geometry for case in generate(300) if case.is_layer]
+    assert {g.padding_mode for g in geometries} == {"zeros", "reflect", "replicate", "circular"}
+    for attribute in ("stride", "dilation", "input_dilation", "groups", "padding"):
+        assert len({getattr(g, attribute) for g in geometries}) > 2
+    layers = [case.network.layers[0] for case in generate(300) if case.is_layer]
+    assert {"xy", "yx", "r"} <= {layer.coords.channels for layer in layers}
+    assert {layer.coords.outside for layer in layers} == {"zero", "extend"}
+
+
+class TestExpected:
+    def test_an_element_whose_bound_is_zero_must_be_exact(self):
+        wanted = Expected(np.zeros(2), np.array([0.0, 1.0]))
+        assert wanted.error(np.array([0.0, 0.5])) == 0.5
+        assert wanted.error(np.array([1e-30, 0.0])) == np.inf
+
+    def test_exact_data_leaves_no_error_in_float64_either(self):
+        case = next(case for case in generate(10, seed=1) if case.exact)
+        wanted = expected(case.network, *case.draw())
+        for value in wanted.values():
+            assert np.array_equal(value.value, value.value.astype(np.float32))
+
+    @pytest.mark.parametrize("name", ["coord_cnn", "coord_classifier", "deconv_classifier"])
+    def test_gradients_of_a_network_are_its_finite_differences(self, name):
+        """Along a random direction, central differences in float64."""
+        network = get(name)
+        case = Case(network, 1, 7)
+        weights, x, dy = case.draw()
+        wanted = expected(network, weights, x, dy)
+        rng = np.random.default_rng(0)
+        for target in ("x", "conv1.weight", "conv1.coord_weight", "deconv2.weight", "linear1.bias"):
+            if target not in wanted:
+                continue
+            direction = rng.standard_normal(wanted[target].value.shape)
+            step = 1e-7
+
+            def loss(sign, target=target, direction=direction, step=step):
+                moved = {**weights, "x": x}
+                moved[target] = moved[target].astype(np.float64) + sign * step * direction
+                moved_x = moved.pop("x")
+                return (expected(network, moved, moved_x, dy)["y"].value * dy).sum()
+
+            slope = (loss(1) - loss(-1)) / (2 * step)
+            found = (wanted[target].value * direction).sum()
+            assert slope == pytest.approx(found, rel=1e-4)

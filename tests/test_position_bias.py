@@ -1,0 +1,277 @@
+"""The position bias, contracted by NumPy, against the definition: concatenate, then convolve."""
+
+import threading
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+from coordconv.grid import coordinate_grid
+from coordconv.position_bias import Share, position_bias, shares
+from coordconv.reference import Reference
+from definition import Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
+
+
+def convolve(share: Share, padded: Any, kernel: Any) -> Any:
+    """What a backend's convolution does with a channel that is not separable, tap by tap."""
+    rank = len(share.stride)
+    if share.flip:
+        kernel = np.flip(kernel, tuple(range(-rank, 0)))
+    lengths = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(
+            padded.shape[1:], kernel.shape[2:], share.stride, share.dilation, strict=True
+        )
+    ]
+    total = np.zeros((len(kernel), *lengths), kernel.dtype)
+    for tap in product(*map(range, kernel.shape[2:])):
+        window = tuple(
+            slice(k * d, k * d + (m - 1) * s + 1, s)
+            for k, d, m, s in zip(tap, share.dilation, lengths, share.stride, strict=True)
+        )
+        read = padded[(slice(None), *window)]
+        total += np.einsum("oc,c...->o...", kernel[(..., *tap)], read)
+    return total
+
+
+def bias_of(case: Case, dtype: Any = np.float64, **options: Any) -> Any:
+    assert case.coords
+    arrays = shares(case.geometry, case.coords, case.shape, dtype)
+    kernel = case.weights["coord_weight"].astype(dtype)
+    return position_bias(kernel, arrays, einsum=np.einsum, convolve=convolve, **options)
+
+
+def real(case: Case, seed: int) -> Case:
+    """The case with real numbers for its integers."""
+    rng = np.random.default_rng(seed)
+    case.x = rng.normal(size=case.x.shape)
+    case.weights = {name: rng.normal(size=a.shape) for name, a in case.weights.items()}
+    return case
+
+
+def by_definition(case: Case) -> tuple[Any, Any]:
+    """The position bias as what the coordinates add, and the sum of its terms' absolute values."""
+    weight = np.zeros_like(case.weights["weight"])
+    features = np.zeros((1, case.channels, *case.shape))
+    reference = Reference(case.geometry, case.coords)
+    kernel = case.weights["coord_weight"]
+    return tuple(
+        reference.forward(features, weight, kernel, magnitudes=magnitudes)[0]
+        for magnitudes in (False, True)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_adds_to_a_convolution_what_the_coordinates_would(case: Case, seed: int) -> None:
+    """CoordConv(x) - Conv(x) = P, within the rounding of the three."""
+    case = real(case, seed)
+    weight, bias = case.weights["weight"], case.weights.get("bias")
+    kernel = case.weights["coord_weight"]
+    whole, plain = Reference(case.geometry, case.coords), Reference(case.geometry)
+    difference = whole.forward(case.x, weight, kernel, bias) - plain.forward(
+        case.x, weight, bias=bias
+    )
+    sizes = [
+        whole.forward(case.x, weight, kernel, bias, magnitudes=True),
+        plain.forward(case.x, weight, bias=bias, magnitudes=True),
+        by_definition(case)[1],
+    ]
+    # each sum has at most `count` terms, and a term of P one more factor per axis
+    bound = gamma(case.count + len(case.shape) + 1) * sum(sizes)
+    assert np.all(np.abs(bias_of(case) - difference) <= bound)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_float32_is_as_close_as_float32_can_be(case: Case, seed: int) -> None:
+    """Each factor of a term rounds once, each term once per product, and the sum once per term."""
+    case = real(case, seed)
+    case.weights["coord_weight"] = case.weights["coord_weight"].astype(np.float32)
+    expected, size = by_definition(case)
+    computed = bias_of(case, np.float32)
+    assert computed.dtype == np.float32
+    count = case.count + 2 * len(case.shape) + 1
+    assert np.all(np.abs(computed - expected) <= gamma(count, 2.0**-24) * size)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_channels_last_is_the_same_map(case: Case) -> None:
+    last = np.moveaxis(bias_of(case, channels_last=True), -1, 0)
+    bound = 2 * gamma(case.count + len(case.shape)) * by_definition(case)[1]
+    assert np.all(np.abs(last - bias_of(case)) <= bound)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
+    """A table of each axis, against the ramp read place by place."""
+    rank = data.draw(st.integers(1, 3))
+    shape = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
+    geometry = data.draw(geometries(shape))
+    token = data.draw(st.sampled_from("xyz"[:rank]))
+    coords = Coordinates(token, outside="extend")
+    (share,) = shares(geometry, coords, shape, np.float64)
+    for axis, outputs in enumerate(reads(geometry, shape)):
+        expected = np.zeros((1, len(outputs), geometry.kernel[axis]))
+        for t, taps in enumerate(outputs):
+            for k, i in taps.items():
+                place = tuple(i if a == axis else 0 for a in range(rank))
+                along = rank - 1 - "xyz".index(token) == axis
+                expected[0, t, k] = coordinate(coords, token, place, shape) if along else 1
+        np.testing.assert_array_equal(share.tables[axis], expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_arrays_are_float64_rounded_once(data: st.DataObject) -> None:
+    """So that every backend, and every precision, stands on the same numbers."""
+    rank = data.draw(st.integers(1, 3))
+    shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
+    geometry, coords = data.draw(geometries(shape)), data.draw(coordinates_of_rank[rank])
+    wide = shares(geometry, coords, shape, np.float64)
+    narrow = shares(geometry, coords, shape, np.float32)
+    for one, other in zip(wide, narrow, strict=True):
+        assert (one.start, one.stop) == (other.start, other.stop)
+        for a, b in zip(arrays_of(one), arrays_of(other), strict=True):
+            assert b.dtype == np.float32
+            np.testing.assert_array_equal(a.astype(np.float32), b)
+
+
+def arrays_of(share: Share) -> tuple[Any, ...]:
+    return share.tables or (share.padded,)
+
+
+@pytest.mark.parametrize(
+    ("channels", "runs"),
+    [
+        ("x", [(0, 1)]),
+        ("xy", [(0, 2)]),
+        ("r", [(0, 1)]),
+        ("xyr", [(0, 2), (2, 3)]),
+        ("ryx", [(0, 1), (1, 3)]),
+        ("xry", [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_channels_keep_their_order(channels: str, runs: list[tuple[int, int]]) -> None:
+    """The radius may stand anywhere; its neighbours' kernels must not move."""
+    geometry = ConvGeometry((2, 3), padding=1)
+    arrays = shares(geometry, Coordinates(channels), (4, 5), np.float64)
+    assert [(share.start, share.stop) for share in arrays] == runs
+    kernel = np.random.default_rng(0).normal(size=(3, len(channels), 2, 3))
+    computed = position_bias(kernel, arrays, einsum=np.einsum, convolve=convolve)
+    apart = [
+        position_bias(
+            kernel[:, [i]],
+            shares(geometry, Coordinates(token), (4, 5), np.float64),
+            einsum=np.einsum,
+            convolve=convolve,
+        )
+        for i, token in enumerate(channels)
+    ]
+    # products of at most 18 terms, summed in another order
+    size = sum(map(np.abs, apart)) + np.abs(kernel).sum(axis=(1, 2, 3)).reshape(-1, 1, 1) * 2
+    assert np.all(np.abs(computed - sum(apart)) <= gamma(18 + 4) * 2 * size)
+
+
+@example(n=2, k=1)
+@example(n=1, k=3)
+@given(n=st.integers(1, 40), k=st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_one_tap_reads_the_grid(n: int, k: int) -> None:
+    """The middle tap of a same convolution sees the grid itself."""
+    (share,) = shares(ConvGeometry((k,), padding="same"), Coordinates("x"), (n,), np.float32)
+    np.testing.assert_array_equal(share.tables[0][0, :, (k - 1) // 2], coordinate_grid((n,))[0])
+
+
+def test_arrays_are_read_only_and_shared() -> None:
+    geometry, coords = ConvGeometry((3, 3), padding=1), Coordinates("xr")
+    first = shares(geometry, coords, (5, 5), np.float32)
+    for share in first:
+        for array in arrays_of(share):
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 0
+    assert shares(ConvGeometry((3, 3), padding=1), Coordinates("xr"), (5, 5), np.float32) is first
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (ConvGeometry((3, 3), padding=2), Coordinates("xy"), (5, 5), np.float32),
+        (
+            ConvGeometry((3, 3), padding=1, padding_mode="reflect"),
+            Coordinates("xy"),
+            (5, 5),
+            np.float32,
+        ),
+        (ConvGeometry((3, 3), padding=1, stride=2), Coordinates("xy"), (5, 5), np.float32),
+        (ConvGeometry((3, 3), padding=1), Coordinates("yx"), (5, 5), np.float32),
+        (ConvGeometry((3, 3), padding=1), Coordinates("xy", span=(0, 1)), (5, 5), np.float32),
+        (ConvGeometry((3, 3), padding=1), Coordinates("xy", align="edges"), (5, 5), np.float32),
+        (ConvGeometry((3, 3), padding=1), Coordinates("xy", outside="extend"), (5, 5), np.float32),
+        (ConvGeometry((3, 3), padding=1), Coordinates("xy"), (5, 6), np.float32),
+        (ConvGeometry((3, 3), padding=1), Coordinates("xy"), (5, 5), np.float64),
+    ],
+)
+def test_the_cache_is_keyed_by_everything_that_matters(other: tuple[Any, ...]) -> None:
+    base = shares(ConvGeometry((3, 3), padding=1), Coordinates("xy"), (5, 5), np.float32)
+    (one,), (two,) = base, shares(*other)
+    same = [
+        a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
+        for a, b in zip(one.tables, two.tables, strict=True)
+    ]
+    assert not all(same)
+
+
+def test_the_cache_is_bounded() -> None:
+    geometry = ConvGeometry((3,))
+    for n in range(3, 300):
+        shares(geometry, Coordinates("x"), (n,), np.float32)
+    info = shares.cache_info()
+    assert info.maxsize is not None
+    assert info.currsize <= info.maxsize < 297
+
+
+def test_threads_share_the_cache() -> None:
+    geometry, coords = ConvGeometry((3, 3), padding=1), Coordinates("xyr")
+    shares.cache_clear()
+    expected = {n: shares(geometry, coords, (n, n + 1), np.float64) for n in range(1, 90)}
+    shares.cache_clear()
+    problems: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for n in np.random.default_rng(seed).permutation(list(expected)).tolist():
+                found = shares(geometry, coords, (n, n + 1), np.float64)
+                for a, b in zip(found, expected[n], strict=True):
+                    for one, other in zip(arrays_of(a), arrays_of(b), strict=True):
+                        np.testing.assert_array_equal(one, other)
+        except BaseException as problem:  # noqa: BLE001  # told to the main thread
+            problems.append(problem)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
+@pytest.mark.parametrize(
+    ("geometry", "coords", "shape", "message"),
+    [
+        (ConvGeometry((3, 3)), "xyz", (5, 5), "axis 'z', which a 2-D grid does not have"),
+        (ConvGeometry((3, 3)), "xy", (5,), "2 spatial axes"),
+        (ConvGeometry((3, 3)), "xy", (0, 5), "no empty axis"),
+        (ConvGeometry((3, 3)), "xy", (2, 5), "output would be empty"),
+    ],
+)
+def test_errors(geometry: ConvGeometry, coords: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shares(geometry, Coordinates(coords), shape, np.float32)
