@@ -68,7 +68,10 @@ class ConvGeometry:
         ):
             object.__setattr__(self, name, _per_axis(name, getattr(self, name), rank, least=least))
         if self.padding != "same":
-            object.__setattr__(self, "padding", _pairs(self.padding, rank))
+            pairs = _pairs(self.padding, rank)
+            object.__setattr__(self, "padding", pairs)
+            if self.padding_mode != "zeros" and min(map(min, pairs)) < 0:
+                raise ValueError(f"{self.padding_mode} padding must not be negative, got {pairs}")
         if self.groups < 1:
             raise ValueError(f"groups must be positive, got {self.groups}")
         if self.padding_mode not in PADDING_MODES:

@@ -85,7 +85,7 @@ class Reference:
             dz[window] += term.reshape(*term.shape[:3], *dy.shape[3:])
         for axis, m in enumerate(maps):
             dz = _along(dz, m.T, 3 + axis)
-        return dz.reshape(len(dy), -1, *shape)
+        return dz.reshape(len(dy), dz.shape[1] * dz.shape[2], *shape)
 
     def weight_gradients(
         self, x: Array, dy: Array, *, magnitudes: bool = False
@@ -154,7 +154,8 @@ class Reference:
 
     def _by_group(self, dy: Array) -> Array:
         dy = np.asarray(dy, np.float64)
-        return dy.reshape(len(dy), self.geometry.groups, -1, *dy.shape[2:])
+        groups = self.geometry.groups
+        return dy.reshape(len(dy), groups, dy.shape[1] // groups, *dy.shape[2:])
 
     def _windows(
         self, out_shape: tuple[int, ...]
@@ -216,7 +217,7 @@ class Reference:
 
 def _flat(array: Array) -> Array:
     """``(N, groups, channels, *S)`` with the spatial axes flattened into one."""
-    return array.reshape(*array.shape[:3], -1)
+    return array.reshape(*array.shape[:3], int(np.prod(array.shape[3:])))
 
 
 def _pad(m: Array, before: int, after: int, mode: str) -> Array:

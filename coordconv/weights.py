@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
 
 FORMAT_VERSION = 1
+_HEADER = "__metadata__"
+_DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 _OWN_METADATA = ("format_version", "coordinates")
 
 
@@ -64,7 +67,7 @@ def save_weights(
 
     Raises:
         TypeError: a name or a metadata entry that is not text, or an array that is not numeric.
-        ValueError: metadata under a name that the format uses itself.
+        ValueError: metadata or an array under a name that the format uses itself.
         OSError: the file cannot be written.
 
     Example:
@@ -84,10 +87,12 @@ def save_weights(
     arrays = {}
     for name, array in weights.items():
         array = np.asarray(array)
-        if not isinstance(name, str) or array.dtype.kind not in "fiub":
+        if not isinstance(name, str) or array.dtype.str[1:] not in _DTYPES:
             raise TypeError(
                 f"weights must map names to numeric arrays, got {name!r}: {array.dtype}"
             )
+        if name == _HEADER:
+            raise ValueError(f"weights may not be named {name!r}, which the format keeps to itself")
         arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
     coordinates = getattr(weights, "coordinates", {})
     entries["format_version"] = str(FORMAT_VERSION)
@@ -96,7 +101,7 @@ def save_weights(
 
 
 def _replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -106,7 +111,8 @@ def _replace_file(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, f"cannot write weights: {error.strerror}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed, or never made
+            temporary.unlink()
 
 
 def load_weights(path: str | os.PathLike[str]) -> Weights:
@@ -133,6 +139,8 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
             arrays = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    except (AttributeError, TypeError) as error:  # how safetensors says that NumPy lacks a dtype
+        raise ValueError(f"{path} holds arrays of a dtype that NumPy lacks: {error}") from error
     version = metadata.pop("format_version", str(FORMAT_VERSION))
     if not version.isdecimal() or int(version) > FORMAT_VERSION:
         raise ValueError(

@@ -47,12 +47,12 @@ CASES = {
     ),
     "lower case": case((4, 5), (2, 2), geometry=SAME, padding="same"),
     "valid": case((6, 5), (3, 2), "yx", {"stride": (2, 1)}, padding="VALID", strides=[2, 1]),
-    "kernel 1": case((4, 6), (1, 1), "xyr"),
-    "int padding": case((5, 4), (3, 3), "xyr", {"padding": 2}, padding=2),
-    "ints padding": case((5, 4), (3, 3), "yxr", {"padding": (1, 2)}, padding=[1, 2]),
+    "kernel 1": case((4, 6), (1, 1), "yx"),
+    "int padding": case((5, 4), (3, 3), "y", {"padding": 2}, padding=2),
+    "ints padding": case((5, 4), (3, 3), "yx", {"padding": (1, 2)}, padding=[1, 2]),
     "pairs": case((5, 4), (3, 3), "rxy", {"padding": ((2, 0), (1, 3))}, padding=((2, 0), (1, 3))),
     "negative": case(
-        (6, 6), (3, 2), "xyr", {"padding": ((-1, 2), (0, -2))}, padding=[(-1, 2), (0, -2)]
+        (6, 6), (3, 2), "xy", {"padding": ((-1, 2), (0, -2))}, padding=[(-1, 2), (0, -2)]
     ),
     "negative, holes": case(
         (5, 4),
@@ -68,7 +68,7 @@ CASES = {
     "holes": case(
         (4, 3),
         (3, 3),
-        "xyr",
+        None,
         {"padding": (2, 1), "input_dilation": (2, 3), "stride": 2},
         padding=(2, 1),
         input_dilation=(2, 3),
@@ -77,7 +77,7 @@ CASES = {
     "circular": case(
         (5, 6),
         (4, 3),
-        "xyr",
+        None,
         {"padding": ((1, 2), (1, 1)), "padding_mode": "circular"},
         padding="CIRCULAR",
     ),
@@ -121,7 +121,7 @@ CASES = {
     "extend, circular": case(
         (4, 5),
         (3, 3),
-        Coordinates("xyr", outside="extend"),
+        Coordinates("xy", outside="extend"),
         {"padding": 1, "padding_mode": "circular", "stride": 2},
         padding="CIRCULAR",
         strides=2,
@@ -134,7 +134,7 @@ CASES = {
         padding=3,
         input_dilation=2,
     ),
-    "edges": case((4, 5), (3, 3), Coordinates("xyr", align="edges"), SAME),
+    "edges": case((4, 5), (3, 3), Coordinates("xy", align="edges"), SAME),
     "span": case((1, 6), (3, 3), Coordinates("yxr", span=(0, 3), r_center=0.5), SAME),
     "1-D": case((7,), 3, "xr", SAME),
     "causal": case((7,), (3,), geometry={"padding": ((2, 0),)}, padding="CAUSAL"),

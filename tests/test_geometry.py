@@ -139,9 +139,6 @@ def test_the_widest_padding_that_fits() -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular"])
-@pytest.mark.xfail(
-    reason="the definition cuts first and copies then, the tables copy from what is cut off"
-)
 def test_cutting_and_copying_at_once_means_one_thing(mode: str) -> None:
     """Refused, or the same in the definition and in the position bias."""
     for pads in ((-1, 2), (2, -1)):
