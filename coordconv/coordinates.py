@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 AXES = "zyx"  # axis tokens by distance from the last axis: AXES[-1] is the last one
@@ -176,7 +176,13 @@ class Coordinates:
             >>> Coordinates.from_dict(Coordinates("yx").to_dict())
             Coordinates('yx')
         """
-        return {**asdict(self), "span": list(self.span)}
+        return {
+            "channels": self.channels,
+            "span": list(self.span),
+            "align": self.align,
+            "outside": self.outside,
+            "r_center": self.r_center,
+        }
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> Coordinates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -156,6 +156,23 @@ class ConvGeometry:
                 f"padded by {pads}"
             )
         return tuple(lengths)
+
+    def for_output(self, shape: Sequence[int], output_shape: Sequence[int]) -> ConvGeometry:
+        """The transposed convolution that gives ``output_shape``: with another output_padding.
+
+        A plain convolution is returned as it is. Frameworks let a call choose among the output
+        shapes that a stride leaves open.
+
+        Example:
+            >>> g = ConvGeometry((3,), stride=2, transposed=True)
+            >>> g.for_output((4,), (10,)).output_padding
+            (1,)
+        """
+        if not self.transposed:
+            return self
+        least = replace(self, output_padding=0).output_shape(shape)
+        extra = tuple(m - n for m, n in zip(output_shape, least, strict=True))
+        return replace(self, output_padding=extra)
 
     def tap_positions(
         self, shape: Sequence[int]

@@ -7,7 +7,7 @@ one parameter more: ``coord_weight`` of shape ``(out_channels, n, *kernel_size)`
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -23,8 +23,15 @@ from coordconv.grid import Array, coordinate_grid
 from coordconv.position_bias import Share, position_bias, shares
 from coordconv.weights import Weights, checked
 
+_PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
-_geometry = lru_cache(maxsize=256)(ConvGeometry)
 
 
 class _CoordConv(nn.modules.conv._ConvNd):
@@ -65,13 +72,13 @@ class _CoordConv(nn.modules.conv._ConvNd):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as ``coord_init`` says."""
-        if "coord_weight" not in self._parameters:
-            return  # the base constructor calls this before there is a coordinate kernel
+        if "coord_weight" not in self._parameters or not self.in_channels:
+            return  # called by the base constructor, or of a lazy layer: too early to draw
         if self.coord_init == "zeros":
             super().reset_parameters()
             nn.init.zeros_(self.coord_weight)
             return
-        plain = next(base for base in type(self).__mro__ if base.__module__ == nn.Conv2d.__module__)
+        plain: Any = next(base for base in type(self).__mro__ if base in _PLAIN)
         drawn = plain(
             self.in_channels + self.groups * len(self.coords),
             self.out_channels,
@@ -81,12 +88,21 @@ class _CoordConv(nn.modules.conv._ConvNd):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        features = self.in_channels // self.groups
         with torch.no_grad():
-            self.weight.copy_(drawn.weight[:, :features])
-            self.coord_weight.copy_(drawn.weight[:, features:])
+            weight, coord_weight = self._split(drawn.weight)
+            self.weight.copy_(weight)
+            self.coord_weight.copy_(coord_weight)
             if self.bias is not None:
                 self.bias.copy_(drawn.bias)
+
+    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+        """The two kernels in one over the features and the coordinates of each group."""
+        features = self.in_channels // self.groups
+        if not self.transposed:
+            return fused[:, :features], fused[:, features:]
+        groups = fused.unflatten(0, (self.groups, -1))
+        coordinates = groups[:, features:].transpose(1, 2)
+        return groups[:, :features].flatten(0, 1), coordinates.flatten(0, 1)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution of ``input (N, C, *S)``, or ``(C, *S)``, and of the coordinates."""
@@ -100,30 +116,18 @@ class _CoordConv(nn.modules.conv._ConvNd):
             batched=0,
         )
         output = super().forward(input, *args, **kwargs)
-        return output + self._position_bias(shape, output)
-
-    def _position_bias(self, shape: tuple[int, ...], output: Tensor) -> Tensor:
-        geometry = _geometry(
+        options = (
             self.kernel_size,
-            stride=self.stride,
-            padding=0 if self.padding == "valid" else self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            self.stride,
+            0 if self.padding == "valid" else self.padding,
+            self.dilation,
+            self.groups,
+            self.transposed,
+            self.padding_mode,
         )
-        kernel: Tensor = self.coord_weight
-        if kernel.dtype in (torch.float16, torch.bfloat16):
-            kernel = kernel.float()
-        exact = np.float64 if kernel.dtype in (torch.float64, torch.complex128) else np.float32
-        with _no_autocast(output.device.type):
-            bias = position_bias(
-                kernel,
-                shares(geometry, self.coords, shape, exact),
-                einsum=torch.einsum,
-                convolve=_convolve,
-                asarray=lambda a: torch.tensor(a, dtype=kernel.dtype, device=kernel.device),
-            )
-        return bias.to(output.dtype)
+        coords = self.coords.to_dict()
+        shapes = shape, output.shape[-self.rank :]
+        return output + _position_bias(self.coord_weight, options, coords, shapes, output.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, coords={self.coords!r}"
@@ -151,6 +155,57 @@ def _check_dtype(input: Tensor) -> None:
         raise TypeError(f"input must be floating-point, got {input.dtype}")
 
 
+# A compiler takes the graph of this from running it, so that the arrays become constants of the
+# graph; NumPy and the caches, which it could not read, stay out of its sight.
+@torch._dynamo.nonstrict_trace
+def _position_bias(
+    coord_weight: Tensor,
+    options: tuple[Any, ...],
+    coords: dict[str, Any],
+    shapes: tuple[Sequence[int], Sequence[int]],
+    dtype: torch.dtype,
+) -> Tensor:
+    """What the coordinates add, for the spatial shapes of an input and its output.
+
+    It takes what a compiler can take: the options as plain data. In float32 at least, also under
+    autocast, and rounded to ``dtype`` once.
+    """
+    kernel = coord_weight
+    if kernel.dtype in (torch.float16, torch.bfloat16):
+        kernel = kernel.float()
+    exact = np.float64 if kernel.dtype in (torch.float64, torch.complex128) else np.float32
+    shape, output_shape = (tuple(map(int, s)) for s in shapes)  # compiled anew for each
+    with _no_autocast(kernel.device.type):
+        bias = position_bias(
+            kernel,
+            shares(
+                _geometry(*options).for_output(shape, output_shape),
+                Coordinates.from_dict(coords),
+                shape,
+                exact,
+            ),
+            einsum=torch.einsum,
+            convolve=_convolve,
+            asarray=lambda a: torch.tensor(a, dtype=kernel.dtype, device=kernel.device),
+        )
+    return bias.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _geometry(
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: Any,
+    dilation: tuple[int, ...],
+    groups: int,
+    transposed: bool,
+    padding_mode: str,
+) -> ConvGeometry:
+    return ConvGeometry(
+        kernel, stride, padding, dilation, groups, transposed, padding_mode=padding_mode
+    )
+
+
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device):  # not on every kind, "meta" for one
         return torch.autocast(device, enabled=False)
@@ -162,6 +217,29 @@ def _convolve(share: Share, padded: Tensor, kernel: Tensor) -> Tensor:
     if share.flip:
         kernel = kernel.flip(tuple(range(-rank, 0)))
     return _CONVOLVE[rank](padded[None], kernel, None, share.stride, 0, share.dilation)[0]
+
+
+class CoordConv1d(_CoordConv, nn.Conv1d):
+    """``torch.nn.Conv1d`` that sees its coordinates.
+
+    Takes every argument of ``torch.nn.Conv1d``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, L)`` or ``(C, L)``; output as ``torch.nn.Conv1d``.
+
+    Example:
+        >>> layer = CoordConv1d(3, 8, 3, padding=1, coords="xr")
+        >>> layer(torch.zeros(2, 3, 16)).shape
+        torch.Size([2, 8, 16])
+        >>> layer.coord_weight.shape
+        torch.Size([8, 2, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 1
 
 
 class CoordConv2d(_CoordConv, nn.Conv2d):
@@ -185,6 +263,153 @@ class CoordConv2d(_CoordConv, nn.Conv2d):
     """
 
     rank = 2
+
+
+class CoordConv3d(_CoordConv, nn.Conv3d):
+    """``torch.nn.Conv3d`` that sees its coordinates.
+
+    Takes every argument of ``torch.nn.Conv3d``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, D, H, W)`` or ``(C, D, H, W)``; output as ``torch.nn.Conv3d``.
+
+    Example:
+        >>> layer = CoordConv3d(3, 8, 3, padding=1, coords="xyzr")
+        >>> layer(torch.zeros(2, 3, 4, 8, 8)).shape
+        torch.Size([2, 8, 4, 8, 8])
+        >>> layer.coord_weight.shape
+        torch.Size([8, 4, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 3
+
+
+class CoordConvTranspose1d(_CoordConv, nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``torch.nn.ConvTranspose1d``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, L)`` or ``(C, L)``; output as ``torch.nn.ConvTranspose1d``.
+
+    Example:
+        >>> layer = CoordConvTranspose1d(3, 8, 3, coords="xr")
+        >>> layer(torch.zeros(2, 3, 16)).shape
+        torch.Size([2, 8, 18])
+        >>> layer.coord_weight.shape
+        torch.Size([8, 2, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 1
+
+
+class CoordConvTranspose2d(_CoordConv, nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``torch.nn.ConvTranspose2d``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, H, W)`` or ``(C, H, W)``; output as ``torch.nn.ConvTranspose2d``.
+
+    Example:
+        >>> layer = CoordConvTranspose2d(3, 8, 3, coords="xyr")
+        >>> layer(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 18, 18])
+        >>> layer.coord_weight.shape
+        torch.Size([8, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 2
+
+
+class CoordConvTranspose3d(_CoordConv, nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``torch.nn.ConvTranspose3d``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, D, H, W)`` or ``(C, D, H, W)``; output as ``torch.nn.ConvTranspose3d``.
+
+    Example:
+        >>> layer = CoordConvTranspose3d(3, 8, 3, coords="xyzr")
+        >>> layer(torch.zeros(2, 3, 4, 8, 8)).shape
+        torch.Size([2, 8, 6, 10, 10])
+        >>> layer.coord_weight.shape
+        torch.Size([8, 4, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 3
+
+
+class _LazyCoordConv(nn.modules.conv._LazyConvXdMixin):
+    """What makes a CoordConv take its ``in_channels`` from its first input, as torch's do."""
+
+    rank: int
+
+    def __init__(
+        self, out_channels: int, kernel_size: Any, *args: Any, bias: bool = True, **kwargs: Any
+    ) -> None:
+        # Without a bias at first: like the weight, it is made when the channels are known.
+        super().__init__(0, out_channels, kernel_size, *args, bias=False, **kwargs)  # type: ignore[misc]
+        made: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.weight = nn.UninitializedParameter(**made)
+        if bias:
+            self.bias = nn.UninitializedParameter(**made)
+
+    def _get_num_spatial_dims(self) -> int:
+        return self.rank
+
+
+class LazyCoordConv1d(_LazyCoordConv, CoordConv1d):  # type: ignore[misc]
+    """:class:`CoordConv1d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConv1d
+
+
+class LazyCoordConv2d(_LazyCoordConv, CoordConv2d):  # type: ignore[misc]
+    """:class:`CoordConv2d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConv2d
+
+
+class LazyCoordConv3d(_LazyCoordConv, CoordConv3d):  # type: ignore[misc]
+    """:class:`CoordConv3d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConv3d
+
+
+class LazyCoordConvTranspose1d(_LazyCoordConv, CoordConvTranspose1d):  # type: ignore[misc]
+    """:class:`CoordConvTranspose1d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConvTranspose1d
+
+
+class LazyCoordConvTranspose2d(_LazyCoordConv, CoordConvTranspose2d):  # type: ignore[misc]
+    """:class:`CoordConvTranspose2d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConvTranspose2d
+
+
+class LazyCoordConvTranspose3d(_LazyCoordConv, CoordConvTranspose3d):  # type: ignore[misc]
+    """:class:`CoordConvTranspose3d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConvTranspose3d
 
 
 class AddCoords(nn.Module):

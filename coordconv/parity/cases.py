@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from coordconv.coordinates import Coordinates
+from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import PADDING_MODES, ConvGeometry
 from coordconv.grid import Array
-from coordconv.networks import Conv, Network, initial_weights
+from coordconv.networks import Conv, Network, get, initial_weights
 from coordconv.weights import Weights
 
 ARTICLE_NETWORKS = ("plain_cnn", "coord_cnn", "coord_classifier")
@@ -73,19 +73,17 @@ class Case:
 
 
 def generate(count: int, seed: int = 0) -> list[Case]:
-    """Draw 2-D layers, half of them exact, and after them the article's networks.
+    """Draw layers of every rank, transposed or not, half of them exact; then the networks.
 
     Args:
-        count: the number of layers.
+        count: the number of layers; the networks come on top.
         seed: what they are drawn with.
 
     Example:
-        >>> case = generate(3, seed=1)[0]
-        >>> case.exact, case.network.layers[0].geometry.rank
-        (True, 2)
+        >>> cases = generate(3, seed=1)
+        >>> [case.exact for case in cases[:3]], [case.network.name for case in cases[3:]]
+        ([True, False, True], ['plain_cnn', 'coord_cnn', 'coord_classifier'])
     """
-    from coordconv.networks import get
-
     layers = islice(_layers(random.Random(seed)), count)
     cases = [Case(network, batch, i, exact) for i, (network, batch, exact) in enumerate(layers)]
     return cases + [Case(get(name), 2, seed) for name in ARTICLE_NETWORKS]
@@ -101,19 +99,24 @@ def _layers(rng: random.Random) -> Iterator[tuple[Network, int, bool]]:
 
 def _layer(rng: random.Random, exact: bool) -> Network | None:
     """A layer on its own, or None where the options drawn do not fit the shape drawn."""
+    rank = rng.choice((1, 2, 2, 3))
     align: Any = rng.choice(("corners", "corners", "edges"))
+    tokens = axis_tokens(rank) + ("" if exact else "r")
     coords = Coordinates(
-        "".join(rng.sample("xy" if exact else "xyr", rng.choice((1, 2) if exact else (1, 2, 3)))),
+        "".join(rng.sample(tokens, rng.randint(1, len(tokens)))),
         span=rng.choice(((-1, 1), (-1, 1), (0, 1))),
         align=align,
         outside=rng.choice(("zero", "zero", "extend")),
         r_center=rng.choice((0.0, 0.5)),
     )
-    lengths = _EXACT_LENGTHS[align] if exact else tuple(range(1, 20))
-    shape = (rng.choice(lengths), rng.choice(lengths))
+    longest = {1: 33, 2: 20, 3: 9}[rank]
+    lengths = [n for n in (_EXACT_LENGTHS[align] if exact else range(1, 34)) if n <= longest]
+    shape = tuple(rng.choice(lengths) for _ in range(rank))
+    transposed = rng.random() < 0.4
     groups = rng.choice((1, 1, 2, 4))
     channels = groups * rng.randint(1, 3), groups * rng.randint(1, 3)
-    geometry = ConvGeometry(groups=groups, **_options(rng))
+    options = _transposed_options(rng, rank) if transposed else _options(rng, rank)
+    geometry = ConvGeometry(groups=groups, transposed=transposed, **options)
     layer = Conv("conv", *channels, geometry, coords, bias=rng.random() < 0.7)
     if geometry.padding_mode == "circular" and max(map(max, geometry.pads(shape))) > min(shape):
         return None  # torch wraps once and no more
@@ -124,27 +127,45 @@ def _layer(rng: random.Random, exact: bool) -> Network | None:
     return Network("layer", (channels[0], *shape), (layer,))
 
 
-def _options(rng: random.Random) -> dict[str, Any]:
-    def pair(high: int) -> tuple[int, int]:
-        return rng.randint(1, high), rng.randint(1, high)
+def _options(rng: random.Random, rank: int) -> dict[str, Any]:
+    def each(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.randint(least, most) for _ in range(rank))
 
-    options: dict[str, Any] = {"stride": pair(3), "dilation": pair(2), "kernel": pair(4)}
+    options: dict[str, Any] = {"stride": each(1, 3), "dilation": each(1, 2), "kernel": each(1, 4)}
     kind = rng.choice(("symmetric", "symmetric", "asymmetric", "same", "mode", "mode", "holes"))
     if kind == "symmetric":
-        options["padding"] = (rng.randint(0, 3), rng.randint(0, 3))
+        options["padding"] = each(0, 3)
     elif kind == "asymmetric":
-        options["padding"] = tuple((rng.randint(0, 3), rng.randint(0, 3)) for _ in range(2))
+        options["padding"] = tuple(zip(each(0, 3), each(0, 3), strict=True))
     elif kind == "same":
         options["padding"] = "same"
-        options["stride"] = rng.choice(((1, 1), options["stride"]))
+        options["stride"] = rng.choice((1, options["stride"]))
     elif kind == "mode":
         options["padding_mode"] = rng.choice(PADDING_MODES)
         k, d = rng.choice((1, 3, 5)), rng.randint(1, 2)
         # half of them padded as Flax pads, by half the kernel: it has no other circular padding
         half = (k - 1) // 2 * d
-        options |= {"kernel": (k, k), "dilation": (d, d)}
+        options |= {"kernel": (k,) * rank, "dilation": d}
         options["padding"] = rng.choice((half, rng.randint(0, 4)))
     else:
-        options["input_dilation"] = pair(2)
+        options["input_dilation"] = each(1, 2)
         options["padding"] = rng.randint(0, 2)
     return options
+
+
+def _transposed_options(rng: random.Random, rank: int) -> dict[str, Any]:
+    stride = tuple(rng.randint(1, 3) for _ in range(rank))
+    dilation = tuple(rng.randint(1, 2) for _ in range(rank))
+    kernel = tuple(rng.randint(1, 4) for _ in range(rank))
+    # Less than the stride, as Paddle wants it: more would only add places that no tap reaches.
+    extra = tuple(rng.randint(0, s - 1) for s in stride)
+    padding: Any = tuple(rng.randint(0, 2) for _ in range(rank))
+    if rng.random() < 0.2:
+        padding = tuple((p, rng.randint(0, 2)) for p in padding)
+    return {
+        "kernel": kernel,
+        "stride": stride,
+        "dilation": dilation,
+        "padding": padding,
+        "output_padding": rng.choice((0, extra)),
+    }
