@@ -8,12 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights  # noqa: E402
-from coordconv.backends import torch as backend  # noqa: E402
-from coordconv.backends.torch import AddCoords, CoordConv2d  # noqa: E402
-from coordconv.parity.comparison import gamma  # noqa: E402
+from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights
+from coordconv.backends import torch as backend
+from coordconv.backends.torch import AddCoords, CoordConv2d, CoordConvTranspose2d
+from coordconv.geometry import ConvGeometry
+from coordconv.networks import Conv, Network
+from coordconv.parity.comparison import expected, gamma
 
 
 def with_gradients(layer, x, dy):
@@ -275,6 +277,174 @@ class TestWeights:
         other = CoordConv2d(2, 3, 3, dtype=torch.bfloat16)
         other.import_weights(exported)
         assert torch.equal(layer.coord_weight, other.coord_weight)
+
+
+LAYERS = [f"CoordConv{transpose}{rank}d" for transpose in ("", "Transpose") for rank in (1, 2, 3)]
+
+
+@pytest.fixture(params=LAYERS)
+def name(request):
+    return request.param
+
+
+def make(name, *arguments, **options):
+    """A layer by name, and a batch for it with axes of different lengths."""
+    layer = getattr(backend, name)(*arguments, **options)
+    return layer, torch.randn(2, 4, *(5, 4, 3)[: layer.rank])
+
+
+class TestEveryRank:
+    def test_is_torchs_own_class(self, name):
+        layer, _ = make(name, 4, 6, 3)
+        assert isinstance(layer, getattr(nn, name.removeprefix("Coord")))
+        assert layer.coords == Coordinates("xyz"[: layer.rank])
+
+    def test_against_the_reference(self, name):
+        torch.manual_seed(1)
+        options = {"stride": 2, "padding": 1, "groups": 2}
+        layer, x = make(name, 4, 6, 3, coords="rx", **options)
+        transposed = "Transpose" in name
+        geometry = ConvGeometry((3,) * layer.rank, transposed=transposed, **options)
+        network = Network(
+            "layer", tuple(x.shape[1:]), (Conv("conv", 4, 6, geometry, layer.coords),)
+        )
+        dy = torch.randn_like(layer(x))
+        found = with_gradients(layer, x, dy)
+        weights = {f"conv.{key}": array for key, array in layer.export_weights().items()}
+        for key, wanted in expected(network, weights, x.numpy(), dy.numpy()).items():
+            assert wanted.error(found[key.removeprefix("conv.")]) <= 1
+
+    def test_unbatched(self, name):
+        layer, x = make(name, 4, 6, 2, coords="rx")
+        assert torch.equal(layer(x[0]), layer(x[:1])[0])
+
+    def test_fan_in_is_what_torch_draws_for_all_channels(self, name):
+        torch.manual_seed(3)
+        layer, _ = make(name, 4, 6, 3, groups=2, coords="xr")
+        torch.manual_seed(3)
+        plain = getattr(nn, name.removeprefix("Coord"))(8, 6, 3, groups=2)
+        fused = plain.weight.detach()
+        if "Transpose" in name:  # (groups * (2 + 2), 3, *k): both kernels' inputs lead
+            groups = fused.reshape(2, 4, 3, *fused.shape[2:])
+            features = groups[:, :2].reshape(layer.weight.shape)
+            coordinates = groups[:, 2:].transpose(1, 2).reshape(layer.coord_weight.shape)
+        else:
+            features, coordinates = fused[:, :2], fused[:, 2:]
+        assert torch.equal(layer.weight, features)
+        assert torch.equal(layer.coord_weight, coordinates)
+        assert torch.equal(layer.bias, plain.bias)
+
+    def test_lazy(self, name):
+        lazy = getattr(backend, "Lazy" + name)(6, 3, groups=2, coords="rx")
+        layer, x = make(name, 4, 6, 3, groups=2, coords="rx")
+        torch.manual_seed(0)
+        y = lazy(x)
+        assert type(lazy) is type(layer)
+        torch.manual_seed(0)
+        layer.reset_parameters()
+        assert torch.equal(y, layer(x))
+
+    def test_wrong_rank(self, name):
+        layer, x = make(name, 4, 6, 3)
+        with pytest.raises(ValueError, match=r"input must have shape \(N, C, "):
+            layer(x[..., None, None])
+
+    def test_copies(self, name):
+        layer, x = make(name, 4, 6, 3, coords="rx")
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x), layer(x))
+
+    def test_channels_last_memory(self, name):
+        layer, x = make(name, 4, 6, 3, coords="rx")
+        if layer.rank == 1:
+            pytest.skip("torch has no channels-last memory in 1-D")
+        memory = {2: torch.channels_last, 3: torch.channels_last_3d}[layer.rank]
+        twin = copy.deepcopy(layer).to(memory_format=memory)
+        torch.testing.assert_close(twin(x.to(memory_format=memory)), layer(x))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_dtypes(self, name, dtype):
+        layer, x = make(name, 4, 6, 3, coords="rx")
+        y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+        assert y.dtype == dtype
+        # a kernel, an input and an output rounded: of sums of at most 108 products
+        torch.testing.assert_close(y.float(), layer(x), atol=4 * torch.finfo(dtype).eps, rtol=0.05)
+
+    def test_per_sample_gradients(self, name):
+        layer, x = make(name, 4, 6, 3, coords="rx")
+        parameters = dict(layer.named_parameters())
+
+        def loss(parameters, x):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        together = torch.func.grad(loss)(parameters, x)
+        for key, gradient in together.items():
+            torch.testing.assert_close(each[key].sum(0), gradient)
+
+
+class TestOutputSize:
+    @pytest.mark.parametrize("size", [(9, 7), (10, 7), (10, 8)])
+    def test_of_the_call_is_that_of_output_padding(self, size):
+        layer = CoordConvTranspose2d(2, 3, 3, stride=2, padding=1, coords="yr")
+        x = torch.randn(1, 2, 5, 4)
+        other = copy.deepcopy(layer)
+        other.output_padding = (size[0] - 9, size[1] - 7)
+        assert layer(x, output_size=size).shape[2:] == size
+        assert torch.equal(layer(x, output_size=size), other(x))
+
+    def test_what_torch_refuses(self):
+        layer = CoordConvTranspose2d(2, 3, 3, stride=2)
+        with pytest.raises(ValueError, match="requested an output size"):
+            layer(torch.zeros(1, 2, 5, 4), output_size=(99, 99))
+        with pytest.raises(RuntimeError, match="output padding must be smaller"):
+            CoordConvTranspose2d(2, 3, 3, output_padding=5)(torch.zeros(1, 2, 5, 4))
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def test_in_one_graph_as_eager(self, name):
+        layer, x = make(name, 4, 6, 3, coords="rx", padding=1)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+        compiled(x).square().sum().backward()
+        found = layer.coord_weight.grad.clone()
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(found, layer.coord_weight.grad)
+
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_another_batch_compiles_nothing_anew(self, dynamic):
+        layer = CoordConv2d(2, 3, 3, coords="xyr")
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=count)
+        for batch in (2, 3):  # the second makes the batch dynamic
+            compiled(torch.randn(batch, 2, 5, 7))
+        before = len(graphs)
+        for batch in (4, 5, 9):
+            x = torch.randn(batch, 2, 5, 7)
+            torch.testing.assert_close(compiled(x), layer(x))
+        assert len(graphs) == before <= 2
+        x = torch.randn(4, 2, 6, 8)  # another map
+        torch.testing.assert_close(compiled(x), layer(x))
+
+    def test_new_weights_count(self):
+        layer = CoordConv2d(2, 3, 3)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(1, 2, 5, 5)
+        compiled(x)
+        layer.reset_parameters()
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 class TestAddCoords:
