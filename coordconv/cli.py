@@ -178,6 +178,12 @@ def _print_report(report: Report) -> None:
         )
     console.print(table)
     console.print("bitwise: of the cases in exact arithmetic, those equal to the last bit")
+    kinds = Table("layers", title="layers by kind", title_justify="left")
+    for tally in report.tallies:
+        kinds.add_column(tally.backend, justify="right")
+    for kind in sorted(set().union(*(tally.kinds for tally in report.tallies))):
+        kinds.add_row(kind, *(str(tally.kinds[kind]) for tally in report.tallies))
+    console.print(kinds)
     for tally in report.tallies:
         for reason, times in tally.excluded.items():
             console.print(f"excluded in {tally.backend}: {times} cases: {reason}", highlight=False)

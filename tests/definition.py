@@ -302,7 +302,7 @@ def geometries(draw: st.DrawFn, shape: tuple[int, ...], groups: int = 1) -> Conv
         pads = "same"
     elif kind == "copies":
         mode = draw(st.sampled_from(["reflect", "replicate", "circular"]))
-        limit = {"reflect": -1, "replicate": 2, "circular": 0}[mode]
+        limit = {"reflect": -1, "replicate": 2, "circular": 2}[mode]
         pads = [draw(st.tuples(*[st.integers(0, n + limit)] * 2)) for n in shape]
     else:
         pads = [draw(st.tuples(*[st.integers(-1, 3)] * 2)) for _ in shape]

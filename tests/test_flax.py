@@ -237,6 +237,7 @@ def against_reference(layer, geometry, x, dy):
 def test_output_and_gradients(name):
     shape, kernel, coords, geometry, options = CASES[name]
     layer = build(kernel, coords, **options)
+    assert common.geometry(layer, shape) == geometry
     dy = np.random.default_rng(2).normal(size=(2, 8, *geometry.output_shape(shape))).astype("f4")
     checked = set()
     for quantity, *rest in against_reference(layer, geometry, draw(shape), dy):
@@ -402,7 +403,7 @@ def test_own_errors_of_flax():
     with pytest.raises(ValueError, match="Causal"):
         build((3, 3), padding="CAUSAL")(draw((4, 5)))
     with pytest.raises(TypeError, match="positional"):
-        CoordConv(4, 8, (3, 3), 1, "xy", rngs=nnx.Rngs(0))
+        CoordConv(4, 8, (3, 3), 1, "SAME", rngs=nnx.Rngs(0))  # keyword only from padding on
 
 
 def test_fan_in_draws_one_kernel():
@@ -491,10 +492,13 @@ def test_narrow_dtypes(dtype, u):
     check(first(y).astype("f4"), reference.forward(*arguments), bound, (C + 3) * 9 + 1, u)
 
 
-def test_neighbours_differ_in_bfloat16():
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_neighbours_differ_in_bfloat16(param_dtype):
     """Summed in float32 and cast once: the coordinates themselves lie closer than bfloat16 has."""
-    layer = build((1, 2), "x", dtype=jnp.bfloat16, padding="VALID", use_bias=False)
-    layer.coord_kernel[...] = jnp.array([-1.0, 1.0])[None, :, None, None] * jnp.ones((1, 2, 1, 8))
+    options = {"dtype": jnp.bfloat16, "param_dtype": param_dtype, "use_bias": False}
+    layer = build((1, 2), "x", padding="VALID", **options)
+    step = jnp.array([-1.0, 1.0], param_dtype).reshape(1, 2, 1, 1)
+    layer.coord_kernel[...] = jnp.broadcast_to(step, (1, 2, 1, 8))
     y = layer(np.zeros((1, 1, 512, C), "f4"))  # the difference of neighbours, times one
     assert y.dtype == jnp.bfloat16
     assert np.allclose(y.astype("f4"), 2 / 511, rtol=2.0**-8)

@@ -3,6 +3,8 @@
 What it shares with NNX is tested there with more options.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -324,8 +326,6 @@ def test_bad_options(options, error, message):
 
 
 def test_own_errors_of_flax():
-    with pytest.raises(TypeError, match="positional"):
-        CoordConv(*[None] * 18)  # coords and coord_init are keyword-only, beyond Flax's 17 fields
     with pytest.raises(flax.errors.CallCompactUnboundModuleError):
         build()(draw((4, 5)))
     layer = build()
@@ -335,6 +335,18 @@ def test_own_errors_of_flax():
     del params["coord_kernel"]
     with pytest.raises(flax.errors.ScopeParamNotFoundError, match="coord_kernel"):
         layer.apply({"params": params}, draw((4, 5)))
+
+
+def test_signature():
+    """That of ``linen.Conv``, its order and defaults, and two keyword-only arguments behind."""
+    own = dict(inspect.signature(CoordConv).parameters)
+    added = [own.pop(name) for name in ("coords", "coord_init")]
+    assert [p.kind for p in added] == [inspect.Parameter.KEYWORD_ONLY] * 2
+    assert [p.default for p in added] == [None, "fan_in"]
+    plain = inspect.signature(nn.Conv).parameters
+    assert [(p.name, p.kind, p.default) for p in own.values()] == [
+        (p.name, p.kind, p.default) for p in plain.values()
+    ]
 
 
 def test_coordinates_join_a_plain_checkpoint():

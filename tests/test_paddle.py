@@ -8,29 +8,30 @@ import pytest
 
 paddle = pytest.importorskip("paddle")
 
-from paddle import nn  # noqa: E402
-from paddle.nn import initializer  # noqa: E402
+from paddle import nn
+from paddle.nn import initializer
 
-from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights  # noqa: E402
-from coordconv.backends import paddle as backend  # noqa: E402
-from coordconv.backends.paddle import AddCoords, CoordConv2D  # noqa: E402
-from coordconv.geometry import ConvGeometry  # noqa: E402
-from coordconv.networks import Conv, Linear, Network  # noqa: E402
-from coordconv.parity.comparison import Expected, expected, gamma  # noqa: E402
-from coordconv.reference import Reference  # noqa: E402
-
-
-class CoordConv1D(backend._CoordConv, nn.Conv1D):
-    """The mixin takes any rank."""
-
-    rank = 1
-
-
-class CoordConv3D(backend._CoordConv, nn.Conv3D):
-    rank = 3
-
+from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights
+from coordconv.backends import paddle as backend
+from coordconv.backends.paddle import (
+    AddCoords,
+    CoordConv1D,
+    CoordConv1DTranspose,
+    CoordConv2D,
+    CoordConv2DTranspose,
+    CoordConv3D,
+    CoordConv3DTranspose,
+)
+from coordconv.geometry import ConvGeometry
+from coordconv.networks import Conv, Linear, Network
+from coordconv.parity.comparison import Expected, expected, gamma
+from coordconv.reference import Reference
 
 LAYERS = {1: CoordConv1D, 2: CoordConv2D, 3: CoordConv3D}
+TRANSPOSED = {1: CoordConv1DTranspose, 2: CoordConv2DTranspose, 3: CoordConv3DTranspose}
+FORMATS = {1: ("NCL", "NLC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
+SHAPES = {1: (6,), 2: (4, 6), 3: (5, 4, 6)}  # of the inputs of OTHER_RANKS and TRANSPOSED_OPTIONS
+KERNELS = {1: (3,), 2: (3, 2), 3: (3, 2, 2)}
 
 # Options as Paddle has them, and the geometry that they must mean.
 NESTED = [[0, 0], [0, 0], [1, 2], [0, 3]]  # batch and channels first, as data_format has them
@@ -54,6 +55,50 @@ COPYING = [
     ({"padding": p, "padding_mode": mode, **more}, {"padding": p, "padding_mode": mode, **more})
     for mode in ("reflect", "replicate", "circular")
     for p, more in ((1, {}), (3, {"stride": 2, "dilation": 2}))
+]
+# Of the transposed layers: (rank, Paddle's options, those of the geometry).
+TRANSPOSED_OPTIONS = [
+    *(
+        (rank, options, meant)
+        for rank in (1, 2, 3)
+        for options, meant in (
+            ({}, {}),
+            ({"stride": 2}, {"stride": 2}),
+            ({"padding": 1, "stride": 3}, {"padding": 1, "stride": 3}),
+            ({"dilation": 2, "groups": 2}, {"dilation": 2, "groups": 2}),
+            ({"groups": 4, "stride": 2}, {"groups": 4, "stride": 2}),
+            ({"padding": "VALID", "dilation": 2}, {"dilation": 2}),
+            ({"stride": 2, "output_padding": 1}, {"stride": 2, "output_padding": 1}),
+            (
+                {"stride": 3, "padding": 1, "output_padding": [2] * rank},
+                {"stride": 3, "padding": 1} | {"output_padding": 2},
+            ),
+        )
+    ),
+    # "SAME" cuts off what it would add to the input of a plain convolution, and undoes dilation
+    (1, {"padding": "SAME", "stride": 2, "dilation": 2}, {"padding": ((0, 1),), "stride": 2}),
+    (1, {"padding": "same"}, {"padding": 1}),
+    (1, {"padding": [1, 2]}, {"padding": ((1, 2),)}),
+    (1, {"padding": [[0, 0], [0, 0], [0, 2]], "stride": 2}, {"padding": ((0, 2),), "stride": 2}),
+    (2, {"padding": "SAME", "stride": (2, 3)}, {"padding": ((0, 1), (0, 0)), "stride": (2, 3)}),
+    (2, {"padding": "SAME", "dilation": 3}, {"padding": ((1, 1), (0, 1))}),
+    (2, {"padding": [2, 1], "dilation": (1, 3)}, {"padding": (2, 1), "dilation": (1, 3)}),
+    (2, {"padding": [1, 2, 0, 1], "groups": 4}, {"padding": ((1, 2), (0, 1)), "groups": 4}),
+    (
+        2,
+        {"padding": [1, 0, 0, 1], "stride": (2, 3), "output_padding": [1, 2]},
+        {"padding": ((1, 0), (0, 1)), "stride": (2, 3), "output_padding": (1, 2)},
+    ),
+    (3, {"padding": "SAME", "stride": 2}, {"padding": (1, 0, 0), "stride": 2}),
+    (
+        3,
+        {"padding": [1, 0, 0, 2, 1, 1], "stride": (1, 2, 3), "output_padding": [0, 1, 2]},
+        {
+            "padding": ((1, 0), (0, 2), (1, 1)),
+            "stride": (1, 2, 3),
+            "output_padding": (0, 1, 2),
+        },
+    ),
 ]
 COORDS = [
     "xy",
@@ -92,11 +137,11 @@ def fill(layer, draw):
         parameter.set_value(draw(*parameter.shape, seed=10 + i))
 
 
-def run(layer, x, dy):
+def run(layer, x, dy, **call):
     """Output and gradients by name, channels first, for arrays that have the channels first."""
     to, back = (1, -1) if last(layer) else (1, 1), (-1, 1) if last(layer) else (1, 1)
     given = paddle.to_tensor(np.moveaxis(x, *to), stop_gradient=False)
-    y = layer(given)
+    y = layer(given, **call)
     tensors = {"x": given, **dict(layer.named_parameters())}
     gradients = paddle.grad(y, list(tensors.values()), paddle.to_tensor(np.moveaxis(dy, *to)))
     found = {"y": y, **dict(zip(tensors, gradients, strict=True))}
@@ -111,7 +156,8 @@ def wanted(layer, geometry, x, dy):
     weights = [None if w is None else w.numpy() for w in (layer.weight, layer.coord_weight)]
     bias = None if layer.bias is None else layer.bias.numpy()
     reference = Reference(geometry, layer.coords)
-    terms_y = (weights[0][0].size + weights[1][0].size) + 1
+    seen = layer._in_channels // geometry.groups + len(layer.coords)
+    terms_y = seen * geometry.taps + 1
     # of the input's gradient by counting: padding that copies reads a sample more than once
     ones = np.ones(dy.shape), np.ones(weights[0].shape)
     terms_x = int(reference.input_gradient(*ones, x.shape[2:]).max())
@@ -135,36 +181,55 @@ def wanted(layer, geometry, x, dy):
     }
 
 
-def hold(layer, geometry, shape, batch=2):
+def hold(layer, geometry, shape, batch=2, **call):
     """Hold a layer's output and all gradients to the reference, componentwise."""
     fill(layer, normal)
     x = normal(batch, layer._in_channels, *shape, seed=1)
     dy = normal(batch, layer._out_channels, *geometry.output_shape(shape), seed=2)
-    found = run(layer, x, dy)
+    found = run(layer, x, dy, **call)
     results = wanted(layer, geometry, x, dy)
     assert found.keys() == results.keys()
     for name, result in results.items():
         assert result.error(found[name]) <= 1, name
 
 
-def concatenated(layer, x):
-    """The definition in Paddle itself, for one group: concatenate, then convolve."""
-    plain = next(base for base in type(layer).__mro__ if base.__module__ == nn.Conv2D.__module__)(
-        layer._in_channels + len(layer.coords),
+def base(layer):
+    """Paddle's own class of a layer."""
+    return next(c for c in type(layer).__mro__ if c.__module__ == nn.Conv2D.__module__)
+
+
+def concatenated(layer, x, **call):
+    """The definition in Paddle itself: concatenate in every group, then convolve."""
+    transposed = isinstance(layer, tuple(TRANSPOSED.values()))
+    groups, axis = layer._groups, -1 if last(layer) else 1
+    plain = base(layer)(
+        layer._in_channels + groups * len(layer.coords),
         layer._out_channels,
         layer._kernel_size,
         layer._stride,
         layer._padding,
-        layer._dilation,
-        padding_mode=layer._padding_mode,
+        dilation=layer._dilation,
+        groups=groups,
         data_format=layer._data_format,
         bias_attr=layer._bias_attr,
-        dtype=layer.weight.dtype,
+        **{"output_padding": layer.output_padding}
+        if transposed
+        else {"padding_mode": layer._padding_mode},
     )
-    plain.weight.set_value(paddle.concat([layer.weight, layer.coord_weight], axis=1))
+    plain.to(dtype=layer.weight.dtype)
+    if transposed:
+        kernel = []
+        for weight, coord_weight in zip(
+            layer.weight.chunk(groups), layer.coord_weight.chunk(groups), strict=True
+        ):
+            kernel += [weight, coord_weight.transpose([1, 0, *range(2, weight.ndim)])]
+        plain.weight.set_value(paddle.concat(kernel))
+    else:
+        plain.weight.set_value(paddle.concat([layer.weight, layer.coord_weight], axis=1))
     if plain.bias is not None:
         plain.bias.set_value(layer.bias)
-    return plain(AddCoords(layer.coords, layer._data_format)(x))
+    add = AddCoords(layer.coords, layer._data_format)
+    return plain(paddle.concat([add(part) for part in x.chunk(groups, axis)], axis), **call)
 
 
 class TestAgainstTheReference:
@@ -221,6 +286,7 @@ class TestAgainstTheReference:
             (1, {"padding": [1, 2]}, {"padding": ((1, 2),)}),
             (1, {"padding": [[0, 0], [0, 0], [2, 1]]}, {"padding": ((2, 1),)}),
             (1, {"padding": "same", "dilation": 3, "stride": 2}, {"padding": "same", "stride": 2}),
+            (1, {"padding": [1, 0], "groups": 4}, {"padding": ((1, 0),), "groups": 4}),
             (1, {"padding": 2, "groups": 2, "data_format": "NLC"}, {"padding": 2, "groups": 2}),
             (
                 1,
@@ -239,9 +305,77 @@ class TestAgainstTheReference:
         ],
     )
     def test_other_ranks(self, rank, options, meant):
-        kernel, shape = (3, 2, 2)[:rank], (5, 4, 6)[-rank:]
-        layer = LAYERS[rank](4, 4, kernel, coords="zyx"[-rank:] + "r", **options)
-        hold(layer, ConvGeometry(kernel, **meant), shape)
+        layer = LAYERS[rank](4, 4, KERNELS[rank], coords="zyx"[-rank:] + "r", **options)
+        hold(layer, ConvGeometry(KERNELS[rank], **meant), SHAPES[rank])
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize(("rank", "options", "meant"), TRANSPOSED_OPTIONS)
+    def test_transposed(self, rank, options, meant, last):
+        if isinstance(options.get("padding"), list) and isinstance(options["padding"][0], list):
+            options = options | {"padding": np.roll(options["padding"], -last, axis=0).tolist()}
+        layer = TRANSPOSED[rank](
+            4,
+            8,
+            KERNELS[rank],
+            coords="zyx"[-rank:] + "r",
+            data_format=FORMATS[rank][last],
+            **options,
+        )
+        hold(layer, ConvGeometry(KERNELS[rank], transposed=True, **meant), SHAPES[rank])
+
+    @pytest.mark.parametrize("coords", COORDS, ids=repr)
+    def test_transposed_has_the_coordinates_of_its_input(self, coords):
+        layer = CoordConv2DTranspose(3, 4, (3, 2), stride=(2, 1), padding=1, coords=coords)
+        meant = {"stride": (2, 1), "padding": 1, "transposed": True}
+        hold(layer, ConvGeometry((3, 2), **meant), (7, 6))
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("outside", ["zero", "extend"])
+    @pytest.mark.parametrize(
+        ("rank", "options", "size", "extra"),
+        [
+            (1, {"padding": 1}, 16, (1,)),
+            (1, {"padding": "SAME"}, [18], (2,)),
+            (2, {"padding": 1}, [10, 17], (0, 2)),
+            (2, {"output_padding": 1}, [13, 18], (1, 1)),  # the size takes its place
+            (2, {"padding": [0, 1, 1, 0], "groups": 2}, (13, 18), (2, 2)),
+            (3, {"padding": 1}, [14, 10, 15], (1, 1, 0)),
+        ],
+    )
+    def test_output_size(self, rank, options, size, extra, outside, last):
+        layer = TRANSPOSED[rank](
+            2,
+            2,
+            KERNELS[rank],
+            3,
+            coords=Coordinates("xr", outside=outside),
+            data_format=FORMATS[rank][last],
+            **options,
+        )
+        padding = options.get("padding", 0)
+        if isinstance(padding, list):
+            padding = ((0, 1), (1, 0))
+        geometry = ConvGeometry(
+            KERNELS[rank],
+            stride=3,
+            padding=0 if padding == "SAME" else padding,
+            groups=options.get("groups", 1),
+            transposed=True,
+            output_padding=extra,
+        )
+        hold(layer, geometry, SHAPES[rank], output_size=size)
+
+    def test_output_size_as_a_tensor_or_by_position(self):
+        layer, x = CoordConv2DTranspose(2, 3, 3, 2), paddle.to_tensor(normal(1, 2, 5, 5))
+        y = layer(x, output_size=[12, 11])
+        assert y.shape == [1, 3, 12, 11]
+        for size in ([12, 11], paddle.to_tensor([12, 11])):
+            assert paddle.equal_all(layer(x, size), y)
+        assert layer(x, None).shape == layer(x).shape == [1, 3, 11, 11]
+
+    def test_output_padding_may_be_all_there_is(self):
+        layer = CoordConv1DTranspose(1, 1, 2, 2, 2, 1)
+        hold(layer, ConvGeometry((2,), 2, 2, transposed=True, output_padding=1), (2,))
 
     def test_options_changed_on_the_layer_count(self):
         """Dilating a trained backbone by hand is a habit of segmentation code."""
@@ -253,6 +387,10 @@ class TestAgainstTheReference:
         layer._reversed_padding_repeated_twice = [1, 2, 0, 3]  # left, right, top, bottom
         meant = ConvGeometry((3, 3), padding=((0, 3), (1, 2)), padding_mode="reflect")
         hold(layer, meant, (5, 6))
+        layer = CoordConv2DTranspose(2, 3, 3, padding=1)
+        layer._padding, layer.output_padding, layer._stride = [0, 1], [1, 0], [2, 1]
+        meant = {"stride": (2, 1), "padding": (0, 1), "output_padding": (1, 0)}
+        hold(layer, ConvGeometry((3, 3), transposed=True, **meant), (5, 6))
 
 
 class TestAgainstPaddle:
@@ -283,6 +421,26 @@ class TestAgainstPaddle:
         x = integers(2, 3, 9, 5)
         given = paddle.to_tensor(np.moveaxis(x, 1, -1) if last(layer) else x)
         assert np.array_equal(layer(given).numpy(), concatenated(layer, given).numpy())
+
+    @pytest.mark.parametrize("sized", [False, True])
+    @pytest.mark.parametrize("coords", [None, Coordinates("x", align="edges")], ids=repr)
+    @pytest.mark.parametrize(("rank", "options", "_"), TRANSPOSED_OPTIONS)
+    def test_transposed_bitwise_where_arithmetic_is_exact(self, rank, options, _, coords, sized):
+        layer = TRANSPOSED[rank](4, 8, KERNELS[rank], coords=coords, **options)
+        fill(layer, integers)
+        x = paddle.to_tensor(integers(2, 4, *(5, 3, 8)[-rank:]))
+        if coords:  # eighths: the axis has eight samples
+            assert coords.align == "edges"
+        else:
+            x = x[..., :5]
+        call = {}
+        if sized:
+            layer.output_padding = 0
+            sizes = layer(x).shape[2:]
+            call = {"output_size": [n + s - 1 for n, s in zip(sizes, layer._stride, strict=True)]}
+        found, oracle = layer(x, **call), concatenated(layer, x, **call)
+        assert found.shape == oracle.shape
+        assert np.array_equal(found.numpy(), oracle.numpy())
 
 
 @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
@@ -317,6 +475,38 @@ def test_exact_arithmetic_gives_the_same_bits(shape, coords, mode, groups, data_
         assert result.equals(found[name]), name
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("shape", "coords"),
+    [
+        ((9,), "x"),
+        ((2, 5), "yx"),
+        ((5, 9), Coordinates("xy", outside="extend")),
+        ((2, 3, 5), "zxy"),
+    ],
+)
+def test_exact_arithmetic_gives_the_same_bits_transposed(shape, coords, groups, last):
+    rank = len(shape)
+    layer = TRANSPOSED[rank](
+        4,
+        4,
+        KERNELS[rank],
+        2,
+        1,
+        1,
+        groups=groups,
+        coords=coords,
+        data_format=FORMATS[rank][last],
+    )
+    geometry = ConvGeometry(KERNELS[rank], 2, 1, 1, groups, transposed=True, output_padding=1)
+    fill(layer, integers)
+    x, dy = integers(3, 4, *shape), integers(3, 4, *geometry.output_shape(shape), seed=5)
+    found = run(layer, x, dy)
+    for name, result in wanted(layer, geometry, x, dy).items():
+        assert result.equals(found[name]), name
+
+
 class TestInit:
     @pytest.mark.parametrize("groups", [1, 4])
     @pytest.mark.parametrize(
@@ -342,6 +532,50 @@ class TestInit:
         assert paddle.equal_all(drawn, plain.weight)
         assert paddle.equal_all(layer.bias, plain.bias)
         assert paddle.equal_all(after, paddle.rand([1]))
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("attr", [None, initializer.KaimingNormal()])
+    def test_transposed_draws_the_same(self, attr, groups, rank):
+        options = {"groups": groups, "weight_attr": attr, "bias_attr": initializer.Normal()}
+        paddle.seed(3)
+        layer = TRANSPOSED[rank](4, 6, 3, coords="xr", **options)
+        after = paddle.rand([1])
+        paddle.seed(3)
+        plain = base(layer)(4 + groups * 2, 6, 3, **options)
+        drawn = plain.weight.numpy()
+        assert paddle.equal_all(layer.bias, plain.bias)
+        assert paddle.equal_all(after, paddle.rand([1]))
+        weight, coord_weight = layer.weight.numpy(), layer.coord_weight.numpy()
+        ins, outs = 4 // groups, 6 // groups
+        for group in range(groups):  # its features, then its coordinates
+            first = group * (ins + 2)
+            mine = weight[group * ins : (group + 1) * ins]
+            assert np.array_equal(mine, drawn[first : first + ins])
+            for o, c in np.ndindex(outs, 2):
+                found = coord_weight[group * outs + o, c]
+                assert np.array_equal(found, drawn[first + ins + c, o])
+
+    def test_transposed_keeps_assigned_values_and_zeros(self):
+        given = normal(4, 3, 3)
+        attr = initializer.Assign(given)
+        layer = CoordConv1DTranspose(4, 6, 3, groups=2, weight_attr=attr)
+        assert np.array_equal(layer.weight.numpy(), given)
+        assert layer.coord_weight.all()
+        paddle.seed(3)
+        layer = CoordConv3DTranspose(2, 4, 2, stride=2, coord_init="zeros")
+        paddle.seed(3)
+        plain, x = nn.Conv3DTranspose(2, 4, 2, stride=2), paddle.to_tensor(normal(1, 2, 2, 3, 2))
+        assert np.array_equal(layer(x).numpy(), plain(x).numpy())
+
+    @pytest.mark.parametrize("kind", [CoordConv1D, CoordConv3D])
+    def test_other_ranks_draw_the_same(self, kind):
+        paddle.seed(3)
+        layer = kind(4, 6, 3, groups=2)
+        paddle.seed(3)
+        plain = base(layer)(4 + 2 * layer.rank, 6, 3, groups=2)
+        drawn = paddle.concat([layer.weight, layer.coord_weight], axis=1)
+        assert paddle.equal_all(drawn, plain.weight)
 
     def test_fan_in_counts_the_coordinates(self):
         paddle.seed(0)
@@ -426,6 +660,20 @@ class TestInit:
         with pytest.raises(TypeError, match="coords must be a string"):
             CoordConv2D(1, 1, 1, coords=3)
 
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_bad_arguments_of_each_rank(self, rank):
+        beyond = "yzw"[rank - 1]
+        for kind in (LAYERS[rank], TRANSPOSED[rank]):
+            with pytest.raises(ValueError, match=f"'{beyond}'"):
+                kind(1, 1, 1, coords=beyond)
+            with pytest.raises(ValueError, match="out_channels must be divisible .* got 3 and 2"):
+                kind(2, 3, 1, groups=2)
+            with pytest.raises(ValueError, match="in_channels must be divisible by groups"):
+                kind(3, 2, 1, groups=2)
+            wrong = FORMATS[rank % 3 + 1][1]
+            with pytest.raises(ValueError, match=f"data_format must be one of .* got '{wrong}'"):
+                kind(1, 1, 1, data_format=wrong)
+
 
 class TestInput:
     @pytest.mark.parametrize(
@@ -444,6 +692,62 @@ class TestInput:
         layer = CoordConv2D(3, 4, 3, padding=1, data_format=data_format)
         with pytest.raises(ValueError, match=message):
             layer(paddle.zeros(shape))
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("kind", [*LAYERS.values(), *TRANSPOSED.values()])
+    def test_wrong_shapes_of_each_rank(self, kind, last):
+        rank = kind.rank
+        layer = kind(3, 4, 3, data_format=FORMATS[rank][last])
+
+        def shaped(channels, *spatial):
+            shape = [1, *spatial, channels] if last else [1, channels, *spatial]
+            return paddle.zeros(shape)
+
+        form = ", ".join(FORMATS[rank][last])
+        for spatial in ((5,) * (rank + 1), (5,) * (rank - 1)):
+            with pytest.raises(ValueError, match=rf"must have shape \({form}\)"):
+                layer(shaped(3, *spatial))
+        with pytest.raises(ValueError, match="must have 3 channels, got 4"):
+            layer(shaped(4, *(5,) * rank))
+        hint = "the layer adds the coordinates itself"
+        with pytest.raises(ValueError, match=f"must have 3 channels, got {3 + rank} .* {hint}"):
+            layer(shaped(3 + rank, *(5,) * rank))
+        with pytest.raises(ValueError, match="no empty axis"):
+            layer(shaped(3, *(5,) * (rank - 1), 0))
+        with pytest.raises(TypeError, match="floating-point, got paddle.int32"):
+            layer(shaped(3, *(5,) * rank).astype("int32"))
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_output_that_would_be_empty(self, rank):
+        """Paddle returns a tensor of a negative length, or crashes."""
+        x = paddle.ones([1, 1] + [2] * rank)
+        with pytest.raises(ValueError, match="output would be empty"):
+            LAYERS[rank](1, 1, 4)(x)
+        for padding in (1, [3, 2] * rank):
+            with pytest.raises(ValueError, match="output would be empty"):
+                TRANSPOSED[rank](1, 1, 1, padding=padding)(x)
+        with pytest.raises(ValueError, match="output would be empty"):
+            TRANSPOSED[rank](1, 1, 1, 3, 4)(x, output_size=-1)
+
+    def test_reflect_padding_wider_than_the_axis(self):
+        layer = CoordConv1D(1, 1, 3, padding=3, padding_mode="reflect")
+        with pytest.raises(ValueError, match="reflect padding .* too wide"):
+            layer(paddle.ones([1, 1, 3]))
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_sizes_that_paddle_refuses(self, rank):
+        x = paddle.ones([1, 1] + [4] * rank)
+        layer = TRANSPOSED[rank](1, 1, 3, 2)
+        for size in (8, 11):
+            with pytest.raises(ValueError, match="output_size of Op"):
+                layer(x, output_size=size)
+        with pytest.raises(ValueError, match="output_padding of Op"):
+            TRANSPOSED[rank](1, 1, 3, 2, output_padding=2)(x)
+        for wrong in ([1] * (rank + 1), 1.0, "SAME"):
+            with pytest.raises(ValueError, match="output_padding's"):
+                TRANSPOSED[rank](1, 1, 3, 2, output_padding=wrong)(x)
+        with pytest.raises(ValueError, match="output_padding must be at least 0"):
+            TRANSPOSED[rank](1, 1, 3, 2, output_padding=-1)(x)
 
     def test_integers(self):
         with pytest.raises(TypeError, match=r"input must be floating-point, got paddle.int64"):
@@ -465,7 +769,8 @@ class TestPrecision:
         layer = CoordConv2D(1, 4, 1, data_format=data_format)
         layer.to(dtype=dtype)
         assert layer.coord_weight.dtype == getattr(paddle, dtype)
-        y = layer._position_bias((512, 512), paddle.zeros([1], dtype=dtype))
+        geometry = layer._conv_geometry((512, 512))
+        y = layer._position_bias(geometry, (512, 512), getattr(paddle, dtype))
         assert y.dtype == layer.coord_weight.dtype
         y.astype("float32").square().sum().backward()
         assert layer.coord_weight.grad.astype("float32").abs().sum() > 0
@@ -519,8 +824,8 @@ class TestPrecision:
         """Autocast on a GPU gives 16 bits from 32-bit parameters; the map is rounded once."""
         layer = CoordConv2D(1, 4, 3, coords="xyr")
         maps = [
-            layer._position_bias((9, 7), paddle.zeros([1], dtype=t))
-            for t in ("float32", "bfloat16")
+            layer._position_bias(layer._conv_geometry((9, 7)), (9, 7), t)
+            for t in (paddle.float32, paddle.bfloat16)
         ]
         assert maps[1].dtype == paddle.bfloat16
         rounded = maps[0].astype("bfloat16").astype("float32")
@@ -555,7 +860,16 @@ class TestLayer:
         )
 
     def test_is_paddles_own_convolution(self):
-        assert isinstance(CoordConv2D(1, 1, 1), nn.Conv2D)
+        for kind in (*LAYERS.values(), *TRANSPOSED.values()):
+            own = getattr(nn, kind.__name__.removeprefix("Coord"))
+            assert isinstance(kind(1, 1, 1), own)
+
+    @pytest.mark.parametrize("kind", [*LAYERS.values(), *TRANSPOSED.values()])
+    def test_copies_of_each_kind(self, kind):
+        layer, x = kind(2, 3, 3, coords="r"), paddle.ones([1, 2] + [5] * kind.rank)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert paddle.equal_all(twin(x), layer(x))
+        assert repr(layer).endswith("coords=Coordinates('r'))")
 
     def test_no_grad_first_does_not_spoil_training_later(self):
         layer, x = CoordConv2D(2, 3, 3, coords="xyr"), paddle.ones([1, 2, 11, 13])
@@ -589,6 +903,51 @@ class TestLayer:
         y.sum().backward()
         assert np.array_equal(module.conv.coord_weight.grad.numpy(), gradient)
 
+    @pytest.mark.parametrize("full_graph", [False, True])
+    @pytest.mark.parametrize(
+        ("kind", "options", "size"),
+        [
+            (CoordConv1D, {"padding": [1, 2]}, None),
+            (CoordConv3D, {"padding": "SAME", "data_format": "NDHWC"}, None),
+            (CoordConv1DTranspose, {"output_padding": 1, "data_format": "NLC"}, None),
+            (CoordConv2DTranspose, {"padding": "SAME"}, [11, 10]),
+            (CoordConv3DTranspose, {"padding": 1}, [9, 10, 9]),
+        ],
+    )
+    def test_other_kinds_compiled_as_eager(self, kind, options, size, full_graph):
+        call = {} if size is None else {"output_size": size}
+
+        class Both(nn.Layer):
+            def __init__(self):
+                super().__init__()
+                self.conv = kind(5, 3, 3, stride=2, coords="xr", **options)
+
+            def forward(self, x):
+                return nn.functional.relu(self.conv(x, **call))
+
+        module, x = Both(), paddle.to_tensor(normal(2, *[5] * (kind.rank + 1)))
+        eager = module(x)
+        eager.sum().backward()
+        gradient = module.conv.coord_weight.grad.numpy()
+        module.clear_gradients()
+        y = paddle.jit.to_static(module, full_graph=full_graph)(x)
+        assert np.array_equal(y.numpy(), eager.numpy())
+        y.sum().backward()
+        assert np.array_equal(module.conv.coord_weight.grad.numpy(), gradient)
+
+    def test_traced_size_is_refused(self):
+        class Sized(nn.Layer):
+            def __init__(self):
+                super().__init__()
+                self.conv = CoordConv2DTranspose(2, 3, 3, 2)
+
+            def forward(self, x, size):
+                return self.conv(x, size)
+
+        x, size = paddle.ones([1, 2, 5, 5]), paddle.to_tensor([12, 11])
+        with pytest.raises(ValueError, match="output_size must be ints, not a tensor"):
+            paddle.jit.to_static(Sized(), full_graph=True)(x, size)
+
     def test_compiled_for_inputs_of_many_shapes(self):
         """Paddle then takes the shape for unknown, of which a layer must not hear."""
 
@@ -602,7 +961,9 @@ class TestLayer:
             assert np.array_equal(compiled(x).numpy(), module(x).numpy())
 
     def test_saved_for_inference_with_any_batch(self, tmp_path):
-        layer = nn.Sequential(CoordConv2D(2, 3, 3, coords="xyr"), AddCoords())
+        up = CoordConv2DTranspose(3, 3, 3, 2, "SAME", coords="xyr")
+        layer = nn.Sequential(CoordConv2D(2, 3, 3, coords="xyr"), AddCoords("y"), nn.Identity())
+        layer[2] = nn.Sequential(nn.Conv2D(4, 3, 1), up)
         spec = [paddle.static.InputSpec([None, 2, 5, 6])]
         paddle.jit.save(layer, str(tmp_path / "layer"), input_spec=spec)
         x = paddle.to_tensor(normal(4, 2, 5, 6))
@@ -633,6 +994,22 @@ class TestWeights:
         exported["bias"][:] = 7
         assert not layer.bias.any()
         assert "bias" not in CoordConv2D(1, 1, 1, bias_attr=False).export_weights()
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_of_each_rank_and_transposed(self, rank, tmp_path):
+        kernel = KERNELS[rank]
+        for kind, shape in ((LAYERS[rank], (6, 2, *kernel)), (TRANSPOSED[rank], (4, 3, *kernel))):
+            layer, other = (kind(4, 6, kernel, groups=2, coords="xr") for _ in range(2))
+            exported = layer.export_weights()
+            assert {name: array.shape for name, array in exported.items()} == {
+                "weight": shape,
+                "coord_weight": (6, 2, *kernel),
+                "bias": (6,),
+            }
+            save_weights(tmp_path / "layer.safetensors", exported)
+            other.import_weights(load_weights(tmp_path / "layer.safetensors"))
+            for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+                assert paddle.equal_all(mine, theirs)
 
     def test_other_order_of_the_same_coordinates_is_permuted(self):
         layer, other = CoordConv2D(2, 3, 3, coords="xyr"), CoordConv2D(2, 3, 3, coords="ryx")
@@ -758,9 +1135,10 @@ class TestNetworks:
         ],
     )
     @pytest.mark.parametrize("bias", [True, False])
-    def test_convolutions_of_a_spec(self, kernel, options, bias):
+    @pytest.mark.parametrize("with_coords", [True, False])
+    def test_convolutions_of_a_spec(self, kernel, options, with_coords, bias):
         geometry = ConvGeometry(kernel, **options)
-        coords = Coordinates("yxr") if geometry.rank == 2 and not geometry.transposed else None
+        coords = Coordinates("zyx"[-geometry.rank :] + "r") if with_coords else None
         conv = Conv("conv", 4, 6, geometry, coords, bias)
         network = Network("one", (4, *(5, 7, 4)[: geometry.rank]), (conv,))
         x, weights = normal(2, *network.input_shape), networks.initial_weights(network)
@@ -773,18 +1151,31 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"input_dilation": 2}, "no input_dilation"),
-            ({"padding": "same", "dilation": 2}, "no dilation with padding='SAME'"),
-            ({"padding": "same", "padding_mode": "reflect"}, "'reflect' with padding='SAME'"),
-            ({"padding": (1, 2), "padding_mode": "circular"}, "'circular' with unequal padding"),
-            ({"padding": ((0, -1), (0, 0))}, r"no negative padding \(0, -1, 0, 0\)"),
-            ({"transposed": True, "output_padding": 1}, r"no output_padding \(1, 1\) of a stride"),
+            ({"input_dilation": 2}, "input_dilation"),
+            ({"padding": "same", "dilation": 2}, "dilation with padding='SAME'"),
+            (
+                {"padding": "same", "padding_mode": "reflect"},
+                "padding_mode with padding='SAME'",
+            ),
+            (
+                {"padding": (1, 2), "padding_mode": "circular"},
+                "padding_mode with unequal padding",
+            ),
+            ({"padding": ((0, -1), (0, 0))}, "negative padding"),
+            ({"padding": -1, "transposed": True}, "negative padding"),
+            (
+                {"transposed": True, "output_padding": 1, "dilation": 2},
+                "output_padding of the stride or more",
+            ),
         ],
     )
     def test_what_paddle_lacks(self, options, reason):
-        conv = Conv("conv", 1, 1, ConvGeometry((3, 3), **options))
-        with pytest.raises(NotImplementedError, match=f"paddle convolutions have .*{reason}"):
-            backend.Network(Network("one", (1, 5, 5), (conv,)))
+        geometry = ConvGeometry((3, 3), **options)
+        for conv in (Conv("conv", 1, 1, geometry), Conv("conv", 1, 1, geometry, Coordinates())):
+            with pytest.raises(
+                NotImplementedError, match=f"^paddle convolutions have no {reason}$"
+            ):
+                backend.Network(Network("one", (1, 5, 5), (conv,)))
 
     def test_weights_travel_in_the_canonical_layout(self, tmp_path):
         module = networks.build("coord_cnn", "paddle", seed=1)

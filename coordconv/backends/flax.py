@@ -104,7 +104,8 @@ class _CoordConv(nnx.Module):
 
     def export_weights(self) -> Weights:
         """The canonical weights: ``weight``, ``coord_weight`` and, if there is one, ``bias``."""
-        return Weights(common.to_weights(_params(self)), {"": self.coords})
+        params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        return Weights(common.to_weights(params), {"": self.coords})
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
         """Take canonical weights.
@@ -230,12 +231,6 @@ def _layer(layer: networks.Conv | networks.Linear, rngs: nnx.Rngs) -> nnx.Module
     if layer.coords:
         kind, options["coords"] = CoordConv, layer.coords
     return kind(layer.in_channels, layer.out_channels, **options)
-
-
-def _params(module: nnx.Module) -> dict[str, Any]:
-    return {
-        name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Param)
-    }
 
 
 def _assign(module: nnx.Module, params: common.Params) -> None:

@@ -276,7 +276,7 @@ def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> 
             case networks.ReLU():
                 x = jax.nn.relu(x)
             case networks.Flatten():
-                x = _channels_first(x).reshape(len(x), -1)
+                x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
             case _:
                 x = find(layer)(x)
     return x
@@ -336,12 +336,9 @@ def trainer(
 
 
 def _numpy(x: jax.Array) -> Array:
-    return np.array(_channels_first(x))
+    return np.array(np.moveaxis(np.asarray(x), -1, 1), order="C")
 
 
 def _channels_last(x: Array) -> jax.Array:
-    return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def _channels_first(x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x, -1, 1)
+    # In NumPy: outside of a jitted function jnp would compile the transposition for each shape.
+    return jnp.asarray(np.moveaxis(x, 1, -1))

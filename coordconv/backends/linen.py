@@ -81,6 +81,7 @@ class _CoordConv(nn.Module):
             init_fn = self._draw(init_fn)
         return super().param(name, init_fn, *init_args, **kwargs)
 
+    @nn.nowrap
     def _draw(self, kernel_init: Any) -> Callable[..., Any]:
         count = len(self.coords)  # type: ignore[arg-type]  # Coordinates since __post_init__
 

@@ -27,6 +27,7 @@ with warnings.catch_warnings():  # of a compiler cache, which only builders of e
     from paddle import Tensor, nn
     from paddle.nn.functional.conv import _update_padding_nd
     from paddle.utils.decorator_utils import param_one_alias
+    from paddle.utils.layers_utils import convert_to_list
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {
     1: nn.functional.conv1d,
@@ -34,7 +35,10 @@ _CONVOLVE: dict[int, Callable[..., Tensor]] = {
     3: nn.functional.conv3d,
 }
 _DATA_FORMATS = ("NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
+_TRANSPOSED = (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
+_output_shape = lru_cache(maxsize=256)(ConvGeometry.output_shape)
+_for_output = lru_cache(maxsize=256)(ConvGeometry.for_output)
 
 
 class _CoordConv(nn.layer.conv._ConvNd):
@@ -53,8 +57,9 @@ class _CoordConv(nn.layer.conv._ConvNd):
     kernel's is that with ``_coord`` appended.
 
     Raises:
-        TypeError, ValueError: as :class:`~coordconv.Coordinates`, and from ``forward``: an input
-            that is not floating-point, or of the wrong rank, channels or an empty axis.
+        TypeError, ValueError: as :class:`~coordconv.Coordinates`, channels that ``groups`` does
+            not divide, and from ``forward``: an input that is not floating-point, or of the wrong
+            rank, channels or an empty axis, or for which the output would be empty.
     """
 
     rank: int
@@ -79,6 +84,14 @@ class _CoordConv(nn.layer.conv._ConvNd):
         check_coord_init(coord_init)
         before = paddle.get_rng_state()
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if count % self._groups:
+                raise ValueError(
+                    f"{name} must be divisible by groups, got {count} and {self._groups}"
+                )
+        if len(self._data_format) != self.rank + 2:  # Paddle takes some of those, and misreads them
+            formats = [f for f in _DATA_FORMATS if len(f) == self.rank + 2]
+            raise ValueError(f"data_format must be one of {formats}, got {self._data_format!r}")
         self.coords = coordinates
         self.coord_init = coord_init
         attr = copy.copy(paddle.ParamAttr._to_attr(self._param_attr))
@@ -99,6 +112,7 @@ class _CoordConv(nn.layer.conv._ConvNd):
     def _draw(self, assigned: bool) -> None:
         """Draw both kernels as the base class draws one over features and coordinates."""
         plain = next(base for base in type(self).__mro__ if base.__module__ == nn.Conv2D.__module__)
+        like = {} if self._transposed else {"device": self._device, "dtype": self._dtype}
         with paddle.utils.unique_name.guard():  # leave the names of later parameters as they were
             drawn = plain(
                 self._in_channels + self._groups * len(self.coords),
@@ -107,21 +121,32 @@ class _CoordConv(nn.layer.conv._ConvNd):
                 groups=self._groups,
                 weight_attr=None if assigned else self._param_attr,
                 bias_attr=self._bias_attr,
-                device=self._device,
-                dtype=self._dtype,
+                **like,
             )
-        features = self._in_channels // self._groups
         with paddle.no_grad():
+            weight, coord_weight = self._split(drawn.weight)
             if not assigned:
-                self.weight.set_value(drawn.weight[:, :features])
-            self.coord_weight.set_value(drawn.weight[:, features:])
+                self.weight.set_value(weight)
+            self.coord_weight.set_value(coord_weight)
             if self.bias is not None:
                 self.bias.set_value(drawn.bias)
+
+    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+        """The two kernels in one over the features and the coordinates of each group."""
+        features = self._in_channels // self._groups
+        if not self._transposed:
+            return fused[:, :features], fused[:, features:]
+        groups = fused.reshape([self._groups, -1, *fused.shape[1:]])
+        coordinates = groups[:, features:].transpose([0, 2, 1, *range(3, groups.ndim)])
+        return groups[:, :features].flatten(0, 1), coordinates.flatten(0, 1)
 
     @paddle.jit.marker.unified  # to_static with full_graph=True traces it, and rewrites nothing
     @param_one_alias(["x", "input"])  # as the base class
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The convolution of ``x (N, C, *S)``, or ``(N, *S, C)``, and of the coordinates."""
+        """The convolution of ``x (N, C, *S)``, or ``(N, *S, C)``, and of the coordinates.
+
+        A transposed layer takes ``output_size`` as its base class does.
+        """
         if not paddle.is_floating_point(x):
             raise TypeError(f"input must be floating-point, got {x.dtype}")
         if -1 in x.shape[1:]:
@@ -134,10 +159,22 @@ class _CoordConv(nn.layer.conv._ConvNd):
             channel_axis=-1 if self._channels_last else -1 - self.rank,
             batched=1,
         )
+        sized = (args[0] if args else kwargs.get("output_size")) is not None
+        geometry = self._conv_geometry(shape, sized)
+        _output_shape(geometry, shape)  # Paddle may crash on an output of a negative length
         output = super().forward(x, *args, **kwargs)
-        return output + self._position_bias(shape, output)
+        if sized:
+            chosen = tuple(output.shape[1:-1] if self._channels_last else output.shape[2:])
+            if -1 in chosen:
+                raise ValueError(
+                    "output_size must be ints, not a tensor, while a program is traced"
+                )
+            geometry = _for_output(geometry, shape, chosen)
+        return output + self._position_bias(geometry, shape, output.dtype)
 
-    def _position_bias(self, shape: tuple[int, ...], output: Tensor) -> Tensor:
+    def _position_bias(
+        self, geometry: ConvGeometry, shape: tuple[int, ...], dtype: paddle.dtype
+    ) -> Tensor:
         kernel = self.coord_weight
         if kernel.dtype in (paddle.float16, paddle.bfloat16):
             kernel = kernel.astype(paddle.float32)
@@ -145,35 +182,50 @@ class _CoordConv(nn.layer.conv._ConvNd):
         with paddle.amp.auto_cast(enable=False):
             bias = position_bias(
                 kernel,
-                shares(self._conv_geometry(), self.coords, shape, exact),
+                shares(geometry, self.coords, shape, exact),
                 einsum=paddle.einsum,
                 convolve=_convolve,
                 asarray=lambda array: _constant(array, kernel),
                 channels_last=self._channels_last,
             )
-        return bias.astype(output.dtype)
+        return bias.astype(dtype)
 
-    def _conv_geometry(self) -> ConvGeometry:
-        """The geometry, from the attributes that the base class's ``forward`` reads."""
+    def _conv_geometry(self, shape: tuple[int, ...], sized: bool = False) -> ConvGeometry:
+        """The geometry, from the attributes that the base class's ``forward`` reads.
+
+        An output size given at call time replaces the layer's ``output_padding``.
+        """
+        kernel, stride = tuple(self._kernel_size), tuple(self._stride)
         padding: Any
+        options: dict[str, Any] = {"padding_mode": self._padding_mode}
         if self._padding_mode != "zeros":
             ends = self._reversed_padding_repeated_twice  # the last axis first
             padding, algorithm = [*zip(ends[::2], ends[1::2], strict=True)][::-1], "EXPLICIT"
-        elif self.rank == 1:
-            padding, algorithm = _update_padding_nd(self._padding, self._channels_last, 1)
+        elif self.rank == 1 or self._transposed:
+            padding, algorithm = _update_padding_nd(self._padding, self._channels_last, self.rank)
         else:
             padding, algorithm = self._updated_padding, self._padding_algorithm
         if len(padding) == 2 * self.rank:
             padding = zip(padding[::2], padding[1::2], strict=True)
-        same = algorithm == "SAME"
+        padding = "same" if algorithm == "SAME" else tuple(padding)
+        if self._transposed:
+            if padding == "same":  # it cuts off what a plain convolution of the input would add
+                padding = _geometry(kernel, stride=stride, padding="same").pads(shape)
+            extra = 0 if sized else self.output_padding
+            extra = tuple(convert_to_list(extra, self.rank, "output_padding"))
+            options = {"transposed": True, "output_padding": extra}
         return _geometry(
-            tuple(self._kernel_size),
-            stride=tuple(self._stride),
-            padding="same" if same else tuple(padding),
-            dilation=1 if same else tuple(self._dilation),  # Paddle's "SAME" undoes the dilation
+            kernel,
+            stride=stride,
+            padding=padding,
+            dilation=1 if algorithm == "SAME" else tuple(self._dilation),  # "SAME" undoes it
             groups=self._groups,
-            padding_mode=self._padding_mode,
+            **options,
         )
+
+    @property
+    def _transposed(self) -> bool:
+        return isinstance(self, _TRANSPOSED)
 
     @property
     def _channels_last(self) -> bool:
@@ -212,6 +264,30 @@ def _convolve(share: Share, padded: Tensor, kernel: Tensor) -> Tensor:
     return _CONVOLVE[rank](padded[None], kernel, None, share.stride, 0, share.dilation)[0]
 
 
+class CoordConv1D(_CoordConv, nn.Conv1D):
+    """``paddle.nn.Conv1D`` that sees its coordinates.
+
+    Takes every argument of ``paddle.nn.Conv1D``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, L)``, or ``(N, L, C)`` with ``data_format="NLC"``; output as
+        ``paddle.nn.Conv1D``.
+
+    Example:
+        >>> layer = CoordConv1D(3, 8, 3, padding=1, coords="xr")
+        >>> layer(paddle.zeros([2, 3, 16])).shape
+        paddle.Size([2, 8, 16])
+        >>> layer.coord_weight.shape
+        paddle.Size([8, 2, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 1
+
+
 class CoordConv2D(_CoordConv, nn.Conv2D):
     """``paddle.nn.Conv2D`` that sees its coordinates.
 
@@ -234,6 +310,102 @@ class CoordConv2D(_CoordConv, nn.Conv2D):
     """
 
     rank = 2
+
+
+class CoordConv3D(_CoordConv, nn.Conv3D):
+    """``paddle.nn.Conv3D`` that sees its coordinates.
+
+    Takes every argument of ``paddle.nn.Conv3D``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, D, H, W)``, or ``(N, D, H, W, C)`` with ``data_format="NDHWC"``; output as
+        ``paddle.nn.Conv3D``.
+
+    Example:
+        >>> layer = CoordConv3D(3, 8, 3, padding=1, coords="xyzr")
+        >>> layer(paddle.zeros([2, 3, 4, 8, 8])).shape
+        paddle.Size([2, 8, 4, 8, 8])
+        >>> layer.coord_weight.shape
+        paddle.Size([8, 4, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 3
+
+
+class CoordConv1DTranspose(_CoordConv, nn.Conv1DTranspose):
+    """``paddle.nn.Conv1DTranspose`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``paddle.nn.Conv1DTranspose``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, L)``, or ``(N, L, C)`` with ``data_format="NLC"``; output as
+        ``paddle.nn.Conv1DTranspose``.
+
+    Example:
+        >>> layer = CoordConv1DTranspose(3, 8, 3, coords="xr")
+        >>> layer(paddle.zeros([2, 3, 16])).shape
+        paddle.Size([2, 8, 18])
+        >>> layer.coord_weight.shape
+        paddle.Size([8, 2, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 1
+
+
+class CoordConv2DTranspose(_CoordConv, nn.Conv2DTranspose):
+    """``paddle.nn.Conv2DTranspose`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``paddle.nn.Conv2DTranspose``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, H, W)``, or ``(N, H, W, C)`` with ``data_format="NHWC"``; output as
+        ``paddle.nn.Conv2DTranspose``.
+
+    Example:
+        >>> layer = CoordConv2DTranspose(3, 8, 3, coords="xyr")
+        >>> layer(paddle.zeros([2, 3, 16, 16])).shape
+        paddle.Size([2, 8, 18, 18])
+        >>> layer.coord_weight.shape
+        paddle.Size([8, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 2
+
+
+class CoordConv3DTranspose(_CoordConv, nn.Conv3DTranspose):
+    """``paddle.nn.Conv3DTranspose`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``paddle.nn.Conv3DTranspose``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        input ``(N, C, D, H, W)``, or ``(N, D, H, W, C)`` with ``data_format="NDHWC"``; output as
+        ``paddle.nn.Conv3DTranspose``.
+
+    Example:
+        >>> layer = CoordConv3DTranspose(3, 8, 3, coords="xyzr")
+        >>> layer(paddle.zeros([2, 3, 4, 8, 8])).shape
+        paddle.Size([2, 8, 6, 10, 10])
+        >>> layer.coord_weight.shape
+        paddle.Size([8, 4, 3, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank = 3
 
 
 @paddle.jit.marker.force_dynamic  # as the convolutions are
@@ -366,14 +538,14 @@ def _conv(layer: networks.Conv) -> nn.Layer:
     pads: Any = geometry.padding
     same, mode = pads == "same", geometry.padding_mode
     ends: tuple[int, ...] = () if same else tuple(end for pair in pads for end in pair)
-    unequal = len(set(ends)) > 1
+    copying, unequal = mode != "zeros", len(set(ends)) > 1
     lacking = {
         "input_dilation": max(holes) > 1,
         "dilation with padding='SAME'": same and max(dilation) > 1,
-        f"padding_mode={mode!r} with padding='SAME'": same and mode != "zeros",
-        f"padding_mode={mode!r} with unequal padding {ends}": mode != "zeros" and unequal,
-        f"negative padding {ends}": min(ends, default=0) < 0,
-        f"output_padding {output_padding} of a stride {stride} or more": any(
+        "padding_mode with padding='SAME'": same and copying,
+        "padding_mode with unequal padding": copying and unequal,
+        "negative padding": min(ends, default=0) < 0,
+        "output_padding of the stride or more": any(
             extra >= s for extra, s in zip(output_padding, stride, strict=True)
         ),
     }
@@ -391,7 +563,7 @@ def _conv(layer: networks.Conv) -> nn.Layer:
         layer.out_channels,
         kernel,
         stride=stride,
-        padding="SAME" if same else ends if mode == "zeros" else ends[0],
+        padding="SAME" if same else ends[0] if copying else ends,
         dilation=dilation,
         groups=geometry.groups,
         bias_attr=None if layer.bias else False,

@@ -14,7 +14,7 @@ import numpy as np
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import PADDING_MODES, ConvGeometry
 from coordconv.grid import Array
-from coordconv.networks import Conv, Network, get, initial_weights
+from coordconv.networks import Conv, Layer, Network, get, initial_weights
 from coordconv.weights import Weights
 
 ARTICLE_NETWORKS = ("plain_cnn", "coord_cnn", "coord_classifier")
@@ -70,6 +70,18 @@ class Case:
     def is_layer(self) -> bool:
         """Whether this is a single layer rather than a network."""
         return len(self.network.layers) == 1
+
+    @property
+    def kind(self) -> str:
+        """What a report counts it under: rank and padding mode of a layer, a network's name."""
+        return _kind(self.network.layers[0]) if self.is_layer else self.network.name
+
+
+def _kind(layer: Layer) -> str:
+    if not isinstance(layer, Conv):
+        return layer.kind
+    g = layer.geometry
+    return f"{g.rank}-D {'transposed' if g.transposed else g.padding_mode}"
 
 
 def generate(count: int, seed: int = 0) -> list[Case]:

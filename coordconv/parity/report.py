@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ class Tally:
     """What one backend did.
 
     ``bitwise`` of the ``exact`` cases gave the reference's value to the last bit; the errors are
-    the largest of all cases, in units of the bound.
+    the largest of all cases, in units of the bound; ``kinds`` counts the layers by rank, transposed
+    or not, and padding mode.
     """
 
     backend: str
@@ -33,6 +34,7 @@ class Tally:
     gradient_error: float = 0.0
     failures: list[str] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON."""
         return json.dumps(
-            {"ok": self.ok, "backends": [asdict(tally) for tally in self.tallies]}, indent=2
+            {"ok": self.ok, "backends": [vars(tally) for tally in self.tallies]}, indent=2
         )
 
 
@@ -91,8 +93,11 @@ def _check_one(
         return
     y, gradients = backend.evaluate(module, weights, x, dy)
     found = {"y": y, **gradients}
-    tally.layers += case.is_layer
-    tally.networks += not case.is_layer
+    if case.is_layer:
+        tally.layers += 1
+        tally.kinds[case.kind] += 1
+    else:
+        tally.networks += 1
     errors = {name: value.error(found[name]) for name, value in wanted.items()}
     tally.forward_error = max(tally.forward_error, errors["y"])
     tally.gradient_error = max(tally.gradient_error, *errors.values())
