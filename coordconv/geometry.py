@@ -138,9 +138,20 @@ class ConvGeometry:
                 f"reflect padding {pads} is too wide for an input of spatial shape {shape}: "
                 "it must be narrower than the axis"
             )
+        lengths = self._lengths(shape)
+        if min(lengths) < 1:
+            raise ValueError(
+                f"output would be empty, of spatial shape {lengths}: kernel {self.kernel} "
+                f"with dilation {self.dilation} does not fit an input of spatial shape {shape} "
+                f"padded by {pads}"
+            )
+        return lengths
+
+    def _lengths(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The output's shape by arithmetic alone, which may be empty or less."""
         lengths = []
         for n, (before, after), k, s, d, extra, hole in zip(
-            shape, pads, *self.per_axis, strict=True
+            shape, self.pads(shape), *self.per_axis, strict=True
         ):
             reach = d * (k - 1) + 1
             if self.transposed:
@@ -149,12 +160,6 @@ class ConvGeometry:
                 lengths.append(((n - 1) * hole + 1 + before + after - reach) // s + 1)
             else:  # these modes copy samples, so they pad before the holes are made
                 lengths.append(((n + before + after - 1) * hole + 1 - reach) // s + 1)
-        if min(lengths) < 1:
-            raise ValueError(
-                f"output would be empty, of spatial shape {tuple(lengths)}: kernel {self.kernel} "
-                f"with dilation {self.dilation} does not fit an input of spatial shape {shape} "
-                f"padded by {pads}"
-            )
         return tuple(lengths)
 
     def for_output(self, shape: Sequence[int], output_shape: Sequence[int]) -> ConvGeometry:
@@ -170,7 +175,7 @@ class ConvGeometry:
         """
         if not self.transposed:
             return self
-        least = replace(self, output_padding=0).output_shape(shape)
+        least = replace(self, output_padding=0)._lengths(shape)
         extra = tuple(m - n for m, n in zip(output_shape, least, strict=True))
         return replace(self, output_padding=extra)
 

@@ -47,7 +47,7 @@ CASES = {
     ),
     "lower case": case((4, 5), (2, 2), geometry=SAME, padding="same"),
     "valid": case((6, 5), (3, 2), "yx", {"stride": (2, 1)}, padding="VALID", strides=[2, 1]),
-    "kernel 1": case((4, 6), (1, 1), "yx"),
+    "kernel 1": case((4, 6), (1, 1), "yx", SAME),
     "int padding": case((5, 4), (3, 3), "y", {"padding": 2}, padding=2),
     "ints padding": case((5, 4), (3, 3), "yx", {"padding": (1, 2)}, padding=[1, 2]),
     "pairs": case((5, 4), (3, 3), "rxy", {"padding": ((2, 0), (1, 3))}, padding=((2, 0), (1, 3))),
@@ -594,6 +594,7 @@ def test_module_tools():
     assert abstract.coord_kernel.shape == (3, 3, 2, 8)
 
 
+@pytest.mark.filterwarnings("error")  # JAX warns of a cast that it makes by itself
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_weights_round_trip(dtype, tmp_path):
     options = {"param_dtype": dtype, "feature_group_count": 2}

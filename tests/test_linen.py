@@ -368,7 +368,17 @@ def test_module_tools():
     y = layer.apply(variables, x)
     assert np.array_equal(layer.bind(variables)(x), y)
     assert np.array_equal(layer.apply(flax.core.freeze(variables), x), y)
-    # one call is recorded, and its output is the whole output
+    # init and apply are one call each to what watches them, and its output is the whole output
+    calls = []
+
+    def watch(call, args, kwargs, context):
+        calls.append(context.method_name)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        layer.init(KEY, x)
+        layer.apply(variables, x)
+    assert calls == ["__call__", "__call__"]
     _, state = layer.apply(variables, x, capture_intermediates=True)
     (recorded,) = state["intermediates"]["__call__"]
     assert np.array_equal(recorded, y)
