@@ -30,7 +30,9 @@ class ConvGeometry:
         output_padding: samples added behind the output of a transposed convolution.
         input_dilation: the distance between input samples, zeros in between (JAX's
             ``lhs_dilation``).
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; of a transposed
+            convolution ``"zeros"``, or ``"circular"`` for an output of ``stride`` times the input
+            that goes round, shifted by the padding before (Flax's ``CIRCULAR``).
 
     Raises:
         TypeError: a value that is not an int, or not one per axis.
@@ -70,7 +72,8 @@ class ConvGeometry:
         if self.padding != "same":
             pairs = _pairs(self.padding, rank)
             object.__setattr__(self, "padding", pairs)
-            if self.padding_mode != "zeros" and min(map(min, pairs)) < 0:
+            copies = self.padding_mode != "zeros" and not self.transposed
+            if copies and min(map(min, pairs)) < 0:
                 raise ValueError(f"{self.padding_mode} padding must not be negative, got {pairs}")
         if self.groups < 1:
             raise ValueError(f"groups must be positive, got {self.groups}")
@@ -79,10 +82,13 @@ class ConvGeometry:
                 f"padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}"
             )
         if self.transposed and (
-            self.padding == "same" or self.padding_mode != "zeros" or max(self.per_axis[4]) > 1
+            self.padding == "same"
+            or self.padding_mode not in ("zeros", "circular")
+            or max(self.per_axis[4]) > 1
         ):
             raise ValueError(
-                "a transposed convolution takes explicit zero padding and no input_dilation"
+                "a transposed convolution takes explicit zero or circular padding and no "
+                "input_dilation"
             )
         if not self.transposed and any(self.per_axis[3]):
             raise ValueError("output_padding belongs to a transposed convolution")
@@ -154,7 +160,9 @@ class ConvGeometry:
             shape, self.pads(shape), *self.per_axis, strict=True
         ):
             reach = d * (k - 1) + 1
-            if self.transposed:
+            if self.transposed and self.padding_mode == "circular":
+                lengths.append(n * s)
+            elif self.transposed:
                 lengths.append((n - 1) * s + reach + extra - before - after)
             elif self.padding_mode == "zeros":
                 lengths.append(((n - 1) * hole + 1 + before + after - reach) // s + 1)

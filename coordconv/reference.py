@@ -176,8 +176,10 @@ class Reference:
         g = self.geometry
         layout = []
         for (before, after), k, s, d, extra, hole in zip(g.pads(shape), *g.per_axis, strict=True):
-            if g.transposed:
-                reach = d * (k - 1)
+            reach = d * (k - 1)
+            if g.transposed and g.padding_mode == "circular":
+                layout.append((reach - before, before, s, False))
+            elif g.transposed:
                 layout.append((reach - before, reach - after + extra, s, False))
             else:
                 layout.append((before, after, hole, g.padding_mode != "zeros"))
@@ -188,6 +190,12 @@ class Reference:
         maps = []
         for n, (before, after, hole, pad_first) in zip(shape, self._layout(shape), strict=True):
             m = np.eye(n)
+            if self.geometry.transposed and self.geometry.padding_mode == "circular":
+                circle = np.zeros((n * hole, n))
+                circle[::hole] = m
+                around = np.arange(len(circle) + before + after) - before
+                maps.append(np.take(circle, around, axis=0, mode="wrap"))
+                continue
             if pad_first:
                 m = _pad(m, before, after, self.geometry.padding_mode)
             m = _spread(m, hole)
