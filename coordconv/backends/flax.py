@@ -63,19 +63,20 @@ class _CoordConv(nnx.Module):
         coordinates = Coordinates.resolve(coords, rank)
         check_coord_init(coord_init)
         count = len(coordinates)
+        axis = -1 if kwargs.get("transpose_kernel") else -2  # of the input channels
         coordinate_part: Any = None
 
         def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
             """The kernel that the base class asks for; the coordinate part is kept."""
             nonlocal coordinate_part
-            *taps, features, out = shape
-            fused = features + (count if coord_init == "fan_in" else 0)
-            drawn = kernel_init(key, (*taps, fused, out), dtype)
+            fused, features = list(shape), shape[axis]
+            fused[axis] += count if coord_init == "fan_in" else 0
+            drawn = kernel_init(key, tuple(fused), dtype)
             boxed = isinstance(drawn, nnx.VariableMetadata)  # as nnx.with_partitioning does
             kernel = drawn.raw_value if boxed else drawn
-            kernel, coordinate_part = kernel[..., :features, :], kernel[..., features:, :]
+            kernel, coordinate_part = common.split_kernel(kernel, features, axis)
             if coord_init == "zeros":
-                coordinate_part = jnp.zeros((*taps, count, out), kernel.dtype)
+                coordinate_part = jnp.zeros((*shape[:-2], count, out_features), kernel.dtype)
             if not boxed:
                 return kernel
             metadata = _unsharded(drawn.metadata)
@@ -99,13 +100,20 @@ class _CoordConv(nnx.Module):
         shape = common.spatial_shape(self, inputs, self.in_features)
         output: jax.Array = super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
         geometry = common.geometry(self, shape)
-        coord_kernel = self.coord_kernel[...]
-        return common.add_position_bias(output, coord_kernel, geometry, self.coords, shape)
+        return common.add_position_bias(
+            output,
+            self.coord_kernel[...],
+            geometry,
+            self.coords,
+            shape,
+            common.is_reversed(self),
+        )
 
     def export_weights(self) -> Weights:
         """The canonical weights: ``weight``, ``coord_weight`` and, if there is one, ``bias``."""
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-        return Weights(common.to_weights(params), {"": self.coords})
+        arrays = common.to_weights(params, reverse=common.is_reversed(self))
+        return Weights(arrays, {"": self.coords})
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
         """Take canonical weights.
@@ -132,6 +140,25 @@ class CoordConv(_CoordConv, nnx.Conv):
         (2, 16, 16, 8)
         >>> layer.coord_kernel.shape
         (3, 3, 3, 8)
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+
+class CoordConvTranspose(_CoordConv, nnx.ConvTranspose):
+    """``flax.nnx.ConvTranspose`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``flax.nnx.ConvTranspose``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.nnx.ConvTranspose``.
+
+    Example:
+        >>> layer = CoordConvTranspose(3, 8, (2, 2), strides=(2, 2), rngs=nnx.Rngs(0))
+        >>> layer(jnp.zeros((2, 16, 16, 3))).shape
+        (2, 32, 32, 8)
 
     Source:
         Liu et al., NeurIPS 2018, section 3.
@@ -222,14 +249,20 @@ def trainer(
     return step, lambda: common.network_weights(module.network, trained())
 
 
+_KINDS: dict[bool, tuple[Any, Any]] = {
+    False: (nnx.Conv, CoordConv),
+    True: (nnx.ConvTranspose, CoordConvTranspose),
+}
+
+
 def _layer(layer: networks.Conv | networks.Linear, rngs: nnx.Rngs) -> nnx.Module:
     options: dict[str, Any] = {"kernel_init": nnx.initializers.zeros, "rngs": rngs}
     if isinstance(layer, networks.Linear):
         return nnx.Linear(layer.in_features, layer.out_features, **options)
     options |= common.conv_options(layer)
-    kind: type[Any] = nnx.ConvTranspose if layer.geometry.transposed else nnx.Conv
+    kind, coord_kind = _KINDS[layer.geometry.transposed]
     if layer.coords:
-        kind, options["coords"] = CoordConv, layer.coords
+        kind, options["coords"] = coord_kind, layer.coords
     return kind(layer.in_channels, layer.out_channels, **options)
 
 

@@ -37,7 +37,9 @@ def kernel_size(conv: Any) -> tuple[int, ...]:
 
 
 def geometry(conv: Any, shape: tuple[int, ...]) -> ConvGeometry:
-    """The geometry of an ``nnx.Conv`` or ``linen.Conv`` for an input of spatial ``shape``."""
+    """The geometry of a Flax convolution, of either kind, for an input of spatial ``shape``."""
+    if is_transposed(conv):
+        return _transposed_geometry(conv, shape)
     kernel = kernel_size(conv)
     rank = len(kernel)
     strides, dilation = _per_axis(conv.strides, rank), _per_axis(conv.kernel_dilation, rank)
@@ -65,6 +67,65 @@ def geometry(conv: Any, shape: tuple[int, ...]) -> ConvGeometry:
         input_dilation=holes,
         padding_mode=mode,
     )
+
+
+def _transposed_geometry(conv: Any, shape: tuple[int, ...]) -> ConvGeometry:
+    """Flax pads the spread input for a kernel that slides; the core cuts off the full output."""
+    kernel = kernel_size(conv)
+    rank = len(kernel)
+    strides, dilation = _per_axis(conv.strides, rank), _per_axis(conv.kernel_dilation, rank)
+    pads = []
+    for i, (n, k, s, d) in enumerate(zip(shape, kernel, strides, dilation, strict=True)):
+        reach = d * (k - 1)
+        if conv.padding == "SAME":
+            before = reach if s > reach else -(-(reach + s - 1) // 2)
+            pads.append((reach - before, before - s + 1))
+        elif conv.padding == "VALID":
+            pads.append((0, min(reach + 1 - s, 0)))
+        elif conv.padding == "CIRCULAR":  # VALID, padded to whole periods that are then summed
+            missing = (n * s - ((n - 1) * s + max(reach + 1, s))) % (2 * n * s)
+            pads.append((-((missing + (not conv.transpose_kernel)) // 2), 0))
+        else:
+            given = conv.padding if isinstance(conv.padding, int) else conv.padding[i]
+            before, after = (given, given) if isinstance(given, int) else given
+            pads.append((reach - before, reach - after))
+    return _geometry(
+        kernel,
+        stride=strides,
+        padding=tuple(pads),
+        dilation=dilation,
+        transposed=True,
+        padding_mode="circular" if conv.padding == "CIRCULAR" else "zeros",
+    )
+
+
+def is_transposed(conv: Any) -> bool:
+    """Whether a Flax layer is a transposed convolution."""
+    return hasattr(conv, "transpose_kernel")
+
+
+def is_reversed(conv: Any) -> bool:
+    """Whether a Flax layer keeps its taps in the reverse of the canonical order.
+
+    A transposed convolution's kernel is one that slides over the spread input, where torch's adds
+    to the output, unless ``transpose_kernel`` says that it is the kernel of a convolution.
+    """
+    return is_transposed(conv) and not conv.transpose_kernel
+
+
+def input_axis(conv: Any) -> int:
+    """Which axis of a Flax kernel is the input channels'."""
+    return -1 if is_transposed(conv) and conv.transpose_kernel else -2
+
+
+def split_kernel(fused: jax.Array, features: int, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The two kernels in one whose ``axis`` holds the features and then the coordinates.
+
+    Returns:
+        The feature kernel, laid out alike, and the coordinate kernel ``(*kernel_size, n, out)``.
+    """
+    kernel, coordinates = jnp.split(fused, [features], axis)
+    return kernel, coordinates.swapaxes(-1, -2) if axis == -1 else coordinates
 
 
 def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
@@ -97,23 +158,29 @@ def _check_floating(inputs: jax.Array) -> None:
 
 
 # Jitted, so that it is one call where the layer is not; inlined, so that it is none where it is.
-@partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+@partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
 def add_position_bias(
     output: jax.Array,
     coord_kernel: jax.Array,
     geometry: ConvGeometry,
     coords: Coordinates,
     shape: tuple[int, ...],
+    reverse: bool,
 ) -> jax.Array:
     """The ``output (..., *output shape, out)`` of a convolution, and its coordinates' share.
 
     The arguments are those of :func:`position_bias`, which is cast to the output's dtype.
     """
-    return output + position_bias(coord_kernel, geometry, coords, shape).astype(output.dtype)
+    bias = position_bias(coord_kernel, geometry, coords, shape, reverse)
+    return output + bias.astype(output.dtype)
 
 
 def position_bias(
-    coord_kernel: jax.Array, geometry: ConvGeometry, coords: Coordinates, shape: tuple[int, ...]
+    coord_kernel: jax.Array,
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    reverse: bool = False,
 ) -> jax.Array:
     """What the coordinates add to the output of a convolution, for every sample alike.
 
@@ -122,12 +189,15 @@ def position_bias(
         geometry: the convolution.
         coords: its coordinate channels.
         shape: the spatial shape of its input.
+        reverse: the kernel's taps are in the reverse of the canonical order.
 
     Returns:
         An array of shape ``(*output shape, out)``, in the kernel's dtype, in float32 at least.
     """
     info = jnp.finfo(coord_kernel.dtype)
     kernel = coord_kernel if info.bits >= 32 else coord_kernel.astype(jnp.float32)
+    if reverse:
+        kernel = jnp.flip(kernel, tuple(range(geometry.rank)))
     return core.position_bias(
         jnp.moveaxis(kernel, (-1, -2), (0, 1)),
         core.shares(geometry, coords, shape, np.float64 if info.bits == 64 else np.float32),
@@ -160,7 +230,7 @@ def add_coords(inputs: jax.Array, coords: CoordinatesLike) -> jax.Array:
     return jnp.concatenate([inputs, repeated], axis=-1)
 
 
-def to_params(weights: Mapping[str, Array], *, transposed: bool = False) -> Params:
+def to_params(weights: Mapping[str, Array], *, reverse: bool = False) -> Params:
     """A layer's canonical weights under Flax's names and in its layout, as NumPy arrays.
 
     The kernel of a transposed convolution is reversed along its spatial axes: torch adds it to
@@ -169,14 +239,14 @@ def to_params(weights: Mapping[str, Array], *, transposed: bool = False) -> Para
     params = {}
     for name, array in weights.items():
         if array.ndim > 1:
-            sides = (0, 1) if transposed and name == "weight" else (1, 0)
+            sides = (0, 1) if reverse and name == "weight" else (1, 0)
             array = np.moveaxis(array, sides, (-2, -1))
-            array = np.flip(array, tuple(range(array.ndim - 2))) if transposed else array
+            array = np.flip(array, tuple(range(array.ndim - 2))) if reverse else array
         params[_NAMES[name]] = array
     return params
 
 
-def to_weights(params: Mapping[str, Any], *, transposed: bool = False) -> dict[str, Array]:
+def to_weights(params: Mapping[str, Any], *, reverse: bool = False) -> dict[str, Array]:
     """The inverse of :func:`to_params`; copies, and bfloat16 becomes float32."""
     weights = {}
     for name in (name for name, flax_name in _NAMES.items() if flax_name in params):
@@ -184,8 +254,8 @@ def to_weights(params: Mapping[str, Any], *, transposed: bool = False) -> dict[s
         if array.dtype.kind == "V":  # NumPy has no bfloat16; float32 holds every value of it
             array = array.astype(np.float32)
         if array.ndim > 1:
-            array = np.flip(array, tuple(range(array.ndim - 2))) if transposed else array
-            sides = (0, 1) if transposed and name == "weight" else (1, 0)
+            array = np.flip(array, tuple(range(array.ndim - 2))) if reverse else array
+            sides = (0, 1) if reverse and name == "weight" else (1, 0)
             array = np.moveaxis(array, (-2, -1), sides)
         weights[name] = np.array(array, order="C")
     return weights
@@ -193,9 +263,12 @@ def to_weights(params: Mapping[str, Any], *, transposed: bool = False) -> dict[s
 
 def layer_params(conv: Any, channels: int, out: int, mapping: Mapping[str, Array]) -> Params:
     """A CoordConv's parameters from canonical weights, or one error with all their problems."""
-    kernel = _geometry(kernel_size(conv), groups=conv.feature_group_count)
-    layer = networks.Conv("", channels, out, kernel, conv.coords, conv.use_bias)
-    return to_params(checked(mapping, layer.weight_shapes(), {"": conv.coords}))
+    transposed = is_transposed(conv)
+    groups = 1 if transposed else conv.feature_group_count
+    geometry = _geometry(kernel_size(conv), groups=groups, transposed=transposed)
+    layer = networks.Conv("", channels, out, geometry, conv.coords, conv.use_bias)
+    arrays = checked(mapping, layer.weight_shapes(), {"": conv.coords})
+    return to_params(arrays, reverse=is_reversed(conv))
 
 
 def network_params(network: networks.Network, mapping: Mapping[str, Array]) -> Params:
@@ -204,7 +277,7 @@ def network_params(network: networks.Network, mapping: Mapping[str, Array]) -> P
     return {
         layer.name: to_params(
             {name: arrays[f"{layer.name}.{name}"] for name in layer.weight_shapes()},
-            transposed=_is_transposed(layer),
+            reverse=_is_reversed(layer),
         )
         for layer in weighted(network)
     }
@@ -214,7 +287,7 @@ def network_weights(network: networks.Network, params: Mapping[str, Any]) -> Wei
     """A network's canonical weights under dotted names."""
     weights = Weights(coordinates=network.coordinates())
     for layer in weighted(network):
-        arrays = to_weights(params[layer.name], transposed=_is_transposed(layer))
+        arrays = to_weights(params[layer.name], reverse=_is_reversed(layer))
         weights.update({f"{layer.name}.{name}": array for name, array in arrays.items()})
     return weights
 
@@ -224,7 +297,7 @@ def weighted(network: networks.Network) -> list[networks.Conv | networks.Linear]
     return [n for n in network.layers if isinstance(n, (networks.Conv, networks.Linear))]
 
 
-def _is_transposed(layer: networks.Layer) -> bool:
+def _is_reversed(layer: networks.Layer) -> bool:
     return isinstance(layer, networks.Conv) and layer.geometry.transposed
 
 
@@ -240,9 +313,9 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
     padding: Any = g.padding
     if g.transposed:
         if g.groups > 1:
-            raise NotImplementedError(f"Flax transposed convolutions have no groups={g.groups}")
-        if layer.coords:
-            raise NotImplementedError("coordconv has no CoordConvTranspose for Flax yet")
+            raise NotImplementedError("Flax transposed convolutions have no groups")
+        if g.padding_mode != "zeros":
+            raise NotImplementedError("Flax's circular transposed convolutions have other offsets")
         reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         padding = [(r - p, r - q + e) for r, (p, q), e in zip(reach, padding, extra, strict=True)]
         return {**common, "padding": padding, "use_bias": layer.bias}
@@ -252,13 +325,12 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
     if g.padding_mode != "zeros" and padding != ((0, 0),) * g.rank:
         if g.padding_mode not in _PADDING_MODES.values() or padding != own:
             raise NotImplementedError(
-                f"Flax convolutions have no padding_mode={g.padding_mode!r} by {padding}, only "
-                f"'circular' and 'reflect', for this kernel by {own}"
+                f"Flax convolutions have no padding_mode={g.padding_mode!r}, or not by this much"
             )
         padding = g.padding_mode.upper()
     if isinstance(padding, str) and max(holes) > 1:
         raise NotImplementedError(
-            f"Flax convolutions have no padding={padding!r} with input_dilation={holes}"
+            f"Flax convolutions have no padding={padding!r} with input_dilation"
         )
     return {
         **common,

@@ -60,7 +60,8 @@ class _CoordConv(nn.Module):
         channels = inputs.shape[-1] if inputs.ndim else 0
         if self.has_variable("params", "kernel"):  # else the kernel will be made for these inputs
             kernel = meta.unbox(self.get_variable("params", "kernel"))
-            channels = kernel.shape[-2] * conv.feature_group_count
+            channels = kernel.shape[common.input_axis(self)]
+            channels *= getattr(self, "feature_group_count", 1)  # ConvTranspose has no groups
         shape = common.spatial_shape(self, inputs, channels)
         # The base class's function itself: as a method of the module it would be recorded apart
         # by capture_intermediates and interceptors.
@@ -72,7 +73,9 @@ class _CoordConv(nn.Module):
             conv.param_dtype,
         )
         geometry = common.geometry(self, shape)
-        return common.add_position_bias(output, coord_kernel, geometry, conv.coords, shape)
+        return common.add_position_bias(
+            output, coord_kernel, geometry, conv.coords, shape, common.is_reversed(self)
+        )
 
     @nn.nowrap
     def param(self, name: str, init_fn: Any, *init_args: Any, **kwargs: Any) -> Any:
@@ -87,15 +90,17 @@ class _CoordConv(nn.Module):
 
         def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
             """The kernel that the base class asks for; the coordinate part becomes a parameter."""
-            *taps, features, out = shape
-            fused = features + (count if self.coord_init == "fan_in" else 0)
-            drawn = kernel_init(key, (*taps, fused, out), dtype)
+            axis = common.input_axis(self)
+            fused, features = list(shape), shape[axis]
+            fused[axis] += count if self.coord_init == "fan_in" else 0
+            drawn = kernel_init(key, tuple(fused), dtype)
             (kernel,) = jax.tree.leaves(drawn)  # out of the box of an nn.with_partitioning
-            coordinate_part = kernel[..., features:, :]
+            kernel, coordinate_part = common.split_kernel(kernel, features, axis)
             if self.coord_init == "zeros":
-                coordinate_part = jnp.zeros((*taps, count, out), kernel.dtype)
+                out = shape[-3 - axis]  # the other of the last two
+                coordinate_part = jnp.zeros((*shape[:-2], count, out), kernel.dtype)
             self.put_variable("params", "coord_kernel", coordinate_part)
-            return jax.tree.map(lambda k: k[..., :features, :], drawn)
+            return jax.tree.map(lambda _: kernel, drawn)
 
         return draw
 
@@ -107,7 +112,9 @@ class _CoordConv(nn.Module):
             ``weight``, ``coord_weight`` and, if there is one, ``bias``.
         """
         coordinates: Any = self.coords
-        return Weights(common.to_weights(meta.unbox(variables["params"])), {"": coordinates})
+        params = meta.unbox(variables["params"])
+        arrays = common.to_weights(params, reverse=common.is_reversed(self))
+        return Weights(arrays, {"": coordinates})
 
     @nn.nowrap
     def import_weights(self, mapping: Mapping[str, Array]) -> dict[str, Any]:
@@ -120,8 +127,8 @@ class _CoordConv(nn.Module):
         conv: Any = self
         weight: Any = mapping.get("weight") if isinstance(mapping, Mapping) else None
         rank = len(common.kernel_size(self))
-        channels = np.shape(weight)[1] if np.ndim(weight) == rank + 2 else -1
-        in_features = channels * conv.feature_group_count
+        axis, groups = (0, 1) if common.is_transposed(self) else (1, conv.feature_group_count)
+        in_features = np.shape(weight)[axis] * groups if np.ndim(weight) == rank + 2 else -1
         params = common.layer_params(self, in_features, conv.features, mapping)
         return {"params": jax.tree.map(lambda a: jnp.asarray(a, conv.param_dtype), params)}
 
@@ -142,6 +149,26 @@ class CoordConv(_CoordConv, nn.Conv):
         (2, 16, 16, 8)
         >>> variables["params"]["coord_kernel"].shape
         (3, 3, 3, 8)
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+
+class CoordConvTranspose(_CoordConv, nn.ConvTranspose):
+    """``flax.linen.ConvTranspose`` that sees its coordinates, those of its input.
+
+    Takes every argument of ``flax.linen.ConvTranspose``, and keyword-only ``coords=None`` and
+    ``coord_init="fan_in"``; see the mixin for both.
+
+    Shape:
+        inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.linen.ConvTranspose``.
+
+    Example:
+        >>> layer = CoordConvTranspose(8, (2, 2), strides=(2, 2))
+        >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+        >>> y.shape
+        (2, 32, 32, 8)
 
     Source:
         Liu et al., NeurIPS 2018, section 3.
@@ -223,11 +250,17 @@ def trainer(
     return step, lambda: module.export_weights(trained())
 
 
+_KINDS: dict[bool, tuple[Any, Any]] = {
+    False: (nn.Conv, CoordConv),
+    True: (nn.ConvTranspose, CoordConvTranspose),
+}
+
+
 def _layer(layer: networks.Conv | networks.Linear, **options: Any) -> nn.Module:
     if isinstance(layer, networks.Linear):
         return nn.Dense(layer.out_features, name=layer.name, **options)
     options |= common.conv_options(layer)
-    kind: type[nn.Module] = nn.ConvTranspose if layer.geometry.transposed else nn.Conv
+    kind, coord_kind = _KINDS[layer.geometry.transposed]
     if layer.coords:
-        kind, options["coords"] = CoordConv, layer.coords
+        kind, options["coords"] = coord_kind, layer.coords
     return kind(layer.out_channels, name=layer.name, **options)
