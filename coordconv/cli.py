@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import tempfile
 import warnings
@@ -34,7 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="CoordConv for PyTorch, Paddle and Flax: one set of weights, identical outputs.",
 )
 console = Console(soft_wrap=False)
 
@@ -69,6 +69,12 @@ def _writable(folder: Path) -> Path:
             return folder
     except OSError as error:
         raise _fail(f"cannot write to {folder}: {error.strerror}; choose another one") from error
+
+
+@app.callback()
+def quiet() -> None:
+    """CoordConv for PyTorch, Paddle and Flax: one set of weights, identical outputs."""
+    logging.disable(logging.INFO)  # frameworks say what they found, in the middle of our tables
 
 
 @app.command()

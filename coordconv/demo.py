@@ -20,8 +20,8 @@ from coordconv.weights import Weights
 
 CANVAS = 64
 SQUARE = 9
-BATCH = 16
-LEARNING_RATE = 0.01
+BATCH = 8
+LEARNING_RATE = 0.005
 DECAY_EPOCHS = 10
 TRAINED_SHARE = 0.8
 _PREDICT_BATCH = 112  # divides the 3,136 positions, so that compiled frameworks compile once

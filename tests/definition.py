@@ -71,6 +71,8 @@ def reads(g: ConvGeometry, shape: tuple[int, ...]) -> list[list[dict[int, int]]]
     ):
         if g.transposed:
             length = (n - 1) * s + (k - 1) * d + 1 + extra - before - after
+            if g.padding_mode == "circular":  # what would stick out comes round
+                length = n * s
             outputs: list[dict[int, int]] = [{} for _ in range(length)]
             reach = length + abs(before) + (k - 1) * d  # as far out as any tap can come from
             for i in range(-reach, n + reach):
@@ -287,6 +289,7 @@ def geometries(draw: st.DrawFn, shape: tuple[int, ...], groups: int = 1) -> Conv
         )
         if min(lengths) < 1:
             pads = [(0, 0)] * rank
+        circular = draw(st.integers(0, 2)) == 0
         return ConvGeometry(
             kernel,
             stride=stride,
@@ -294,7 +297,8 @@ def geometries(draw: st.DrawFn, shape: tuple[int, ...], groups: int = 1) -> Conv
             dilation=dilation,
             groups=groups,
             transposed=True,
-            output_padding=extra,
+            output_padding=0 if circular else extra,
+            padding_mode="circular" if circular else "zeros",
         )
     mode, holes = "zeros", ints(1, 2)
     if kind == "same":

@@ -106,6 +106,15 @@ def test_transposed_by_hand() -> None:
     np.testing.assert_array_equal(y, [[[1 - 100, 2 - 200, 13 - 300 + 100, 20 + 200, 30 + 300]]])
 
 
+def test_transposed_and_circular_by_hand() -> None:
+    """What sticks out behind comes round to the front."""
+    geometry = ConvGeometry((3,), stride=2, transposed=True, padding_mode="circular")
+    y = Reference(geometry, Coordinates("x")).forward(
+        np.array([[[1.0, 10.0]]]), np.array([[[1.0, 2.0, 3.0]]]), np.array([[[0.0, 0.0, 100.0]]])
+    )
+    np.testing.assert_array_equal(y, [[[1 + 30 + 100, 2, 13 - 100, 20]]])
+
+
 def test_every_group_sees_all_coordinates() -> None:
     """A depthwise CoordConv: two groups of one channel, each with its own kernel on x and y."""
     reference = Reference(ConvGeometry((1, 1), groups=2), Coordinates("xy"))
