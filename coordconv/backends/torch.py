@@ -49,6 +49,8 @@ class _CoordConv(nn.modules.conv._ConvNd):
             that is not floating-point, or of the wrong rank, channels or an empty axis.
     """
 
+    rank: int
+
     def __init__(
         self,
         in_channels: int,
@@ -67,8 +69,6 @@ class _CoordConv(nn.modules.conv._ConvNd):
         shape = (out_channels, len(coordinates), *self.kernel_size)
         self.coord_weight = nn.Parameter(self.weight.new_empty(shape))
         self.reset_parameters()
-
-    rank: int
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as ``coord_init`` says."""
