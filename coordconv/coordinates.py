@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
 
 AXES = "zyx"  # axis tokens by distance from the last axis: AXES[-1] is the last one
 TOKENS = frozenset(AXES + "r")
@@ -241,10 +241,12 @@ def _checked_span(span: object) -> tuple[float, float]:
 
 
 def _finite(name: str, value: object) -> float:
+    if not isinstance(value, SupportsFloat | SupportsIndex):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number

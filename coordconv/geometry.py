@@ -57,6 +57,8 @@ class ConvGeometry:
     padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kernel, Sequence) or isinstance(self.kernel, str):
+            raise TypeError(f"kernel must be one int per axis, got {self.kernel!r}")
         kernel = tuple(self.kernel)
         rank = len(kernel)
         if not 1 <= rank <= 3:
@@ -75,6 +77,8 @@ class ConvGeometry:
             copies = self.padding_mode != "zeros" and not self.transposed
             if copies and min(map(min, pairs)) < 0:
                 raise ValueError(f"{self.padding_mode} padding must not be negative, got {pairs}")
+        if not _is_int(self.groups):
+            raise TypeError(f"groups must be an int, got {self.groups!r}")
         if self.groups < 1:
             raise ValueError(f"groups must be positive, got {self.groups}")
         if self.padding_mode not in PADDING_MODES:

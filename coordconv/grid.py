@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -95,6 +95,8 @@ def ramp(coords: Coordinates, position: Array, length: int) -> Array:
 
 def check_spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The spatial shape as a tuple of one to three positive ints, or an error that says why not."""
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"shape must be one int per axis, got {shape!r}")
     lengths = []
     for n in shape:
         if isinstance(n, bool) or not hasattr(n, "__index__"):

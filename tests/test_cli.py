@@ -171,6 +171,9 @@ class TestDemo:
         self, run, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(cli, "DEMO_SECONDS", 0.5)
+        whole, few = demo.positions(), np.arange(224)  # to run in every backend
+        data = demo.Positions(whole.coordinates[few], whole.labels[few], few[:112], few[112:])
+        monkeypatch.setattr(demo, "positions", lambda seed: data)
         shown = run("demo", "--out", tmp_path / "out")
         assert shown.exit_code == 1  # half a second is not enough to learn
         assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")

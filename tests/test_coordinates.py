@@ -217,3 +217,10 @@ def test_named_is_default_but_for_order_and_centre() -> None:
 def test_named_mistakes(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Coordinates.named(name, **options)
+
+
+def test_numbers_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="span must be a number, got '0'"):
+        Coordinates(span=("0", "1"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="span must be finite"):
+        Coordinates(span=(0, 10**400))

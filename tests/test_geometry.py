@@ -228,3 +228,10 @@ HINT = "pass the features alone, the layer adds the coordinates itself"
 def test_wrong_inputs(options: dict[str, Any], shape: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_input(shape, **options)
+
+
+def test_values_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="kernel must be one int per axis, got 3"):
+        ConvGeometry(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="groups must be an int, got 1.5"):
+        ConvGeometry((3,), groups=1.5)  # type: ignore[arg-type]

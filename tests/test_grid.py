@@ -210,3 +210,8 @@ def test_mistakes(
 ) -> None:
     with pytest.raises(error, match=message):
         coordinate_grid(shape, **options)
+
+
+def test_a_shape_that_is_a_number() -> None:
+    with pytest.raises(TypeError, match="shape must be one int per axis, got 3"):
+        coordinate_grid(3)  # type: ignore[arg-type]
