@@ -3,6 +3,8 @@
 The layers are in ``coordconv.backends.torch``, ``.paddle``, ``.flax`` (NNX) and ``.linen``.
 """
 
+import numpy as _numpy  # noqa: F401  # first: importtime then tells its time from ours
+
 from coordconv.backends import available_backends
 from coordconv.coordinates import Coordinates
 from coordconv.grid import coordinate_grid

@@ -7,11 +7,9 @@ linear layer ``(out, in)``; ``coord_weight (out, n, *kernel)``; ``bias (out,)``.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,12 +70,14 @@ def save_weights(
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "layer.safetensors"
+        >>> path = os.path.join(tempfile.mkdtemp(), "layer.safetensors")
         >>> save_weights(path, {"weight": np.ones((1, 1))}, {"trained_on": "squares"})
         >>> load_weights(path)
         {'weight': array([[1.]])}
     """
-    path = Path(path)
+    import json  # here and in load_weights, for the sake of the package's import time
+
+    path = os.fspath(path)
     entries = {**getattr(weights, "metadata", {}), **(metadata or {})}
     for name, text in entries.items():
         if not isinstance(name, str) or not isinstance(text, str):
@@ -100,8 +100,8 @@ def save_weights(
     _replace_file(path, safetensors.numpy.save(arrays, metadata=entries))
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+def _replace_file(path: str, content: bytes) -> None:
+    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -109,10 +109,10 @@ def _replace_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write weights: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"cannot write weights: {error.strerror}", path) from error
     finally:
         with suppress(OSError):  # renamed, or never made
-            temporary.unlink()
+            os.unlink(temporary)
 
 
 def load_weights(path: str | os.PathLike[str]) -> Weights:
@@ -129,7 +129,9 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
             newer format than this version of coordconv reads.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    import json
+
+    path = os.fspath(path)
     with open(path, "rb"):
         pass  # the operating system's own error, with its own words, if it cannot be read
     try:
