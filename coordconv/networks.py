@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from coordconv.coordinates import Coordinates
+from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import ConvGeometry
 from coordconv.weights import Weights
 
@@ -144,6 +144,30 @@ class Network:
             for layer in self.layers
             if isinstance(layer, Conv) and layer.coords
         }
+
+    def with_coordinates(self, coords: CoordinatesLike) -> Network:
+        """The same network with other coordinates in each CoordConv, as another implementation's.
+
+        Args:
+            coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
+
+        Raises:
+            TypeError, ValueError: as :class:`~coordconv.Coordinates`, or no CoordConv is there.
+
+        Example:
+            >>> keras = get("coord_classifier").with_coordinates(Coordinates.named("keras"))
+            >>> keras.coordinates()
+            {'conv1': Coordinates('yx')}
+        """
+        if not self.coordinates():
+            raise ValueError(f"network {self.name!r} has no CoordConv to give coordinates to")
+        layers = (
+            replace(layer, coords=Coordinates.resolve(coords, layer.geometry.rank))
+            if isinstance(layer, Conv) and layer.coords
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
 
 def _article(name: str, coords: Coordinates | None) -> Network:

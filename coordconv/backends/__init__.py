@@ -3,10 +3,13 @@
 A backend is a module with these functions, all in canonical weights and channels-first NumPy
 arrays, so that whatever compares or trains backends is written once:
 
-- ``build(network, weights) -> module``: a :class:`coordconv.networks.Network` as the framework's
-  module, with those weights; NotImplementedError says which option the framework lacks.
-- ``evaluate(module, weights, x, dy=None) -> (y, gradients)``: the output for ``x``, and for the
-  output's gradient ``dy`` those of ``x`` (under the name ``"x"``) and of all weights.
+- ``build(network, weights, dtype="float32") -> module``: a :class:`coordconv.networks.Network` as
+  the framework's module, with those weights and computing in that type; NotImplementedError says
+  which option the framework lacks.
+- ``evaluate(module, weights, x, dy=None, *, compiled) -> (y, gradients)``: the output for ``x``,
+  and for the output's gradient ``dy`` those of ``x`` (under the name ``"x"``) and of all weights;
+  bfloat16 is returned as float32, which NumPy has. ``compiled`` puts the framework's compiler
+  before it; the default, ``COMPILED``, is what the framework's users mostly do.
 - ``trainer(module, weights) -> (step, export)``: ``step(x, labels, learning_rate) -> loss`` takes
   one step of Adam on the mean softmax cross-entropy; ``export()`` returns the weights.
 """

@@ -22,6 +22,8 @@ from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
 from coordconv.weights import Weights
 
+COMPILED = True  # what most users do
+
 
 class _CoordConv(nnx.Module):
     """What every CoordConv adds to the convolution it is mixed into.
@@ -193,11 +195,12 @@ class AddCoords(nnx.Module):
 class Network(nnx.Module):
     """A :class:`coordconv.networks.Network` as a module; inputs ``(N, *S, C)``."""
 
-    def __init__(self, network: networks.Network) -> None:
+    def __init__(self, network: networks.Network, dtype: str = "float32") -> None:
         self.network = network
+        self.dtype = dtype
         rngs = nnx.Rngs(0)  # for nothing: import_weights brings the weights
         for layer in common.weighted(network):
-            setattr(self, layer.name, _layer(layer, rngs))
+            setattr(self, layer.name, _layer(layer, rngs, dtype))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return common.run(self.network, inputs, lambda layer: getattr(self, layer.name))
@@ -222,22 +225,33 @@ class Network(nnx.Module):
             _assign(getattr(self, name), params)
 
 
-def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+def build(
+    network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
+) -> Network:
     """Build a network with these weights."""
-    module = Network(network)
-    module.import_weights(weights)
-    return module
+    with common.precision(dtype):
+        module = Network(network, dtype)
+        module.import_weights(weights)
+        return module
 
 
 def evaluate(
-    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+    module: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    dy: Array | None = None,
+    *,
+    compiled: bool = COMPILED,
 ) -> tuple[Array, dict[str, Array]]:
     """Output and gradients; see :mod:`coordconv.backends`."""
-    module.import_weights(weights)
-    y, dx, gradients = common.evaluate(module.apply, module.params(), x, dy)
-    if dx is None:
-        return y, {}
-    return y, {"x": dx, **common.network_weights(module.network, gradients)}
+    with common.precision(module.dtype):
+        module.import_weights(weights)
+        y, dx, gradients = common.evaluate(
+            module.apply, module.params(), x, dy, module.dtype, compiled
+        )
+        if dx is None:
+            return y, {}
+        return y, {"x": dx, **common.network_weights(module.network, gradients)}
 
 
 def trainer(
@@ -255,8 +269,9 @@ _KINDS: dict[bool, tuple[Any, Any]] = {
 }
 
 
-def _layer(layer: networks.Conv | networks.Linear, rngs: nnx.Rngs) -> nnx.Module:
+def _layer(layer: networks.Conv | networks.Linear, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
     options: dict[str, Any] = {"kernel_init": nnx.initializers.zeros, "rngs": rngs}
+    options |= {"dtype": dtype, "param_dtype": dtype}
     if isinstance(layer, networks.Linear):
         return nnx.Linear(layer.in_features, layer.out_features, **options)
     options |= common.conv_options(layer)

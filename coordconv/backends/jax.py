@@ -6,6 +6,7 @@ Flax keeps channels last, in arrays ``(N, *S, C)`` and in kernels ``(*kernel_siz
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
@@ -250,9 +251,7 @@ def to_weights(params: Mapping[str, Any], *, reverse: bool = False) -> dict[str,
     """The inverse of :func:`to_params`; copies, and bfloat16 becomes float32."""
     weights = {}
     for name in (name for name, flax_name in _NAMES.items() if flax_name in params):
-        array = np.asarray(params[_NAMES[name]])
-        if array.dtype.kind == "V":  # NumPy has no bfloat16; float32 holds every value of it
-            array = array.astype(np.float32)
+        array = _array(params[_NAMES[name]])
         if array.ndim > 1:
             array = np.flip(array, tuple(range(array.ndim - 2))) if reverse else array
             sides = (0, 1) if reverse and name == "weight" else (1, 0)
@@ -354,30 +353,40 @@ def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> 
     return x
 
 
+def precision(dtype: str) -> AbstractContextManager[Any]:
+    """Within it, JAX has the type ``dtype``: without leave it takes float64 for float32."""
+    return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+
+
 def evaluate(
-    apply: Apply, params: Any, x: Array, dy: Array | None
+    apply: Apply, params: Any, x: Array, dy: Array | None, dtype: str, compiled: bool
 ) -> tuple[Array, Array | None, Any]:
     """The output for ``x`` and, for the output's gradient ``dy``, those of ``x`` and ``params``.
 
     All but ``params`` is channels first, as in :mod:`coordconv.backends`.
     """
+    forward, backward = (_forward, _backward) if compiled else (_apply, _pull_back)
     # Comparisons are of float32: accelerators take shorter products unless told otherwise.
     with jax.default_matmul_precision("highest"):
         if dy is None:
-            return _numpy(_forward(apply, params, _channels_last(x))), None, None
-        y, (of_params, of_x) = _backward(apply, params, _channels_last(x), _channels_last(dy))
+            return _numpy(forward(apply, params, _channels_last(x, dtype))), None, None
+        y, (of_params, of_x) = backward(
+            apply, params, _channels_last(x, dtype), _channels_last(dy, dtype)
+        )
     return _numpy(y), _numpy(of_x), of_params
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(apply: Apply, params: Any, x: jax.Array) -> jax.Array:
+def _apply(apply: Apply, params: Any, x: jax.Array) -> jax.Array:
     return apply(params, x)
 
 
-@partial(jax.jit, static_argnums=0)
-def _backward(apply: Apply, params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, Any]:
+def _pull_back(apply: Apply, params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, Any]:
     y, pull_back = jax.vjp(apply, params, x)
     return y, pull_back(dy)
+
+
+_forward = jax.jit(_apply, static_argnums=0)
+_backward = jax.jit(_pull_back, static_argnums=0)
 
 
 def trainer(
@@ -399,7 +408,7 @@ def trainer(
 
     def step(x: Array, labels: Array, learning_rate: float) -> float:
         nonlocal params, state
-        batch = _channels_last(x), jnp.asarray(labels)
+        batch = _channels_last(x, "float32"), jnp.asarray(labels)
         with jax.default_matmul_precision("highest"):
             value, params, state = update(params, state, jnp.float32(learning_rate), *batch)
         return float(value)
@@ -408,9 +417,15 @@ def trainer(
 
 
 def _numpy(x: jax.Array) -> Array:
-    return np.array(np.moveaxis(np.asarray(x), -1, 1), order="C")
+    return np.array(np.moveaxis(_array(x), -1, 1), order="C")
 
 
-def _channels_last(x: Array) -> jax.Array:
+def _array(x: Any) -> Array:
+    array = np.asarray(x)
+    # NumPy has no bfloat16; float32 holds every value of it
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _channels_last(x: Array, dtype: str) -> jax.Array:
     # In NumPy: outside of a jitted function jnp would compile the transposition for each shape.
-    return jnp.asarray(np.moveaxis(x, 1, -1))
+    return jnp.asarray(np.moveaxis(x, 1, -1), dtype)

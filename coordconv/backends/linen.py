@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from coordconv.backends import jax as common
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
 from coordconv.weights import Weights
+
+COMPILED = True  # what most users do
 
 
 class _CoordConv(nn.Module):
@@ -208,10 +211,11 @@ class Network(nn.Module):
     """A :class:`coordconv.networks.Network` as a module; inputs ``(N, *S, C)``."""
 
     network: networks.Network
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return common.run(self.network, inputs, _layer)
+        return common.run(self.network, inputs, partial(_layer, dtype=self.dtype))
 
     @nn.nowrap
     def export_weights(self, variables: Mapping[str, Any]) -> Weights:
@@ -222,24 +226,34 @@ class Network(nn.Module):
     def import_weights(self, mapping: Mapping[str, Array]) -> dict[str, Any]:
         """The variables for canonical weights; errors as a layer's ``import_weights``."""
         params = common.network_params(self.network, mapping)
-        return {"params": jax.tree.map(jnp.asarray, params)}
+        return {"params": jax.tree.map(lambda a: jnp.asarray(a, self.dtype), params)}
 
 
-def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+def build(
+    network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
+) -> Network:
     """Build a network; ``weights`` are checked, and ``import_weights`` makes variables of them."""
-    module = Network(network)
-    module.import_weights(weights)
+    module = Network(network, dtype)
+    with common.precision(dtype):
+        module.import_weights(weights)
     for layer in common.weighted(network):
-        _layer(layer, parent=None)  # options that Flax lacks are told of now, not when called
+        _layer(layer, dtype, parent=None)  # options that Flax lacks are told of now
     return module
 
 
 def evaluate(
-    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+    module: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    dy: Array | None = None,
+    *,
+    compiled: bool = COMPILED,
 ) -> tuple[Array, dict[str, Array]]:
     """Output and gradients; see :mod:`coordconv.backends`."""
-    y, dx, gradients = common.evaluate(module.apply, module.import_weights(weights), x, dy)
-    return y, {} if dx is None else {"x": dx, **module.export_weights(gradients)}
+    with common.precision(module.dtype):
+        variables = module.import_weights(weights)
+        y, dx, gradients = common.evaluate(module.apply, variables, x, dy, module.dtype, compiled)
+        return y, {} if dx is None else {"x": dx, **module.export_weights(gradients)}
 
 
 def trainer(
@@ -256,7 +270,8 @@ _KINDS: dict[bool, tuple[Any, Any]] = {
 }
 
 
-def _layer(layer: networks.Conv | networks.Linear, **options: Any) -> nn.Module:
+def _layer(layer: networks.Conv | networks.Linear, dtype: str, **options: Any) -> nn.Module:
+    options |= {"dtype": dtype, "param_dtype": dtype}
     if isinstance(layer, networks.Linear):
         return nn.Dense(layer.out_features, name=layer.name, **options)
     options |= common.conv_options(layer)

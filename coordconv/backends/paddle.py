@@ -19,7 +19,7 @@ from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
 from coordconv.position_bias import Share, position_bias, shares
-from coordconv.weights import Weights, checked
+from coordconv.weights import Weights, checked, split_channels, split_state
 
 with warnings.catch_warnings():  # of a compiler cache, which only builders of extensions miss
     warnings.filterwarnings("ignore", "No ccache found")
@@ -40,8 +40,61 @@ _geometry = lru_cache(maxsize=256)(ConvGeometry)
 _output_shape = lru_cache(maxsize=256)(ConvGeometry.output_shape)
 _for_output = lru_cache(maxsize=256)(ConvGeometry.for_output)
 
+COMPILED = False  # what most users do
 
-class _CoordConv(nn.layer.conv._ConvNd):
+
+def split_state_dict(layer: nn.Layer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Another implementation's state as a network with CoordConvs wants it.
+
+    The CoordConvs do this themselves in their ``set_state_dict``, but Paddle asks the outermost
+    layer alone: for one of your own, write
+    ``net.set_state_dict(split_state_dict(net, state_dict))``.
+
+    Args:
+        layer: the network, or one layer.
+        state_dict: tensors or arrays by structured name; it is left as it is. A CoordConv's fused
+            kernel, over features and coordinates, may be under its ``weight`` or ``conv.weight``.
+
+    Returns:
+        The same but for the fused kernels, which are split. What fits no layer is left for
+        ``set_state_dict`` to warn of.
+
+    Example:
+        >>> net = nn.Sequential(CoordConv2D(3, 8, 1), nn.ReLU())
+        >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2D(3 + 2, 8, 1).state_dict().items()}
+        >>> sorted(split_state_dict(net, state))
+        ['0.bias', '0.coord_weight', '0.weight']
+    """
+    state = dict(state_dict)
+    for name, each in layer.named_sublayers(include_self=True, remove_duplicate=False):
+        if isinstance(each, _CoordConv):
+            split_state(
+                state,
+                f"{name}." if name else "",
+                each.weight.shape,
+                len(each.coords),
+                each._groups,
+                each._transposed,
+                nested="conv" not in each._sub_layers,
+            )
+    return state
+
+
+class _TakesFused(nn.Layer):
+    """A layer whose ``set_state_dict`` takes what other implementations save."""
+
+    def set_state_dict(
+        self, state_dict: dict[str, Any], use_structured_name: bool = True
+    ) -> tuple[list[str], list[str]]:
+        """As Paddle's; a fused kernel is split, see :func:`split_state_dict`."""
+        if use_structured_name:
+            state_dict = split_state_dict(self, state_dict)
+        return super().set_state_dict(state_dict, use_structured_name)
+
+    set_dict = load_dict = set_state_dict
+
+
+class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
     """What every CoordConv adds to the convolution it is mixed into.
 
     Args:
@@ -55,6 +108,11 @@ class _CoordConv(nn.layer.conv._ConvNd):
 
     The rest of ``weight_attr`` holds for both kernels; if it has a ``name``, the coordinate
     kernel's is that with ``_coord`` appended.
+
+    ``set_state_dict`` takes the layer's own state, and another implementation's: one kernel over
+    features and coordinates, of each group if there are groups, under ``weight`` or
+    ``conv.weight``. A plain convolution's leaves ``coord_weight`` alone. Inside a network see
+    :func:`split_state_dict`.
 
     Raises:
         TypeError, ValueError: as :class:`~coordconv.Coordinates`, channels that ``groups`` does
@@ -124,21 +182,15 @@ class _CoordConv(nn.layer.conv._ConvNd):
                 **like,
             )
         with paddle.no_grad():
-            weight, coord_weight = self._split(drawn.weight)
+            features = self._in_channels // self._groups
+            weight, coord_weight = split_channels(
+                drawn.weight, features, self._groups, self._transposed
+            )
             if not assigned:
                 self.weight.set_value(weight)
             self.coord_weight.set_value(coord_weight)
             if self.bias is not None:
                 self.bias.set_value(drawn.bias)
-
-    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
-        """The two kernels in one over the features and the coordinates of each group."""
-        features = self._in_channels // self._groups
-        if not self._transposed:
-            return fused[:, :features], fused[:, features:]
-        groups = fused.reshape([self._groups, -1, *fused.shape[1:]])
-        coordinates = groups[:, features:].transpose([0, 2, 1, *range(3, groups.ndim)])
-        return groups[:, :features].flatten(0, 1), coordinates.flatten(0, 1)
 
     @paddle.jit.marker.unified  # to_static with full_graph=True traces it, and rewrites nothing
     @param_one_alias(["x", "input"])  # as the base class
@@ -457,7 +509,7 @@ class AddCoords(nn.Layer):
         return f"coords={self.coords!r}, data_format={self.data_format!r}"
 
 
-class Network(nn.Sequential):
+class Network(_TakesFused, nn.Sequential):
     """A :class:`coordconv.networks.Network` as a Paddle layer; input ``(N, C, *S)``."""
 
     def __init__(self, network: networks.Network) -> None:
@@ -479,26 +531,38 @@ class Network(nn.Sequential):
         _import(self, mapping, self.network.coordinates())
 
 
-def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+def build(
+    network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
+) -> Network:
     """Build a network with these weights."""
-    module = Network(network)
+    if dtype in ("float16", "bfloat16") and paddle.device.get_device() == "cpu":
+        raise NotImplementedError("paddle convolutions have no 16-bit types on a CPU")
+    module = Network(network).to(dtype=getattr(paddle, dtype))
     module.import_weights(weights)
     return module
 
 
 def evaluate(
-    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+    module: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    dy: Array | None = None,
+    *,
+    compiled: bool = COMPILED,
 ) -> tuple[Array, dict[str, Array]]:
     """Output and gradients; see :mod:`coordconv.backends`."""
     module.import_weights(weights)
-    given = paddle.to_tensor(x, stop_gradient=dy is None)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    dtype = parameters[0].dtype
+    run = paddle.jit.to_static(module.forward, full_graph=True) if compiled else module
+    given = paddle.to_tensor(x, dtype, stop_gradient=dy is None)
     if dy is None:
         with paddle.no_grad():
-            return module(given).numpy(), {}
-    output = module(given)
-    names, tensors = zip(("x", given), *module.named_parameters(), strict=True)
-    gradients = paddle.grad(output, tensors, paddle.to_tensor(dy))
-    return output.numpy(), _canonical(module, dict(zip(names, gradients, strict=True)))
+            return _numpy(run(given)), {}
+    output = run(given)
+    gradients = paddle.grad(output, (given, *parameters), paddle.to_tensor(dy, dtype))
+    found = zip(("x", *names), gradients, strict=True)
+    return _numpy(output), _canonical(module, dict(found))
 
 
 def trainer(

@@ -21,7 +21,7 @@ from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
 from coordconv.position_bias import Share, position_bias, shares
-from coordconv.weights import Weights, checked
+from coordconv.weights import Weights, checked, split_channels, split_state
 
 _PLAIN = (
     nn.Conv1d,
@@ -33,6 +33,8 @@ _PLAIN = (
 )
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
+COMPILED = False  # what most users do
+
 
 class _CoordConv(nn.modules.conv._ConvNd):
     """What every CoordConv adds to the convolution it is mixed into.
@@ -43,6 +45,11 @@ class _CoordConv(nn.modules.conv._ConvNd):
         coord_init: ``"fan_in"`` draws both kernels as the base class draws one over
             ``in_channels + n`` channels; ``"zeros"`` draws the feature kernel as the base class
             does and starts the coordinate kernel at zero. Keyword only.
+
+    ``load_state_dict`` takes the layer's own state, and another implementation's: one kernel over
+    features and coordinates, of each group if there are groups, under ``weight`` or
+    ``conv.weight``. A plain convolution's loads with ``strict=False`` and leaves ``coord_weight``
+    alone. A lazy layer cannot tell these two apart before its first input, and takes the latter.
 
     Raises:
         TypeError, ValueError: as :class:`~coordconv.Coordinates`, and from ``forward``: an input
@@ -89,20 +96,31 @@ class _CoordConv(nn.modules.conv._ConvNd):
             dtype=self.weight.dtype,
         )
         with torch.no_grad():
-            weight, coord_weight = self._split(drawn.weight)
+            features = self.in_channels // self.groups
+            weight, coord_weight = split_channels(
+                drawn.weight, features, self.groups, self.transposed
+            )
             self.weight.copy_(weight)
             self.coord_weight.copy_(coord_weight)
             if self.bias is not None:
                 self.bias.copy_(drawn.bias)
 
-    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
-        """The two kernels in one over the features and the coordinates of each group."""
-        features = self.in_channels // self.groups
-        if not self.transposed:
-            return fused[:, :features], fused[:, features:]
-        groups = fused.unflatten(0, (self.groups, -1))
-        coordinates = groups[:, features:].transpose(1, 2)
-        return groups[:, :features].flatten(0, 1), coordinates.flatten(0, 1)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        weight = self._parameters.get("weight")  # None if parametrized
+        if weight is not None and not nn.parameter.is_lazy(weight):
+            split_state(
+                state_dict,  # a copy of the caller's
+                prefix,
+                weight.shape,
+                len(self.coords),
+                self.groups,
+                self.transposed,
+                nested="conv" not in self._modules,
+                copy=torch.clone,  # for assign=True
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The convolution of ``input (N, C, *S)``, or ``(C, *S)``, and of the coordinates."""
@@ -372,6 +390,12 @@ class _LazyCoordConv(nn.modules.conv._LazyConvXdMixin):
         if bias:
             self.bias = nn.UninitializedParameter(**made)
 
+    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().initialize_parameters(input, *args, **kwargs)
+        if not self.in_channels:  # nothing was left to initialise: a state was loaded
+            groups = 1 if self.transposed else self.groups
+            self.in_channels = self.weight.shape[0 if self.transposed else 1] * groups
+
     def _get_num_spatial_dims(self) -> int:
         return self.rank
 
@@ -467,26 +491,46 @@ class Network(nn.Sequential):
         _import(self, mapping, self.network.coordinates())
 
 
-def build(network: networks.Network, weights: Mapping[str, Array]) -> Network:
+def build(
+    network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
+) -> Network:
     """Build a network with these weights."""
-    module = Network(network)
+    module = Network(network).to(getattr(torch, dtype))
     module.import_weights(weights)
     return module
 
 
 def evaluate(
-    module: Network, weights: Mapping[str, Array], x: Array, dy: Array | None = None
+    module: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    dy: Array | None = None,
+    *,
+    compiled: bool = COMPILED,
 ) -> tuple[Array, dict[str, Array]]:
     """Output and gradients; see :mod:`coordconv.backends`."""
     module.import_weights(weights)
-    given = torch.tensor(x, requires_grad=dy is not None)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    like: Any = {"dtype": parameters[0].dtype, "device": parameters[0].device}
+    run: Callable[[Tensor], Tensor] = module
+    if compiled:
+        torch.compiler.reset()  # else what was compiled before counts towards a limit
+        run = torch.compile(module, fullgraph=True)
     if dy is None:
         with torch.no_grad():
-            return module(given).numpy(), {}
-    output = module(given)
-    names, tensors = zip(("x", given), *module.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(output, tensors, torch.tensor(dy))
-    return output.detach().numpy(), {n: g.numpy() for n, g in zip(names, gradients, strict=True)}
+            return _numpy(run(torch.tensor(x, **like))), {}
+    given = torch.tensor(x, requires_grad=True, **like)
+    try:
+        output = run(given)
+        gradients = torch.autograd.grad(output, (given, *parameters), torch.tensor(dy, **like))
+    except AssertionError as error:  # the compiled code's, of strides that it did not expect
+        if "replication_pad" in str(error):
+            raise NotImplementedError(
+                "torch.compile fails on the gradient of replicate padding, without coordinates too"
+            ) from error
+        raise
+    found = zip(("x", *names), gradients, strict=True)
+    return _numpy(output), {name: _numpy(gradient) for name, gradient in found}
 
 
 def trainer(
