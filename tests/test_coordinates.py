@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from coordconv import Coordinates, coordinate_grid
 from coordconv.coordinates import axis_tokens, check_coord_init
 from definition import coordinates_of_rank
+from layers import make, zeros
 
 any_coordinates = st.one_of(*coordinates_of_rank.values())
 
@@ -151,20 +152,32 @@ HALF_R = [np.sqrt([4.5, 2.5, 2.5]), np.sqrt([2.5, 0.5, 0.5])]
 SQUARE_HALF_R = [np.sqrt([4.5, 2.5, 2.5]), np.sqrt([2.5, 0.5, 0.5]), np.sqrt([2.5, 0.5, 0.5])]
 
 
-@pytest.mark.parametrize(
-    ("name", "with_r", "wide", "square"),
-    [
-        ("paddle", False, [X, Y], [SQUARE_X, SQUARE_Y]),
-        ("uber", False, [X, Y], [SQUARE_X, SQUARE_Y]),
-        ("uber", True, [X, Y, R], [SQUARE_X, SQUARE_Y, SQUARE_R]),
-        ("mkocabas", False, [Y, X], [SQUARE_Y, SQUARE_X]),
-        ("mkocabas", True, [Y, X, HALF_R], [SQUARE_Y, SQUARE_X, SQUARE_HALF_R]),
-        ("walsvid", False, [Y, X], [SQUARE_Y, SQUARE_X]),
-        ("walsvid", True, [Y, X, HALF_R], [SQUARE_Y, SQUARE_X, SQUARE_HALF_R]),
-        ("keras", False, [Y, X], [SQUARE_Y, SQUARE_X]),
-        ("keras", True, [Y, X, HALF_R], [SQUARE_Y, SQUARE_X, SQUARE_HALF_R]),
-    ],
-)
+IN_2D: list[Any] = [
+    ("paddle", False, [X, Y], [SQUARE_X, SQUARE_Y]),
+    ("uber", False, [X, Y], [SQUARE_X, SQUARE_Y]),
+    ("uber", True, [X, Y, R], [SQUARE_X, SQUARE_Y, SQUARE_R]),
+    ("mkocabas", False, [Y, X], [SQUARE_Y, SQUARE_X]),
+    ("mkocabas", True, [Y, X, HALF_R], [SQUARE_Y, SQUARE_X, SQUARE_HALF_R]),
+    ("walsvid", False, [Y, X], [SQUARE_Y, SQUARE_X]),
+    ("walsvid", True, [Y, X, HALF_R], [SQUARE_Y, SQUARE_X, SQUARE_HALF_R]),
+    ("keras", False, [Y, X], [SQUARE_Y, SQUARE_X]),
+    ("keras", True, [Y, X, HALF_R], [SQUARE_Y, SQUARE_X, SQUARE_HALF_R]),
+]
+IN_1D: list[Any] = [
+    ("walsvid", False, [[-1.0, 0.0, 1.0]]),
+    ("walsvid", True, [[-1.0, 0.0, 1.0], [1.5, 0.5, 0.5]]),
+    ("keras", False, [[-1.0, 0.0, 1.0]]),
+]
+# of two planes, one row and three columns; and of two each way
+IN_3D = [[[[-1] * 3], [[1] * 3]], [[[0] * 3], [[0] * 3]], [[[-1, 0, 1]], [[-1, 0, 1]]]]
+CUBE = [
+    [[[-1, -1], [-1, -1]], [[1, 1], [1, 1]]],
+    [[[-1, -1], [1, 1]], [[-1, -1], [1, 1]]],
+    [[[-1, 1], [-1, 1]], [[-1, 1], [-1, 1]]],
+]
+
+
+@pytest.mark.parametrize(("name", "with_r", "wide", "square"), IN_2D)
 def test_named_in_2d(name: str, with_r: bool, wide: Any, square: Any) -> None:
     coords = Coordinates.named(name, with_r=with_r)
     for shape, expected in (((2, 3), wide), ((3, 3), square)):
@@ -172,23 +185,40 @@ def test_named_in_2d(name: str, with_r: bool, wide: Any, square: Any) -> None:
         np.testing.assert_array_equal(grid, np.array(expected))
 
 
-@pytest.mark.parametrize(
-    ("name", "with_r", "expected"),
-    [
-        ("walsvid", False, [[-1.0, 0.0, 1.0]]),
-        ("walsvid", True, [[-1.0, 0.0, 1.0], [1.5, 0.5, 0.5]]),
-        ("keras", False, [[-1.0, 0.0, 1.0]]),
-    ],
-)
+@pytest.mark.parametrize(("name", "with_r", "expected"), IN_1D)
 def test_named_in_1d(name: str, with_r: bool, expected: Any) -> None:
     coords = Coordinates.named(name, rank=1, with_r=with_r)
     np.testing.assert_array_equal(coordinate_grid((3,), coords), np.array(expected, np.float32))
 
 
-def test_named_in_3d() -> None:
-    grid = coordinate_grid((2, 1, 3), Coordinates.named("keras", rank=3))
-    expected = [[[[-1] * 3], [[1] * 3]], [[[0] * 3], [[0] * 3]], [[[-1, 0, 1]], [[-1, 0, 1]]]]
+@pytest.mark.parametrize(("shape", "expected"), [((2, 1, 3), IN_3D), ((2, 2, 2), CUBE)])
+def test_named_in_3d(shape: tuple[int, ...], expected: Any) -> None:
+    grid = coordinate_grid(shape, Coordinates.named("keras", rank=3))
     np.testing.assert_array_equal(grid, np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "with_r", "expected"),
+    [
+        *((name, 1, with_r, values) for name, with_r, values in IN_1D),
+        *((name, 2, with_r, wide) for name, with_r, wide, _ in IN_2D),
+        ("keras", 3, False, IN_3D),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_sees_what_is_named(
+    backend: str, transposed: bool, name: str, rank: int, with_r: bool, expected: Any
+) -> None:
+    """A kernel of one tap that hands every coordinate on shows them, in their order."""
+    coords = Coordinates.named(name, rank=rank, with_r=with_r)
+    values = np.array(expected, np.float32)
+    n = len(coords)
+    weights = zeros(coords, rank, transposed, channels=1, out=n, kernel=1)
+    weights["coord_weight"] = np.eye(n, dtype=np.float32).reshape(n, n, *(1,) * rank)
+    options: Any = {"channels": 1, "out": n, "kernel": 1, "weights": weights}
+    _, call = make(backend, rank, transposed, coords=coords, **options)
+    y = call(np.zeros((2, 1, *values.shape[1:]), np.float32))
+    np.testing.assert_array_equal(y, [values, values])
 
 
 def test_named_is_default_but_for_order_and_centre() -> None:
