@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import tempfile
 import warnings
 from dataclasses import asdict
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +31,7 @@ from coordconv import (
     save_weights,
 )
 from coordconv import parity as parity_check
+from coordconv.parity.comparison import PRECISIONS
 from coordconv.parity.report import Report
 
 app = typer.Typer(
@@ -39,6 +42,15 @@ app = typer.Typer(
 console = Console(soft_wrap=False)
 
 DEMO_SECONDS = 180.0
+FEW_CASES = 30
+
+
+class Mode(StrEnum):
+    """How ``coordconv parity`` runs the frameworks."""
+
+    USUAL = "usual"
+    EAGER = "eager"
+    COMPILED = "compiled"
 
 
 def _fail(message: str) -> typer.Exit:
@@ -135,6 +147,15 @@ def parity(
     ] = None,
     cases: Annotated[int, typer.Option(min=1, help="Layers to generate.")] = 100,
     seed: Annotated[int, typer.Option(help="What they are drawn with.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.", show_default=True)
+    ] = "float32",
+    mode: Annotated[
+        Mode, typer.Option(help="Usual: JAX compiled, torch and Paddle eager.")
+    ] = Mode.USUAL,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one a core by default.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
     """Run the same weights and inputs through every backend and the float64 reference.
@@ -145,7 +166,12 @@ def parity(
     names = _installed(wanted)
     if json_file is not None:
         _writable(json_file.parent)
-    drawn = parity_check.generate(cases, seed)
+    try:
+        drawn = parity_check.generate(cases, seed, dtype=dtype)
+    except ValueError as error:
+        raise _fail(str(error)) from error
+    if workers is None:  # a few cases are done before another process has started
+        workers = (os.cpu_count() or 1) if cases > FEW_CASES else 1
     with (
         Progress(
             TextColumn("{task.description}"),
@@ -158,7 +184,13 @@ def parity(
     ):
         warnings.simplefilter("ignore")  # a framework's advice on speed is not for this table
         task = progress.add_task(f"cases through {', '.join(names)}", total=len(drawn))
-        report = parity_check.check(drawn, names, lambda: progress.advance(task))
+        report = parity_check.check(
+            drawn,
+            names,
+            lambda: progress.advance(task),
+            compiled={Mode.EAGER: False, Mode.COMPILED: True}.get(mode),
+            workers=workers,
+        )
     _print_report(report)
     if json_file is not None:
         json_file.write_text(report.to_json())
@@ -184,12 +216,16 @@ def _print_report(report: Report) -> None:
         )
     console.print(table)
     console.print("bitwise: of the cases in exact arithmetic, those equal to the last bit")
-    kinds = Table("layers", title="layers by kind", title_justify="left")
-    for tally in report.tallies:
-        kinds.add_column(tally.backend, justify="right")
-    for kind in sorted(set().union(*(tally.kinds for tally in report.tallies))):
-        kinds.add_row(kind, *(str(tally.kinds[kind]) for tally in report.tallies))
-    console.print(kinds)
+    for title, counts in (
+        ("layers by kind", [tally.kinds for tally in report.tallies]),
+        ("cases by mode", [tally.modes for tally in report.tallies]),
+    ):
+        table = Table(title.split()[-1], title=title, title_justify="left")
+        for tally in report.tallies:
+            table.add_column(tally.backend, justify="right")
+        for row in sorted(set().union(*counts)):
+            table.add_row(row, *(str(count[row]) for count in counts))
+        console.print(table)
     for tally in report.tallies:
         for reason, times in tally.excluded.items():
             console.print(f"excluded in {tally.backend}: {times} cases: {reason}", highlight=False)

@@ -153,8 +153,8 @@ class TestDemo:
         assert set(data.trained).isdisjoint(data.held_out)
         rows, columns = data.labels // 64, data.labels % 64
         assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 59, 4, 59)
-        assert np.allclose(data.coordinates[:, 0], columns / 63 * 2 - 1, atol=1e-7)
-        assert np.allclose(data.coordinates[:, 1], rows / 63 * 2 - 1, atol=1e-7)
+        for found, pixels in zip(data.coordinates.T, (columns, rows), strict=True):
+            assert np.array_equal(found, ((2 * pixels - 63) / 63).astype(np.float32))
 
     def test_inputs_tile_the_position(self):
         data = demo.positions()

@@ -28,6 +28,7 @@ HOME = {
     "typer": {"cli.py", "demo.py"},
     "rich": {"cli.py", "demo.py", "parity/report.py"},
     "matplotlib": {"cli.py", "demo.py"},
+    "hypothesis": {"parity/strategies.py"},
 }
 FRAMEWORKS = ("torch", "paddle", "jax", "jaxlib", "flax", "optax")
 

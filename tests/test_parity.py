@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from coordconv import available_backends, backends
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network, get
-from coordconv.parity import Case, check, generate
-from coordconv.parity.comparison import Expected, expected
+from coordconv.parity import Case, check, generate, strategies
+from coordconv.parity.comparison import PRECISIONS, Expected, expected
 
 
 def test_every_case_is_within_its_bound_and_exact_ones_to_the_last_bit(backend):
@@ -23,6 +24,52 @@ def test_every_case_is_within_its_bound_and_exact_ones_to_the_last_bit(backend):
     assert tally.bitwise == tally.exact >= 10
     assert 0 < tally.forward_error <= 1
     assert 0 < tally.gradient_error <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_types_are_within_their_bounds(backend, dtype):
+    (tally,) = check(generate(8, seed=5, dtype=dtype), [backend]).tallies
+    assert not tally.failures, "\n".join(tally.failures)
+    assert tally.networks + tally.layers + sum(tally.excluded.values()) == 11
+    if backend == "paddle" and dtype != "float64":
+        assert tally.excluded == {"paddle convolutions have no 16-bit types on a CPU": 11}
+    else:
+        assert tally.layers >= 4
+        assert tally.bitwise == tally.exact
+        assert bool(tally.exact) == (dtype == "float64")
+        assert 0 < tally.forward_error <= tally.gradient_error <= 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_or_not(backend, compiled):
+    """A few, of every rank: torch takes seconds to compile one, JAX without compiling as long."""
+    drawn = [case for case in generate(40, seed=6) if case.is_layer and case.exact]
+    kinds = {case.kind[:5]: case for case in drawn if case.network.layers[0].geometry.groups == 1}
+    cases = list(kinds.values())
+    assert {kind[:3] for kind in kinds} == {"1-D", "2-D", "3-D"}
+    (tally,) = check(cases, [backend], compiled=compiled).tallies
+    assert not tally.failures, "\n".join(tally.failures)
+    assert tally.bitwise == tally.layers >= 3
+    assert tally.modes == {f"float32, {'compiled' if compiled else 'eager'}": tally.layers}
+
+
+@given(strategies.cases())
+@settings(max_examples=40, deadline=None)
+def test_the_strategy_draws_what_the_reference_can_run(case):
+    wanted = expected(case.network, *case.draw())
+    assert wanted["y"].value.shape[0] == case.batch
+    assert all(np.isfinite(value.bound).all() for value in wanted.values())
+    if case.exact:
+        assert all(value.equals(value.value.astype(np.float32)) for value in wanted.values())
+
+
+@given(case=strategies.cases())
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_case_of_the_strategy_passes(backend, case):
+    (tally,) = check([case], [backend]).tallies
+    assert not tally.failures, "\n".join(tally.failures)
 
 
 @pytest.fixture
@@ -44,11 +91,11 @@ class Spoilt:
     """A backend with one array of every evaluation spoilt."""
 
     def __init__(self, module, name, spoil):
-        self.build, self._evaluate = module.build, module.evaluate
+        self.build, self._evaluate, self.COMPILED = module.build, module.evaluate, module.COMPILED
         self._name, self._spoil = name, spoil
 
-    def evaluate(self, *args):
-        y, gradients = self._evaluate(*args)
+    def evaluate(self, *args, **kwargs):
+        y, gradients = self._evaluate(*args, **kwargs)
         arrays = {"y": np.array(y), **{k: np.array(v) for k, v in gradients.items()}}
         if self._name in arrays:
             arrays[self._name] = self._spoil(arrays[self._name])
@@ -73,6 +120,49 @@ def test_a_wrong_array_fails(monkeypatch, backend_to_spoil, name, spoil):
     assert not report.ok
     (tally,) = report.tallies
     assert all(failure.startswith(name) for failure in tally.failures)
+
+
+def test_an_output_in_another_type_fails(monkeypatch):
+    """As of a layer that forgets to round the position bias: the sum is a float32 then."""
+
+    class Unrounded:
+        COMPILED = False
+
+        @staticmethod
+        def build(network, weights, dtype):
+            return network
+
+        @staticmethod
+        def evaluate(network, weights, x, dy, *, compiled):
+            wanted = expected(network, weights, x, dy)
+            found = {name: value.value.astype(np.float32) for name, value in wanted.items()}
+            return found.pop("y"), found
+
+    monkeypatch.setattr(backends, "load", lambda _: Unrounded)
+    assert check(layers(1), ["unrounded"]).ok
+    (tally,) = check(layers(1, dtype="bfloat16"), ["unrounded"]).tallies
+    (failure,) = tally.failures
+    assert "y: not in bfloat16" in failure
+
+
+def test_a_backend_that_raises_fails_with_the_case(monkeypatch):
+    class Raising:
+        COMPILED = False
+
+        @staticmethod
+        def build(network, weights, dtype):
+            raise RuntimeError("no such thing\nat all")
+
+    monkeypatch.setattr(backends, "load", lambda _: Raising)
+    (case,) = layers(1)
+    (tally,) = check([case], ["raising"]).tallies
+    assert tally.failures == [f"RuntimeError: no such thing in {case!r}"]
+
+
+def test_processes_report_what_one_does(backend_to_spoil):
+    name = available_backends()[0]
+    cases = generate(12, seed=8)
+    assert check(cases, [name], workers=2) == check(cases, [name])
 
 
 def test_one_unit_in_the_last_place_fails_an_exact_case(monkeypatch, backend_to_spoil):
@@ -102,8 +192,10 @@ def test_a_failure_is_one_line_that_makes_the_case_again(monkeypatch, backend_to
 
 def test_an_option_that_a_framework_lacks_is_counted_under_its_reason(monkeypatch):
     class Lacking:
+        COMPILED = False
+
         @staticmethod
-        def build(network, weights):
+        def build(network, weights, dtype):
             raise NotImplementedError("no such padding")
 
     monkeypatch.setattr(backends, "load", lambda _: Lacking)
@@ -175,3 +267,32 @@ class TestExpected:
 
         slope = (loss(1) - loss(-1)) / (2 * step)
         assert slope == pytest.approx((wanted * direction).sum(), rel=1e-4)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(
+        ("value", "nearest"),
+        [
+            (1 + 2.0**-8, 1.0),  # half-way, to even
+            (1 + 3 * 2.0**-8, 1 + 2.0**-6),
+            (1 + 2.0**-8 + 2.0**-20, 1 + 2.0**-7),
+            (-3.0, -3.0),
+            (2.0**-133, 2.0**-133),  # the smallest there is
+            (0.0, 0.0),
+        ],
+    )
+    def test_bfloat16_is_rounded_to_nearest(self, value, nearest):
+        assert PRECISIONS["bfloat16"].rounded(np.array([value])) == nearest
+
+    @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+    def test_rounding_is_within_the_unit_roundoff(self, precision):
+        values = np.random.default_rng(0).standard_normal(10_000)
+        rounded = precision.rounded(values)
+        assert np.array_equal(precision.rounded(rounded), rounded)
+        unit = precision.rounding or precision.unit
+        error = np.abs(rounded.astype(np.float64) - values)
+        assert (error <= unit * np.abs(values) + precision.tiny).all()
+
+    def test_an_unknown_type_is_refused(self):
+        with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int8'"):
+            generate(1, dtype="int8")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count as count_up
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import PADDING_MODES, ConvGeometry
 from coordconv.grid import Array
 from coordconv.networks import Conv, Layer, Network, get, initial_weights
+from coordconv.parity.comparison import PRECISIONS
 from coordconv.weights import Weights
 
 ARTICLE_NETWORKS = ("plain_cnn", "coord_cnn", "coord_classifier")
@@ -36,22 +34,28 @@ class Case:
         seed: what weights, inputs and output gradients are drawn with.
         exact: draw small integers, on which float32 arithmetic has no rounding, so that every
             backend must give the same bits (DESIGN: exact arithmetic); otherwise normal data.
+        dtype: what it is run in: float32, float64, bfloat16 or float16.
     """
 
     network: Network
     batch: int
     seed: int
     exact: bool = False
+    dtype: str = "float32"
 
     def draw(self) -> tuple[Weights, Array, Array]:
-        """Weights, input ``(N, C, *S)`` and output gradient, in float32."""
+        """Weights, input ``(N, C, *S)`` and output gradient, all of them values of ``dtype``.
+
+        The arrays are float64 for float64, and float32 for the others.
+        """
         rng = np.random.default_rng(self.seed)
+        rounded = PRECISIONS[self.dtype].rounded
         *_, (_, _, output_shape) = self.network.shapes()
 
         def array(shape: tuple[int, ...]) -> Array:
             if self.exact:
-                return rng.integers(-4, 5, shape).astype(np.float32)
-            return rng.standard_normal(shape, dtype=np.float32)
+                return rounded(rng.integers(-4, 5, shape))
+            return rounded(rng.standard_normal(shape))
 
         if self.is_layer:
             shapes = self.network.weight_shapes()
@@ -60,6 +64,7 @@ class Case:
             )
         else:
             weights = initial_weights(self.network, self.seed)
+            weights.update({name: rounded(array) for name, array in weights.items()})
         return (
             weights,
             array((self.batch, *self.network.input_shape)),
@@ -84,29 +89,34 @@ def _kind(layer: Layer) -> str:
     return f"{g.rank}-D {'transposed' if g.transposed else g.padding_mode}"
 
 
-def generate(count: int, seed: int = 0) -> list[Case]:
+def generate(count: int, seed: int = 0, *, dtype: str = "float32") -> list[Case]:
     """Draw layers of every rank, transposed or not, half of them exact; then the networks.
 
     Args:
         count: the number of layers; the networks come on top.
         seed: what they are drawn with.
+        dtype: what they are run in. In 16 bits no sum is exact: there all data are normal.
+
+    Raises:
+        ValueError: there is no such ``dtype``.
 
     Example:
         >>> cases = generate(3, seed=1)
         >>> [case.exact for case in cases[:3]], [case.network.name for case in cases[3:]]
         ([True, False, True], ['plain_cnn', 'coord_cnn', 'coord_classifier'])
     """
-    layers = islice(_layers(random.Random(seed)), count)
-    cases = [Case(network, batch, i, exact) for i, (network, batch, exact) in enumerate(layers)]
-    return cases + [Case(get(name), 2, seed) for name in ARTICLE_NETWORKS]
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+    rng, exact_too = random.Random(seed), not PRECISIONS[dtype].rounding
+    cases = [layer_case(rng, i, exact_too and i % 2 == 0, dtype) for i in range(count)]
+    return cases + [Case(get(name), 2, seed, dtype=dtype) for name in ARTICLE_NETWORKS]
 
 
-def _layers(rng: random.Random) -> Iterator[tuple[Network, int, bool]]:
-    for i in count_up():
-        exact = i % 2 == 0
-        while (network := _layer(rng, exact)) is None:
-            pass
-        yield network, rng.randint(1, 3), exact
+def layer_case(rng: random.Random, seed: int, exact: bool, dtype: str = "float32") -> Case:
+    """A layer with options drawn from ``rng``, and data from ``seed``."""
+    while (network := _layer(rng, exact)) is None:
+        pass
+    return Case(network, rng.randint(1, 3), seed, exact, dtype)
 
 
 def _layer(rng: random.Random, exact: bool) -> Network | None:

@@ -1,22 +1,87 @@
-"""What a network must compute, and by how much float32 may miss it."""
+"""What a network must compute, and by how much arithmetic of a precision may miss it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array
 from coordconv.networks import Conv, Flatten, Linear, Network, ReLU
 from coordconv.reference import Reference
 
-UNIT_ROUNDOFF = 2.0**-24  # of float32
+
+@dataclass(frozen=True)
+class Precision:
+    """A floating-point type, and how frameworks sum in it.
+
+    Sums are accumulated in float32 at least. In 16 bits, what comes of it is rounded once more to
+    the type itself, and so is every later addition to it.
+
+    Args:
+        dtype: the type's name.
+        unit: the unit roundoff that sums are accumulated with.
+        rounding: the unit roundoff of the type, if that is coarser, else 0.
+        tiny: what a rounding to the type is off by at most where it underflows.
+        storage: the NumPy type that holds its values; NumPy itself has no bfloat16.
+    """
+
+    dtype: str
+    unit: float
+    rounding: float
+    tiny: float
+    storage: type[np.floating[Any]] = np.float32
+
+    def rounded(self, array: Array) -> Array:
+        """The nearest values that the type has, in ``storage``."""
+        array = np.asarray(array, self.storage)
+        if self.dtype == "float16":
+            return array.astype(np.float16).astype(np.float32)
+        if self.dtype == "bfloat16":  # the upper half of a float32; ties go to even
+            bits = array.view(np.uint32)
+            bits = bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))
+            return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+        return array
+
+    def error(self, size: Array, terms: int, roundings: int) -> Array:
+        """A bound on the error of a sum.
+
+        Args:
+            size: the sum of its terms' absolute values.
+            terms: the number of its terms, with what is rounded before they are summed.
+            roundings: the number of times that it, or a part of it, is rounded to 16 bits.
+
+        Source:
+            Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd edition, lemma 3.1; for
+            16 bits, where that lemma allows few terms, Jeannerod and Rump, *Improved error bounds
+            for inner products in floating-point arithmetic*, 2013.
+        """
+        relative = terms * self.unit / (1 - terms * self.unit)
+        if self.dtype == "float64":
+            return 2 * relative * size  # the reference is off by as much
+        if not self.rounding:
+            return relative * size
+        relative += (1 + relative) * roundings * self.rounding
+        return relative * size + roundings * self.tiny * (size > 0)
+
+
+PRECISIONS = {
+    precision.dtype: precision
+    for precision in (
+        Precision("float32", 2.0**-24, 0, 0),
+        Precision("float64", 2.0**-53, 0, 0, np.float64),
+        Precision("bfloat16", 2.0**-24, 2.0**-8, 2.0**-134),
+        Precision("float16", 2.0**-24, 2.0**-11, 2.0**-25),
+    )
+}
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A value in float64, and a bound on what float32 arithmetic in any order may be off by."""
+    """A value in float64, and a bound on what arithmetic in any order may be off by."""
 
     value: Array
     bound: Array
@@ -38,38 +103,41 @@ class Expected:
         return found.shape == self.value.shape and bool(np.array_equal(found, self.value))
 
 
-def gamma(terms: int) -> float:
-    """The relative error of a sum of products with ``terms`` roundings on the way of each.
-
-    Source:
-        Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd edition, lemma 3.1.
-    """
-    return terms * UNIT_ROUNDOFF / (1 - terms * UNIT_ROUNDOFF)
-
-
 def expected(
-    network: Network, weights: Mapping[str, Array], x: Array, dy: Array
+    network: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    dy: Array,
+    precision: Precision = PRECISIONS["float32"],
 ) -> dict[str, Expected]:
     """The output ``"y"`` and the gradients, by name: of ``"x"`` and of every weight.
 
-    Each sum's error is bounded by gamma of its number of terms times the sum of its absolute
-    terms; what a layer's input is off by already goes through the layer's absolute weights, and
-    a ReLU's gradient counts as unknown where the error may have changed the sign.
+    Each sum's error is bounded as :meth:`Precision.error` says; what a layer's input is off by
+    already goes through the layer's absolute weights, and a ReLU's gradient counts as unknown
+    where the error may have changed the sign.
 
     The number of terms covers the position bias, too: an output passes ``C / groups * taps``
     roundings in the convolution and one more for the bias and the map each; an element of the map
     passes one for the coordinate, one for its product (the other factors of it are 0 or 1), and
     one per addition, fewer than ``n * taps``.
+
+    To 16 bits, an output is rounded four times: the convolution, the bias added to it, the map,
+    and the sum of both. Where a convolution is a matrix product for each tap, a transposed one's
+    output and the input's gradient are rounded for each tap, and that for each place to which
+    padding copies an input. Kernels' gradients are rounded for each sample of the batch; the
+    bias's, a plain sum, for each term.
     """
     steps = []
     value, error = x.astype(np.float64), np.zeros(x.shape)
     for layer in network.layers:
         steps.append((value, error))
-        value, error = _forward(layer, weights, value, error)
+        value, error = _forward(layer, weights, value, error, precision)
     found = {"y": Expected(value, error)}
     grad, grad_error = dy.astype(np.float64), np.zeros(dy.shape)
     for layer, (value, error) in reversed(list(zip(network.layers, steps, strict=True))):
-        gradients, (grad, grad_error) = _backward(layer, weights, value, error, grad, grad_error)
+        gradients, (grad, grad_error) = _backward(
+            layer, weights, value, error, grad, grad_error, precision
+        )
         found |= {f"{layer.name}.{name}": gradient for name, gradient in gradients.items()}
     return found | {"x": Expected(grad, grad_error)}
 
@@ -84,7 +152,11 @@ def _weights(
 
 
 def _forward(
-    layer: Conv | Linear | ReLU | Flatten, weights: Mapping[str, Array], x: Array, e: Array
+    layer: Conv | Linear | ReLU | Flatten,
+    weights: Mapping[str, Array],
+    x: Array,
+    e: Array,
+    precision: Precision,
 ) -> tuple[Array, Array]:
     if isinstance(layer, ReLU):
         return np.maximum(x, 0), e
@@ -95,12 +167,13 @@ def _forward(
         offset = np.zeros(layer.out_features) if bias is None else bias.astype(np.float64)
         w = weight.T.astype(np.float64)
         size = (np.abs(x) + e) @ np.abs(w) + np.abs(offset)
-        return x @ w + offset, gamma(layer.in_features + 1) * size + e @ np.abs(w)
+        return x @ w + offset, precision.error(size, layer.in_features + 1, 2) + e @ np.abs(w)
     reference = Reference(layer.geometry, layer.coords)
     size = reference.forward(np.abs(x) + e, weight, coord_weight, bias, magnitudes=True)
     passed_on = Reference(layer.geometry).forward(e, weight, magnitudes=True)
     y = reference.forward(x, weight, coord_weight, bias)
-    return y, gamma(layer.fan_in + 1) * size + passed_on
+    roundings = 4 + (layer.geometry.taps - 1 if layer.geometry.transposed else 0)
+    return y, precision.error(size, layer.fan_in + 1, roundings) + passed_on
 
 
 def _backward(
@@ -110,6 +183,7 @@ def _backward(
     e: Array,
     dy: Array,
     f: Array,
+    precision: Precision,
 ) -> tuple[dict[str, Expected], tuple[Array, Array]]:
     """The gradients of the layer's weights, and of its input with its error."""
     if isinstance(layer, ReLU):
@@ -121,7 +195,7 @@ def _backward(
     larger_x, larger_dy = np.abs(x) + e, np.abs(dy) + f
     if isinstance(layer, Linear):
         w = weight.astype(np.float64)
-        terms_x, terms_w = layer.out_features, len(x)
+        terms_x, roundings_x, terms_w = layer.out_features, 1, len(x)
         dx, dx_size, dx_passed = dy @ w, larger_dy @ np.abs(w), f @ np.abs(w)
         values = {"weight": dy.T @ x, "bias": dy.sum(axis=0)}
         exact = {"weight": np.abs(dy).T @ np.abs(x), "bias": np.abs(dy).sum(axis=0)}
@@ -132,6 +206,7 @@ def _backward(
         # Not taps times outputs: padding that copies has one sample read several times.
         ones = np.ones_like(dy), np.ones_like(weight)
         terms_x = int(reference.input_gradient(*ones, shape).max())
+        roundings_x = layer.geometry.taps * _copies(layer.geometry, shape)
         # two more for the coordinates: their own rounding and the product with them
         terms_w = len(x) * int(np.prod(dy.shape[2:])) + 2
         dx = reference.input_gradient(dy, weight, shape)
@@ -141,8 +216,22 @@ def _backward(
         exact = reference.weight_gradients(x, dy, magnitudes=True)
         sizes = reference.weight_gradients(larger_x, larger_dy, magnitudes=True)
     gradients = {
-        name: Expected(value, gamma(terms_w) * sizes[name] + (sizes[name] - exact[name]))
+        name: Expected(
+            value,
+            precision.error(sizes[name], terms_w, terms_w if name == "bias" else len(x))
+            + (sizes[name] - exact[name]),
+        )
         for name, value in values.items()
         if name != "bias" or bias is not None
     }
-    return gradients, (dx, gamma(terms_x) * dx_size + dx_passed)
+    return gradients, (dx, precision.error(dx_size, terms_x, roundings_x) + dx_passed)
+
+
+def _copies(geometry: ConvGeometry, shape: tuple[int, ...]) -> int:
+    """To how many places padding copies a sample at most, its own included."""
+    if geometry.padding_mode == "zeros":
+        return 1
+    ones = (1,) * geometry.rank
+    padding = ConvGeometry(ones, padding=geometry.pads(shape), padding_mode=geometry.padding_mode)
+    dy = np.ones((1, 1, *padding.output_shape(shape)))
+    return int(Reference(padding).input_gradient(dy, np.ones((1, 1, *ones)), shape).max())

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +19,24 @@ import numpy as np
 from coordconv import backends
 from coordconv.grid import Array
 from coordconv.parity.cases import Case
-from coordconv.parity.comparison import Expected, expected
+from coordconv.parity.comparison import PRECISIONS, Expected, expected
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one backend made of one case.
+
+    Either ``excluded`` says why it did nothing; or ``forward`` and ``gradient`` are the largest
+    errors in units of the bound, ``bitwise`` says whether everything equals the reference to the
+    last bit, and ``problems`` what is wrong.
+    """
+
+    excluded: str = ""
+    compiled: bool = False
+    forward: float = 0.0
+    gradient: float = 0.0
+    bitwise: bool = False
+    problems: tuple[str, ...] = ()
 
 
 @dataclass
@@ -22,7 +45,7 @@ class Tally:
 
     ``bitwise`` of the ``exact`` cases gave the reference's value to the last bit; the errors are
     the largest of all cases, in units of the bound; ``kinds`` counts the layers by rank, transposed
-    or not, and padding mode.
+    or not, and padding mode, ``modes`` all cases by their type and whether they were compiled.
     """
 
     backend: str
@@ -35,6 +58,25 @@ class Tally:
     failures: list[str] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, case: Case, outcome: Outcome) -> None:
+        """Count one outcome."""
+        if outcome.excluded:
+            self.excluded[outcome.excluded] += 1
+            return
+        if case.is_layer:
+            self.layers += 1
+            self.kinds[case.kind] += 1
+        else:
+            self.networks += 1
+        self.modes[f"{case.dtype}, {'compiled' if outcome.compiled else 'eager'}"] += 1
+        self.exact += case.exact
+        self.bitwise += case.exact and outcome.bitwise
+        self.forward_error = max(self.forward_error, outcome.forward)
+        self.gradient_error = max(self.gradient_error, outcome.gradient)
+        if outcome.problems:
+            self.failures.append(f"{'; '.join(outcome.problems)} in {case!r}")
 
 
 @dataclass
@@ -55,7 +97,12 @@ class Report:
 
 
 def check(
-    cases: Sequence[Case], names: Iterable[str], advance: Callable[[], Any] = lambda: None
+    cases: Sequence[Case],
+    names: Iterable[str],
+    advance: Callable[[], Any] = lambda: None,
+    *,
+    compiled: bool | None = None,
+    workers: int = 1,
 ) -> Report:
     """Run every case through every backend and compare with the float64 reference.
 
@@ -63,55 +110,90 @@ def check(
         cases: what to run.
         names: the backends.
         advance: called after each case.
+        compiled: put every framework's compiler before it, or none; None for what its users
+            mostly do: JAX compiled, torch and Paddle not.
+        workers: the number of processes; 1 runs the cases in this one.
 
     Raises:
         ValueError, ImportError: a backend that is unknown or not installed.
 
     Returns:
         A report. A case fails if an element of the output or of a gradient is off by more than
-        its bound, or if an exact case is not equal to the last bit. A case with an option that
-        the framework lacks is counted as excluded, under the reason.
+        its bound or is no value of the case's type, if an exact case is not equal to the last
+        bit, or if the framework raises. A case with an option that the framework lacks is counted
+        as excluded, under the reason.
     """
-    modules = {name: backends.load(name) for name in names}
-    report = Report([Tally(name) for name in modules])
-    for case in cases:
-        weights, x, dy = case.draw()
-        wanted = expected(case.network, weights, x, dy)
-        for tally in report.tallies:
-            _check_one(tally, modules[tally.backend], case, weights, x, dy, wanted)
+    report = Report([Tally(name) for name in dict.fromkeys(names)])
+    run = partial(_outcomes, names=[tally.backend for tally in report.tallies], compiled=compiled)
+    for case, outcomes in zip(cases, _each(run, cases, workers), strict=True):
+        for tally, outcome in zip(report.tallies, outcomes, strict=True):
+            tally.add(case, outcome)
         advance()
     return report
 
 
-def _check_one(
-    tally: Tally, backend: Any, case: Case, weights: Any, x: Array, dy: Array, wanted: Any
-) -> None:
-    try:
-        module = backend.build(case.network, weights)
-    except NotImplementedError as reason:
-        tally.excluded[str(reason)] += 1
+def _each(
+    run: Callable[[Case], list[Outcome]], cases: Sequence[Case], workers: int
+) -> Iterator[list[Outcome]]:
+    if workers == 1:
+        yield from map(run, cases)
         return
-    y, gradients = backend.evaluate(module, weights, x, dy)
+    # Spawned, since a framework's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        yield from pool.map(run, cases, chunksize=4)
+
+
+def _start_worker() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores already
+    # What frameworks say of themselves; in the calling process that is the caller's matter.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+
+
+def _outcomes(case: Case, names: Sequence[str], compiled: bool | None) -> list[Outcome]:
+    modules = [backends.load(name) for name in names]
+    weights, x, dy = case.draw()
+    wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
+    return [_outcome(module, case, weights, x, dy, wanted, compiled) for module in modules]
+
+
+def _outcome(
+    backend: Any,
+    case: Case,
+    weights: Any,
+    x: Array,
+    dy: Array,
+    wanted: dict[str, Expected],
+    compiled: bool | None,
+) -> Outcome:
+    compiled = backend.COMPILED if compiled is None else compiled
+    try:
+        module = backend.build(case.network, weights, case.dtype)
+        y, gradients = backend.evaluate(module, weights, x, dy, compiled=compiled)
+    except NotImplementedError as reason:
+        return Outcome(excluded=str(reason))
+    except Exception as error:  # noqa: BLE001  # whatever it is, the case reproduces it
+        message = str(error).strip().partition("\n")[0]
+        return Outcome(compiled=compiled, problems=(f"{type(error).__name__}: {message}",))
     found = {"y": y, **gradients}
-    if case.is_layer:
-        tally.layers += 1
-        tally.kinds[case.kind] += 1
-    else:
-        tally.networks += 1
     errors = {name: value.error(found[name]) for name, value in wanted.items()}
-    tally.forward_error = max(tally.forward_error, errors["y"])
-    tally.gradient_error = max(tally.gradient_error, *errors.values())
+    unequal = [name for name, value in wanted.items() if not value.equals(found[name])]
     problems = [
         f"{name}: error {error:.3g} times the bound" for name, error in errors.items() if error > 1
     ]
+    rounded = PRECISIONS[case.dtype].rounded
+    problems += [
+        f"{name}: not in {case.dtype}"
+        for name, error in errors.items()
+        if error <= 1 and not np.array_equal(found[name], rounded(found[name]))
+    ]
     if case.exact:
-        unequal = _unequal(wanted, found)
-        tally.exact += 1
-        tally.bitwise += not unequal
         problems += [f"{name}: not bitwise equal" for name in unequal if errors[name] <= 1]
-    if problems:
-        tally.failures.append(f"{'; '.join(problems)} in {case!r}")
-
-
-def _unequal(wanted: dict[str, Expected], found: dict[str, Array]) -> list[str]:
-    return [name for name, value in wanted.items() if not value.equals(np.asarray(found[name]))]
+    return Outcome(
+        compiled=compiled,
+        forward=errors["y"],
+        gradient=max(errors.values()),
+        bitwise=not unequal,
+        problems=tuple(problems),
+    )
