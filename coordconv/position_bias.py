@@ -5,14 +5,17 @@ A convolution is linear in its channels and the coordinates do not depend on the
     CoordConv(x) = Conv(x; weight) + bias + P,    P of shape (out, *output shape).
 
 An axis coordinate is a ramp along its own axis and constant along the others, so its share of P
-contracts axis by axis with small tables: ``T[t, k]`` is what tap ``k`` reads at output position
-``t``. The radius is not separable; it is convolved once, on a batch of one.
+contracts axis by axis with small tables: ``T[k, t]`` is what tap ``k`` reads at output position
+``t``. The radius is not separable; it is convolved once, on a batch of one. Where the map is small,
+all axes are one: a table of what every tap reads at every output position, whatever the coordinate,
+makes P in a single product.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import groupby
 from typing import Any
@@ -23,25 +26,37 @@ from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, evaluate, frozen, ramp
 
+# Entries of a table for all axes together, up to which it is used: 256 KiB in float32, which fits a
+# core's cache; up to there one product takes less than the several steps that it replaces.
+MOST_TOGETHER = 2**16
+
 
 @dataclass(frozen=True, eq=False)
 class Share:
     """The arrays for a run of adjacent coordinate channels, all separable or all not.
 
-    ``tables`` holds one array of shape ``(channels, output length, kernel)`` per axis, if the
-    channels are separable; otherwise ``padded`` holds the channels as the convolution meets them,
-    padded and dilated, of shape ``(channels, *padded shape)``, so that a convolution without
-    padding, at stride ``stride`` and dilation ``dilation`` (with the taps in reverse order if
-    ``flip``), gives their share.
+    ``tables`` holds one array of shape ``(channels, kernel, output length)`` per axis, if the
+    channels are separable, or one for all axes together; otherwise ``padded`` holds the channels as
+    the convolution meets them, padded and dilated, of shape ``(channels, *padded shape)``, so that
+    a convolution without padding, at stride ``stride`` and dilation ``dilation`` (with the taps in
+    reverse order if ``flip``), gives their share. ``shape`` is the output's.
+
+    The arrays are NumPy's, or a framework's: see :meth:`converted`.
     """
 
     start: int
     stop: int
-    tables: tuple[Array, ...] = ()
-    padded: Array | None = None
+    shape: tuple[int, ...]
+    tables: tuple[Any, ...] = ()
+    padded: Any = None
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     flip: bool = False
+
+    def converted(self, asarray: Callable[[Array], Any]) -> Share:
+        """The same with the arrays of a framework, which ``asarray`` makes."""
+        padded = None if self.padded is None else asarray(self.padded)
+        return replace(self, tables=tuple(map(asarray, self.tables)), padded=padded)
 
 
 @lru_cache(maxsize=64)
@@ -70,6 +85,21 @@ def shares(
                 [ 0.,  1.,  0.]]], dtype=float32)
     """
     coords.check_rank(geometry.rank)
+    apart = by_axis(geometry, coords, shape, dtype)
+    size = len(coords) * geometry.taps * math.prod(geometry.output_shape(shape))
+    if size > MOST_TOGETHER or (len(apart) == 1 and len(apart[0].tables) == 1):
+        return apart
+    table = np.concatenate([_together(share, geometry.kernel) for share in apart])
+    return (Share(0, len(coords), apart[0].shape, (frozen(table),)),)
+
+
+def by_axis(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    dtype: type[np.floating[Any]],
+) -> tuple[Share, ...]:
+    """As :func:`shares`, with a table for each axis and the radius apart, whatever the size."""
     runs = []
     start = 0
     for radial, tokens in groupby(coords.channels, key=lambda token: token == "r"):
@@ -78,6 +108,28 @@ def shares(
         runs.append(make(geometry, coords, shape, dtype, start, stop))
         start = stop
     return tuple(runs)
+
+
+def _together(share: Share, kernel: tuple[int, ...]) -> Array:
+    """One table ``(channels, taps, outputs)`` for all axes of a share."""
+    if share.tables:
+        # Each product has at most one factor that is neither 0 nor 1: none of them rounds.
+        table = reduce(
+            lambda one, other: np.einsum("ckt,clu->ckltu", one, other).reshape(
+                len(one), one.shape[1] * other.shape[1], -1
+            ),
+            share.tables,
+        )
+        return np.asarray(table)
+    taps = []
+    for tap in np.ndindex(*kernel):
+        place = (k - 1 - i for k, i in zip(kernel, tap, strict=True)) if share.flip else tap
+        window = (
+            slice(i * d, i * d + (m - 1) * s + 1, s)
+            for i, d, m, s in zip(place, share.dilation, share.shape, share.stride, strict=True)
+        )
+        taps.append(share.padded[(slice(None), *window)].reshape(len(share.padded), -1))
+    return np.stack(taps, axis=1)
 
 
 def _separable_share(
@@ -97,9 +149,10 @@ def _separable_share(
             meets = meets & inside
         along = np.where(meets, ramp(coords, index, n), 0)
         tables.append(
-            np.stack([along if c == token else meets for c in coords.channels[start:stop]])
+            np.stack([(along if c == token else meets).T for c in coords.channels[start:stop]])
         )
-    return Share(start, stop, tuple(frozen(table.astype(dtype)) for table in tables))
+    arrays = tuple(frozen(np.ascontiguousarray(table, dtype)) for table in tables)
+    return Share(start, stop, geometry.output_shape(tuple(shape)), arrays)
 
 
 def _padded_share(
@@ -141,6 +194,7 @@ def _padded_share(
     return Share(
         start,
         stop,
+        geometry.output_shape(tuple(shape)),
         padded=frozen(values.astype(dtype)),
         stride=stride,
         dilation=dilation,
@@ -164,20 +218,18 @@ def position_bias(
     arrays: Sequence[Share],
     *,
     einsum: Callable[..., Any],
-    convolve: Callable[[Share, Any, Any], Any],
-    asarray: Callable[[Array], Any] = lambda array: array,
+    convolve: Callable[[Share, Any], Any],
     channels_last: bool = False,
 ) -> Any:
     """The position bias, in the framework whose functions are passed.
 
     Args:
         coord_weight: the coordinate kernel, shape ``(out, n, *kernel)``.
-        arrays: what :func:`shares` returned.
+        arrays: what :func:`shares` returned, with the framework's arrays in them.
         einsum: the framework's ``einsum``.
-        convolve: ``convolve(share, padded, kernel)``: the framework's convolution of the array
-            ``padded`` (one sample, channels first, no batch axis) with ``kernel``, as
-            :class:`Share` says; returns shape ``(out, *output shape)``.
-        asarray: turns a NumPy array into the framework's.
+        convolve: ``convolve(share, kernel)``: the framework's convolution of ``share.padded`` (one
+            sample, channels first, no batch axis) with ``kernel``, as :class:`Share` says; returns
+            shape ``(out, *output shape)``.
         channels_last: put the output channels last.
 
     Returns:
@@ -185,34 +237,53 @@ def position_bias(
     """
     total = None
     for share in arrays:
-        kernel = coord_weight[:, share.start : share.stop]
-        if share.tables:
-            term = _contract(
-                kernel, [asarray(table) for table in share.tables], einsum, channels_last
-            )
-        else:
-            assert share.padded is not None
-            term = convolve(share, asarray(share.padded), kernel)
+        outs = "tuv"[: len(share.shape)]
+        if not share.tables:
+            term = convolve(share, coord_weight[:, share.start : share.stop])
             if channels_last:
-                letters = "tuv"[: len(share.stride)]
-                term = einsum(f"o{letters}->{letters}o", term)
+                term = einsum(f"o{outs}->{outs}o", term)
+        elif channels_last and len(share.tables) > 1:
+            rows, table = _contracted(coord_weight, share, einsum), share.tables[-1]
+            term = einsum(f"cko{outs[:-1]},ck{outs[-1]}->{outs}o", rows, table)
+        elif channels_last:
+            left, right = factors(coord_weight, share, einsum)
+            term = einsum("ok,ks->so", left, right).reshape((*share.shape, -1))
+        else:
+            left, right = factors(coord_weight, share, einsum)
+            term = (left @ right).reshape((-1, *share.shape))
         total = term if total is None else total + term
     return total
 
 
-def _contract(
-    kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], channels_last: bool
-) -> Any:
-    rank = len(tables)
-    taps, outs = "klm"[:rank], "tuv"[:rank]
-    term, indices = kernel, "oc" + taps
-    for axis, table in enumerate(tables):
-        last = axis == rank - 1
-        result = indices.replace(taps[axis], outs[axis])
-        if last:  # the channels are summed with the last axis, in one product
-            result = result.replace("c", "")
-            if channels_last:
-                result = result[1:] + "o"
-        term = einsum(f"{indices},c{outs[axis]}{taps[axis]}->{result}", term, table)
+def factors(coord_weight: Any, share: Share, einsum: Callable[..., Any]) -> tuple[Any, Any]:
+    """The two matrices whose product is the map of a separable share.
+
+    Returns:
+        Matrices of shapes ``(out * outputs of the other axes, terms)`` and
+        ``(terms, outputs of the last axis)``; of a table for all axes these are the last.
+    """
+    table = share.tables[-1]
+    right = table.reshape((-1, table.shape[-1]))
+    if len(share.tables) == 1:
+        return coord_weight[:, share.start : share.stop].reshape((coord_weight.shape[0], -1)), right
+    rows = _contracted(coord_weight, share, einsum)
+    return rows.reshape((right.shape[0], -1)).T, right
+
+
+def _contracted(coord_weight: Any, share: Share, einsum: Callable[..., Any]) -> Any:
+    """A kernel contracted with the tables of all axes but the last.
+
+    The channels and the last axis' taps come first, so that the last contraction, the one with the
+    most to do, is a product of two matrices as they lie in memory.
+
+    Returns:
+        An array of shape ``(channels, last kernel, out, *output shape but the last axis)``.
+    """
+    term = coord_weight[:, share.start : share.stop]
+    taps, outs = "klm"[: len(share.tables)], "tuv"
+    indices = f"oc{taps}"
+    for axis, table in enumerate(share.tables[:-1]):
+        result = f"c{taps[-1]}o{taps[axis + 1 : -1]}{outs[: axis + 1]}"
+        term = einsum(f"{indices},c{taps[axis]}{outs[axis]}->{result}", term, table)
         indices = result
     return term

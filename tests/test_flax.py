@@ -529,8 +529,9 @@ def test_float64():
 def test_products_are_of_float32():
     """Whatever the layer's own precision: accelerators would shorten the coordinates."""
     layer = build((3, 3), "xyr", precision=lax.Precision.DEFAULT)
-    geometry = common.geometry(layer, (4, 5))
-    jaxpr = jax.make_jaxpr(lambda k: common.position_bias(k, geometry, layer.coords, (4, 5)))(
+    shape = (64, 80)  # too large for one table, so that every kind of product is in it
+    geometry = common.geometry(layer, shape)
+    jaxpr = jax.make_jaxpr(lambda k: common.position_bias(k, geometry, layer.coords, shape))(
         layer.coord_kernel[...]
     )
     products = [

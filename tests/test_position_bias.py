@@ -1,5 +1,6 @@
 """The position bias, contracted by NumPy, against the definition: concatenate, then convolve."""
 
+import math
 import threading
 from itertools import product
 from typing import Any
@@ -12,14 +13,14 @@ from hypothesis import strategies as st
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import coordinate_grid
-from coordconv.position_bias import Share, position_bias, shares
+from coordconv.position_bias import MOST_TOGETHER, Share, by_axis, position_bias, shares
 from coordconv.reference import Reference
 from definition import Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
 
 
-def convolve(share: Share, padded: Any, kernel: Any) -> Any:
+def convolve(share: Share, kernel: Any) -> Any:
     """What a backend's convolution does with a channel that is not separable, tap by tap."""
-    rank = len(share.stride)
+    padded, rank = share.padded, len(share.stride)
     if share.flip:
         kernel = np.flip(kernel, tuple(range(-rank, 0)))
     lengths = [
@@ -39,9 +40,9 @@ def convolve(share: Share, padded: Any, kernel: Any) -> Any:
     return total
 
 
-def bias_of(case: Case, dtype: Any = np.float64, **options: Any) -> Any:
+def bias_of(case: Case, dtype: Any = np.float64, make: Any = by_axis, **options: Any) -> Any:
     assert case.coords
-    arrays = shares(case.geometry, case.coords, case.shape, dtype)
+    arrays = make(case.geometry, case.coords, case.shape, dtype)
     kernel = case.weights["coord_weight"].astype(dtype)
     return position_bias(kernel, arrays, einsum=np.einsum, convolve=convolve, **options)
 
@@ -66,9 +67,10 @@ def by_definition(case: Case) -> tuple[Any, Any]:
     )
 
 
+@pytest.mark.parametrize("make", [shares, by_axis])  # axes together where they are small, or apart
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.integers(0, 2**32 - 1))
-def test_adds_to_a_convolution_what_the_coordinates_would(case: Case, seed: int) -> None:
+def test_adds_to_a_convolution_what_the_coordinates_would(make: Any, case: Case, seed: int) -> None:
     """CoordConv(x) - Conv(x) = P, within the rounding of the three."""
     case = real(case, seed)
     weight, bias = case.weights["weight"], case.weights.get("bias")
@@ -84,26 +86,28 @@ def test_adds_to_a_convolution_what_the_coordinates_would(case: Case, seed: int)
     ]
     # each sum has at most `count` terms, and a term of P one more factor per axis
     bound = gamma(case.count + len(case.shape) + 1) * sum(sizes)
-    assert np.all(np.abs(bias_of(case) - difference) <= bound)
+    assert np.all(np.abs(bias_of(case, make=make) - difference) <= bound)
 
 
+@pytest.mark.parametrize("make", [shares, by_axis])
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.integers(0, 2**32 - 1))
-def test_float32_is_as_close_as_float32_can_be(case: Case, seed: int) -> None:
+def test_float32_is_as_close_as_float32_can_be(make: Any, case: Case, seed: int) -> None:
     """Each factor of a term rounds once, each term once per product, and the sum once per term."""
     case = real(case, seed)
     case.weights["coord_weight"] = case.weights["coord_weight"].astype(np.float32)
     expected, size = by_definition(case)
-    computed = bias_of(case, np.float32)
+    computed = bias_of(case, np.float32, make)
     assert computed.dtype == np.float32
     count = case.count + 2 * len(case.shape) + 1
     assert np.all(np.abs(computed - expected) <= gamma(count, 2.0**-24) * size)
 
 
+@pytest.mark.parametrize("make", [shares, by_axis])
 @settings(max_examples=100, deadline=None)
 @given(cases())
-def test_channels_last_is_the_same_map(case: Case) -> None:
-    last = np.moveaxis(bias_of(case, channels_last=True), -1, 0)
+def test_channels_last_is_the_same_map(make: Any, case: Case) -> None:
+    last = np.moveaxis(bias_of(case, make=make, channels_last=True), -1, 0)
     bound = 2 * gamma(case.count + len(case.shape)) * by_definition(case)[1]
     assert np.all(np.abs(last - bias_of(case)) <= bound)
 
@@ -117,7 +121,7 @@ def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
     geometry = data.draw(geometries(shape))
     token = data.draw(st.sampled_from("xyz"[:rank]))
     coords = Coordinates(token, outside="extend")
-    (share,) = shares(geometry, coords, shape, np.float64)
+    (share,) = by_axis(geometry, coords, shape, np.float64)
     for axis, outputs in enumerate(reads(geometry, shape)):
         expected = np.zeros((1, len(outputs), geometry.kernel[axis]))
         for t, taps in enumerate(outputs):
@@ -125,7 +129,7 @@ def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
                 place = tuple(i if a == axis else 0 for a in range(rank))
                 along = rank - 1 - "xyz".index(token) == axis
                 expected[0, t, k] = coordinate(coords, token, place, shape) if along else 1
-        np.testing.assert_array_equal(share.tables[axis], expected)
+        np.testing.assert_array_equal(share.tables[axis], expected.swapaxes(1, 2))
 
 
 @settings(max_examples=50, deadline=None)
@@ -142,6 +146,30 @@ def test_arrays_are_float64_rounded_once(data: st.DataObject) -> None:
         for a, b in zip(arrays_of(one), arrays_of(other), strict=True):
             assert b.dtype == np.float32
             np.testing.assert_array_equal(a.astype(np.float32), b)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_table_for_all_axes_is_what_each_tap_reads(data: st.DataObject) -> None:
+    """Of every coordinate, the radius too: the map of a kernel that is one tap, to the last bit."""
+    rank = data.draw(st.integers(1, 3))
+    shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
+    geometry, coords = data.draw(geometries(shape)), data.draw(coordinates_of_rank[rank])
+    (share,) = shares(geometry, coords, shape, np.float64)
+    (table,) = share.tables
+    identity = np.eye(len(coords) * geometry.taps).reshape(-1, len(coords), *geometry.kernel)
+    apart = by_axis(geometry, coords, shape, np.float64)
+    maps = position_bias(identity, apart, einsum=np.einsum, convolve=convolve)
+    np.testing.assert_array_equal(table.reshape(maps.shape), maps)
+
+
+def test_large_maps_have_a_table_for_each_axis() -> None:
+    geometry, coords = ConvGeometry((1, 1)), Coordinates("xy")
+    side = math.isqrt(MOST_TOGETHER // 2)
+    (small,) = shares(geometry, coords, (side, side), np.float32)
+    (large,) = shares(geometry, coords, (side, 2 * side), np.float32)
+    assert (len(small.tables), len(large.tables)) == (1, 2)
+    assert small.tables[0].size <= MOST_TOGETHER
 
 
 def arrays_of(share: Share) -> tuple[Any, ...]:
@@ -162,7 +190,7 @@ def arrays_of(share: Share) -> tuple[Any, ...]:
 def test_channels_keep_their_order(channels: str, runs: list[tuple[int, int]]) -> None:
     """The radius may stand anywhere; its neighbours' kernels must not move."""
     geometry = ConvGeometry((2, 3), padding=1)
-    arrays = shares(geometry, Coordinates(channels), (4, 5), np.float64)
+    arrays = by_axis(geometry, Coordinates(channels), (4, 5), np.float64)
     assert [(share.start, share.stop) for share in arrays] == runs
     kernel = np.random.default_rng(0).normal(size=(3, len(channels), 2, 3))
     computed = position_bias(kernel, arrays, einsum=np.einsum, convolve=convolve)
@@ -187,7 +215,7 @@ def test_channels_keep_their_order(channels: str, runs: list[tuple[int, int]]) -
 def test_one_tap_reads_the_grid(n: int, k: int) -> None:
     """The middle tap of a same convolution sees the grid itself."""
     (share,) = shares(ConvGeometry((k,), padding="same"), Coordinates("x"), (n,), np.float32)
-    np.testing.assert_array_equal(share.tables[0][0, :, (k - 1) // 2], coordinate_grid((n,))[0])
+    np.testing.assert_array_equal(share.tables[0][0, (k - 1) // 2], coordinate_grid((n,))[0])
 
 
 def test_arrays_are_read_only_and_shared() -> None:

@@ -199,21 +199,21 @@ def position_bias(
     kernel = coord_kernel if info.bits >= 32 else coord_kernel.astype(jnp.float32)
     if reverse:
         kernel = jnp.flip(kernel, tuple(range(geometry.rank)))
+    arrays = core.shares(geometry, coords, shape, np.float64 if info.bits == 64 else np.float32)
     return core.position_bias(
         jnp.moveaxis(kernel, (-1, -2), (0, 1)),
-        core.shares(geometry, coords, shape, np.float64 if info.bits == 64 else np.float32),
+        [share.converted(lambda a: jnp.asarray(a, kernel.dtype)) for share in arrays],
         einsum=partial(jnp.einsum, precision=_HIGHEST),
         convolve=_convolve,
-        asarray=lambda a: jnp.asarray(a, kernel.dtype),
         channels_last=True,
     )
 
 
-def _convolve(share: core.Share, padded: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve(share: core.Share, kernel: jax.Array) -> jax.Array:
     if share.flip:
         kernel = jnp.flip(kernel, tuple(range(2, kernel.ndim)))
     return lax.conv_general_dilated(
-        padded[None],
+        share.padded[None],
         kernel,
         share.stride,
         "VALID",

@@ -232,12 +232,15 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
             kernel = kernel.astype(paddle.float32)
         exact = np.float64 if kernel.dtype == paddle.float64 else np.float32
         with paddle.amp.auto_cast(enable=False):
+            arrays = [
+                share.converted(lambda array: _constant(array, kernel))
+                for share in shares(geometry, self.coords, shape, exact)
+            ]
             bias = position_bias(
                 kernel,
-                shares(geometry, self.coords, shape, exact),
+                arrays,
                 einsum=paddle.einsum,
                 convolve=_convolve,
-                asarray=lambda array: _constant(array, kernel),
                 channels_last=self._channels_last,
             )
         return bias.astype(dtype)
@@ -309,11 +312,11 @@ def _constant(array: Array, beside: Tensor) -> Tensor:
     return paddle.to_tensor(array, place=beside.place if paddle.in_dynamic_mode() else None)
 
 
-def _convolve(share: Share, padded: Tensor, kernel: Tensor) -> Tensor:
+def _convolve(share: Share, kernel: Tensor) -> Tensor:
     rank = len(share.stride)
     if share.flip:
         kernel = kernel.flip(list(range(-rank, 0)))
-    return _CONVOLVE[rank](padded[None], kernel, None, share.stride, 0, share.dilation)[0]
+    return _CONVOLVE[rank](share.padded[None], kernel, None, share.stride, 0, share.dilation)[0]
 
 
 class CoordConv1D(_CoordConv, nn.Conv1D):

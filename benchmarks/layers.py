@@ -1,0 +1,264 @@
+"""What a layer costs, next to the framework's plain convolution and to concatenation.
+
+python benchmarks/layers.py --json results.json --picture layers.png
+python benchmarks/layers.py --check results.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import common
+from common import CONCAT, INFERENCE, MAP, OURS, PLAIN, TRAINING, Result, Spread, console
+
+# The one place that has the targets: ratios to the plain convolution.
+TARGETS = {  # (geometric mean, worst)
+    ("torch-compiled", INFERENCE): (1.03, 1.10),
+    ("torch-compiled", TRAINING): (1.06, 1.15),
+    ("torch-eager", INFERENCE): (1.08, 1.20),
+    ("torch-eager", TRAINING): (1.08, 1.20),
+    ("jax-jit", INFERENCE): (1.05, 1.15),
+    ("jax-jit", TRAINING): (1.10, 1.25),
+    ("paddle-eager", INFERENCE): (1.08, 1.20),
+    ("paddle-eager", TRAINING): (1.08, 1.20),
+}
+AGAINST_CONCAT = 1.02  # each case
+MAP_SHARE, MAP_BATCH = 0.02, 8  # of the plain convolution's time at that batch, each case
+AGAINST = "ours/concat"
+_DRAWN_TO = 3.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """A target and what was measured.
+
+    ``over`` counts the shapes over the limit, of the ``shapes`` measured, of ``expected``.
+    """
+
+    framework: str
+    label: str
+    limit: float
+    value: float = math.nan
+    where: str = ""
+    over: int = 0
+    shapes: int = 0
+    expected: int = 0
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit and self.shapes == self.expected
+
+
+def check(results: Iterable[Result], device: str) -> list[Check]:
+    """Every target against the results."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        found.setdefault((result.framework, result.mode), []).append(result)
+    expected = len(common.shapes(device))
+    checks = []
+    for (name, mode), (mean, worst) in TARGETS.items():
+        of = found.get((name, mode), [])
+        value = _mean(of, OURS) if of else math.nan
+        label = f"{mode}: geometric mean"
+        checks.append(Check(name, label, mean, value, shapes=len(of), expected=expected))
+        each = [(f"{mode}: worst", of, OURS, worst)]
+        each.append((f"{mode}: against concat", of, AGAINST, AGAINST_CONCAT))
+        if mode == TRAINING:
+            maps = found.get((name, MAP), [])
+            each.append((f"map at batch {MAP_BATCH}", maps, MAP, MAP_SHARE))
+        for label, of, key, limit in each:
+            medians = {r.shape: r.ratios[key].median for r in of}
+            where = max(medians, key=medians.__getitem__, default="")
+            value, over = medians.get(where, math.nan), sum(v > limit for v in medians.values())
+            checks.append(Check(name, label, limit, value, where, over, len(of), expected))
+    return checks
+
+
+def print_checks(checks: list[Check]) -> None:
+    """The targets, by framework, and how many are met."""
+    columns = "target", "found", "limit", "", "over", "worst at"
+    table = common.table("targets; over: the shapes over the limit", *columns)
+    for name in dict.fromkeys(c.framework for c in checks):
+        table.add_section()
+        table.add_row(f"[bold]{name}[/]")
+        for c in (c for c in checks if c.framework == name):
+            by = c.value / c.limit - 1
+            verdict = f"[green]met[/] by {-by:.0%}" if by <= 0 else f"[red]missed[/] by {by:.0%}"
+            if not c.shapes:
+                verdict = "[yellow]not measured[/]"
+            table.add_row(
+                c.label,
+                f"{c.value:.3f}",
+                f"{c.limit:.2f}",
+                verdict,
+                f"{c.over}/{c.shapes}" if c.where else "",
+                c.where,
+            )
+    console.print(table)
+    console.print(f"{sum(c.met for c in checks)} of {len(checks)} targets met")
+    if any(c.shapes < c.expected for c in checks):
+        console.print("A target that was not measured on every shape does not count as met.")
+
+
+def print_results(name: str, results: list[Result]) -> None:
+    """A framework's tables."""
+    for mode in (INFERENCE, TRAINING):
+        of = [r for r in results if (r.framework, r.mode) == (name, mode)]
+        if not of:
+            continue
+        keys = CONCAT, OURS, AGAINST
+        columns = "plain ms", "concat/plain", "ours/plain", AGAINST
+        table = common.table(f"{name}, {mode}: median (quartiles)", "shape", *columns)
+        for r in of:
+            table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *(str(r.ratios[k]) for k in keys))
+        table.add_section()
+        table.add_row("geometric mean", "", *(f"{_mean(of, k):.3f}" for k in keys))
+        worst = (max(r.ratios[k].median for r in of) for k in keys)
+        table.add_row("worst", "", *(f"{value:.3f}" for value in worst))
+        console.print(table)
+    of = [r for r in results if (r.framework, r.mode) == (name, MAP)]
+    if of:
+        columns = "shape", "plain ms", "map ms", "map/plain"
+        table = common.table(f"{name}, the map alone, at batch {MAP_BATCH}", *columns)
+        for r in of:
+            share = r.ratios[MAP]
+            table.add_row(
+                r.shape,
+                _ms(r.milliseconds[PLAIN]),
+                _ms(r.milliseconds[MAP]),
+                f"{share.median:.1%} ({share.low:.1%}-{share.high:.1%})",
+            )
+        console.print(table)
+
+
+def _ms(spread: Spread) -> str:
+    return f"{spread.median:.3g}"
+
+
+def _mean(results: list[Result], key: str) -> float:
+    return common.geometric_mean([r.ratios[key].median for r in results])
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """The machine and the results in a file that ``--json`` wrote."""
+    contents = json.loads(path.read_text())
+    results = [
+        Result(
+            **{
+                **fields,
+                **{
+                    key: {name: Spread(**spread) for name, spread in fields[key].items()}
+                    for key in ("milliseconds", "ratios")
+                },
+            }
+        )
+        for fields in contents["results"]
+    ]
+    return contents["machine"], results
+
+
+def draw(path: Path, results: list[Result]) -> None:
+    """Write the picture: the ratios of each shape, with their quartiles, and the limit."""
+    from matplotlib.figure import Figure  # only the pictures need it
+
+    names = list(dict.fromkeys(r.framework for r in results))
+    shapes = list(dict.fromkeys(r.shape for r in results if r.mode != MAP))
+    figure = Figure(figsize=(2.5 + 2.8 * len(names), 2.5 + 0.5 * len(shapes)), layout="constrained")
+    grid = figure.subplots(2, len(names), sharex=True, sharey=True, squeeze=False)
+    for axes, mode in zip(grid, (INFERENCE, TRAINING), strict=True):
+        for axis, name in zip(axes, names, strict=True):
+            axis.axvline(1.0, color="black", linewidth=1)
+            of = [r for r in results if (r.framework, r.mode) == (name, mode)]
+            for variant, offset, marker in ((CONCAT, 0.15, "s"), (OURS, -0.15, "o")):
+                spreads = [r.ratios[variant] for r in of]
+                medians = [min(s.median, _DRAWN_TO) for s in spreads]
+                axis.errorbar(
+                    medians,
+                    [shapes.index(r.shape) - offset for r in of],
+                    xerr=(
+                        [max(m - s.low, 0) for m, s in zip(medians, spreads, strict=True)],
+                        [max(s.high - m, 0) for m, s in zip(medians, spreads, strict=True)],
+                    ),
+                    fmt=marker,
+                    markersize=4,
+                    linewidth=1,
+                    label=variant,
+                )
+            axis.set(title=f"{name}, {mode}", xscale="log", yticks=range(len(shapes)))
+            axis.set_yticklabels(shapes)
+            axis.grid(axis="y", alpha=0.3)
+    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_xticks(
+        ticks := [0.8, 1, 1.2, 1.5, 2, _DRAWN_TO], labels=[f"{t:g}" for t in ticks]
+    )
+    grid[0, 0].set_xlim(0.75, 1.05 * _DRAWN_TO)
+    grid[0, 0].minorticks_off()
+    for axis in grid[-1]:
+        axis.set_xlabel(f"time over plain's ({_DRAWN_TO:g}: or more)")
+    grid[0, -1].legend(loc="upper right")
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    device: common.DeviceOption = "cpu",
+    frameworks: common.FrameworksOption = None,
+    shapes: common.ShapesOption = None,
+    modes: Annotated[
+        str, typer.Option(help="Comma-separated: the layer's two modes, and the map alone.")
+    ] = f"{INFERENCE},{TRAINING},{MAP}",
+    seconds: common.SecondsOption = 4.0,
+    json_file: common.JsonOption = None,
+    check_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--check",
+            help="Measure nothing: print each target as met or missed by what --json wrote, and "
+            "exit with 1 unless all are met.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    picture: common.PictureOption = None,
+) -> None:
+    """Time plain convolution, concatenation and CoordConv, interleaved, in every framework.
+
+    Every ratio is the median of those within a round, in which each variant ran once.
+    """
+    if check_file is not None:
+        measured_on, results = load(check_file)
+        console.print(common.describe(measured_on), soft_wrap=True)
+        checks = check(results, measured_on["device"])
+        print_checks(checks)
+        if picture is not None:
+            draw(picture, results)
+        if not all(c.met for c in checks):
+            raise typer.Exit(1)
+        return
+    names = common.chosen_frameworks(frameworks)
+    if unknown := set(modes.split(",")) - {INFERENCE, TRAINING, MAP}:
+        raise common.fail(f"--modes: {', '.join(unknown)} not among {INFERENCE}, {TRAINING}, {MAP}")
+    cases = [
+        (shape if mode != MAP else replace(shape, batch=MAP_BATCH), mode)
+        for mode in modes.split(",")
+        for shape in common.chosen_shapes(shapes, device)
+    ]
+    results = []
+    for name, found in common.timed_all(names, device, cases, seconds):
+        results += found
+        print_results(name, results)
+        if json_file is not None:  # after each, so that what was measured is not lost
+            common.write_json(json_file, device, results)
+    print_checks([c for c in check(results, device) if c.shapes])
+    if picture is not None:
+        draw(picture, results)
+
+
+if __name__ == "__main__":
+    common.run(main)
