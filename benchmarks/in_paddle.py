@@ -43,7 +43,7 @@ class PositionBias(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         geometry = self.layer._conv_geometry(self.size)
-        return self.layer._position_bias(geometry, self.size, x.dtype)
+        return self.layer._position_bias(*self.layer._map_arguments(geometry, self.size))
 
 
 class Paddle:

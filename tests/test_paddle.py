@@ -761,7 +761,9 @@ class TestPrecision:
         layer.to(dtype=dtype)
         assert layer.coord_weight.dtype == getattr(paddle, dtype)
         geometry = layer._conv_geometry((512, 512))
-        y = layer._position_bias(geometry, (512, 512), getattr(paddle, dtype))
+        made = layer._map_arguments(geometry, (512, 512))
+        shape = [1, 512, 512, 4] if last(layer) else [1, 4, 512, 512]
+        (y,) = layer._add(paddle.zeros(shape, dtype), *made)
         assert y.dtype == layer.coord_weight.dtype
         y.astype("float32").square().sum().backward()
         assert layer.coord_weight.grad.astype("float32").abs().sum() > 0
@@ -827,8 +829,9 @@ class TestPrecision:
     def test_map_has_the_dtype_of_the_convolution(self):
         """Autocast on a GPU gives 16 bits from 32-bit parameters; the map is rounded once."""
         layer = CoordConv2D(1, 4, 3, coords="xyr")
+        made = layer._map_arguments(layer._conv_geometry((9, 7)), (9, 7))
         maps = [
-            layer._position_bias(layer._conv_geometry((9, 7)), (9, 7), t)
+            layer._add(paddle.zeros([1, 4, 7, 5], t), *made)
             for t in (paddle.float32, paddle.bfloat16)
         ]
         assert maps[1].dtype == paddle.bfloat16

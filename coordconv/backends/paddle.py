@@ -18,7 +18,7 @@ from coordconv import networks
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
-from coordconv.position_bias import Share, position_bias, shares
+from coordconv.position_bias import Share, factors, position_bias, shares
 from coordconv.weights import Weights, checked, split_channels, split_state
 
 with warnings.catch_warnings():  # of a compiler cache, which only builders of extensions miss
@@ -222,28 +222,48 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
                     "output_size must be ints, not a tensor, while a program is traced"
                 )
             geometry = _for_output(geometry, shape, chosen)
-        return output + self._position_bias(geometry, shape, output.dtype)
+        return self._add(output, *self._map_arguments(geometry, shape))
 
-    def _position_bias(
-        self, geometry: ConvGeometry, shape: tuple[int, ...], dtype: paddle.dtype
-    ) -> Tensor:
+    def _add(self, output: Tensor, kernel: Tensor, arrays: list[Share]) -> Tensor:
+        """A convolution's ``output``, and what the coordinates add to it.
+
+        On a CPU it is added in place, and as a product: Paddle takes long to allocate a tensor, to
+        add a smaller one to a larger, and to sum over the batch in the gradient of that. One
+        sample needs no map of its own: the product that would make it is added.
+        """
+        with paddle.amp.auto_cast(enable=False):
+            if not _in_place(output, kernel):
+                return output + self._position_bias(kernel, arrays).astype(output.dtype)
+            if len(output) == len(arrays) == 1 and arrays[0].tables and not self._channels_last:
+                left, right = factors(kernel, arrays[0], paddle.einsum)
+            else:
+                left = paddle.ones([len(output), 1], output.dtype)
+                right = self._position_bias(kernel, arrays).reshape([1, -1])
+            return _AddProduct.apply(output, left, right)
+
+    def _position_bias(self, kernel: Tensor, arrays: list[Share]) -> Tensor:
+        """What the coordinates add to each sample, in the dtype of ``kernel``."""
+        return position_bias(
+            kernel,
+            arrays,
+            einsum=paddle.einsum,
+            convolve=_convolve,
+            channels_last=self._channels_last,
+        )
+
+    def _map_arguments(
+        self, geometry: ConvGeometry, shape: tuple[int, ...]
+    ) -> tuple[Tensor, list[Share]]:
+        """The coordinate kernel, in float32 at least, and the arrays that the map is made with."""
         kernel = self.coord_weight
         if kernel.dtype in (paddle.float16, paddle.bfloat16):
             kernel = kernel.astype(paddle.float32)
         exact = np.float64 if kernel.dtype == paddle.float64 else np.float32
-        with paddle.amp.auto_cast(enable=False):
-            arrays = [
-                share.converted(lambda array: _constant(array, kernel))
-                for share in shares(geometry, self.coords, shape, exact)
-            ]
-            bias = position_bias(
-                kernel,
-                arrays,
-                einsum=paddle.einsum,
-                convolve=_convolve,
-                channels_last=self._channels_last,
-            )
-        return bias.astype(dtype)
+        arrays = [
+            share.converted(lambda array: _constant(array, kernel))
+            for share in shares(geometry, self.coords, shape, exact)
+        ]
+        return kernel, arrays
 
     def _conv_geometry(self, shape: tuple[int, ...], sized: bool = False) -> ConvGeometry:
         """The geometry, from the attributes that the base class's ``forward`` reads.
@@ -305,6 +325,38 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
                 coordinates; all are listed and nothing is changed.
         """
         _import(self, mapping, {"": self.coords})
+
+
+class _AddProduct(paddle.autograd.PyLayer):
+    """``output + left @ right``, in place; Paddle's own would copy the output's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.trained = not left.stop_gradient, not right.stop_gradient
+        paddle.addmm_(output.reshape([left.shape[0], -1]), left, right)  # a view of it
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensor()
+        matrix = gradient.reshape([left.shape[0], -1])
+        return (
+            gradient,
+            paddle.matmul(matrix, right, transpose_y=True) if ctx.trained[0] else None,
+            paddle.matmul(left, matrix, transpose_x=True) if ctx.trained[1] else None,
+        )
+
+
+def _in_place(output: Tensor, kernel: Tensor) -> bool:
+    """Whether a map is added to an output in place: what has no gradient cannot be given one so."""
+    return (
+        paddle.in_dynamic_mode()
+        and not (paddle.is_grad_enabled() and output.stop_gradient and not kernel.stop_gradient)
+        and output.place.is_cpu_place()
+        and output.dtype in (paddle.float32, paddle.float64)
+        and output.size > 0
+    )
 
 
 def _constant(array: Array, beside: Tensor) -> Tensor:
