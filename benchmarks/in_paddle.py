@@ -43,7 +43,8 @@ class PositionBias(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         geometry = self.layer._conv_geometry(self.size)
-        return self.layer._position_bias(*self.layer._map_arguments(geometry, self.size))
+        made = self.layer._map_arguments(geometry, self.size)
+        return self.layer._position_bias(*made, x.dtype)
 
 
 class Paddle:

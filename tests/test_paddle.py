@@ -762,8 +762,7 @@ class TestPrecision:
         assert layer.coord_weight.dtype == getattr(paddle, dtype)
         geometry = layer._conv_geometry((512, 512))
         made = layer._map_arguments(geometry, (512, 512))
-        shape = [1, 512, 512, 4] if last(layer) else [1, 4, 512, 512]
-        (y,) = layer._add(paddle.zeros(shape, dtype), *made)
+        y = layer._position_bias(*made, getattr(paddle, dtype))
         assert y.dtype == layer.coord_weight.dtype
         y.astype("float32").square().sum().backward()
         assert layer.coord_weight.grad.astype("float32").abs().sum() > 0
@@ -830,10 +829,7 @@ class TestPrecision:
         """Autocast on a GPU gives 16 bits from 32-bit parameters; the map is rounded once."""
         layer = CoordConv2D(1, 4, 3, coords="xyr")
         made = layer._map_arguments(layer._conv_geometry((9, 7)), (9, 7))
-        maps = [
-            layer._add(paddle.zeros([1, 4, 7, 5], t), *made)
-            for t in (paddle.float32, paddle.bfloat16)
-        ]
+        maps = [layer._position_bias(*made, t) for t in (paddle.float32, paddle.bfloat16)]
         assert maps[1].dtype == paddle.bfloat16
         rounded = maps[0].astype("bfloat16").astype("float32")
         assert paddle.equal_all(maps[1].astype("float32"), rounded)

@@ -233,23 +233,23 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
         """
         with paddle.amp.auto_cast(enable=False):
             if not _in_place(output, kernel):
-                return output + self._position_bias(kernel, arrays).astype(output.dtype)
+                return output + self._position_bias(kernel, arrays, output.dtype)
             if len(output) == len(arrays) == 1 and arrays[0].tables and not self._channels_last:
                 left, right = factors(kernel, arrays[0], paddle.einsum)
             else:
                 left = paddle.ones([len(output), 1], output.dtype)
-                right = self._position_bias(kernel, arrays).reshape([1, -1])
+                right = self._position_bias(kernel, arrays, output.dtype).reshape([1, -1])
             return _AddProduct.apply(output, left, right)
 
-    def _position_bias(self, kernel: Tensor, arrays: list[Share]) -> Tensor:
-        """What the coordinates add to each sample, in the dtype of ``kernel``."""
+    def _position_bias(self, kernel: Tensor, arrays: list[Share], dtype: paddle.dtype) -> Tensor:
+        """What the coordinates add to each sample, computed in the dtype of ``kernel``."""
         return position_bias(
             kernel,
             arrays,
             einsum=paddle.einsum,
             convolve=_convolve,
             channels_last=self._channels_last,
-        )
+        ).astype(dtype)
 
     def _map_arguments(
         self, geometry: ConvGeometry, shape: tuple[int, ...]
@@ -338,7 +338,8 @@ class _AddProduct(paddle.autograd.PyLayer):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
         left, right = ctx.saved_tensor()
         matrix = gradient.reshape([left.shape[0], -1])
         return (
