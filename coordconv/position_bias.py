@@ -243,8 +243,8 @@ def position_bias(
             if channels_last:
                 term = einsum(f"o{outs}->{outs}o", term)
         elif channels_last and len(share.tables) > 1:
-            rows, table = _contracted(coord_weight, share, einsum), share.tables[-1]
-            term = einsum(f"cko{outs[:-1]},ck{outs[-1]}->{outs}o", rows, table)
+            rows, table = _contracted(coord_weight, share, einsum, True), share.tables[-1]
+            term = einsum(f"ck{outs[:-1]}o,ck{outs[-1]}->{outs}o", rows, table)
         elif channels_last:
             left, right = factors(coord_weight, share, einsum)
             term = einsum("ok,ks->so", left, right).reshape((*share.shape, -1))
@@ -270,20 +270,24 @@ def factors(coord_weight: Any, share: Share, einsum: Callable[..., Any]) -> tupl
     return rows.reshape((right.shape[0], -1)).T, right
 
 
-def _contracted(coord_weight: Any, share: Share, einsum: Callable[..., Any]) -> Any:
+def _contracted(
+    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool = False
+) -> Any:
     """A kernel contracted with the tables of all axes but the last.
 
     The channels and the last axis' taps come first, so that the last contraction, the one with the
     most to do, is a product of two matrices as they lie in memory.
 
     Returns:
-        An array of shape ``(channels, last kernel, out, *output shape but the last axis)``.
+        An array of shape ``(channels, last kernel, out, *output shape but the last axis)``, or with
+        the ``out`` at the end.
     """
     term = coord_weight[:, share.start : share.stop]
     taps, outs = "klm"[: len(share.tables)], "tuv"
     indices = f"oc{taps}"
     for axis, table in enumerate(share.tables[:-1]):
-        result = f"c{taps[-1]}o{taps[axis + 1 : -1]}{outs[: axis + 1]}"
+        rest = f"{taps[axis + 1 : -1]}{outs[: axis + 1]}"
+        result = f"c{taps[-1]}{rest}o" if channels_last else f"c{taps[-1]}o{rest}"
         term = einsum(f"{indices},c{taps[axis]}{outs[axis]}->{result}", term, table)
         indices = result
     return term

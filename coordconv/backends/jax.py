@@ -5,6 +5,7 @@ Flax keeps channels last, in arrays ``(N, *S, C)`` and in kernels ``(*kernel_siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -170,10 +171,17 @@ def add_position_bias(
 ) -> jax.Array:
     """The ``output (..., *output shape, out)`` of a convolution, and its coordinates' share.
 
-    The arguments are those of :func:`position_bias`, which is cast to the output's dtype.
+    The arguments are those of :func:`position_bias`; the sum is rounded once.
     """
     bias = position_bias(coord_kernel, geometry, coords, shape, reverse)
-    return output + bias.astype(output.dtype)
+    batch = math.prod(output.shape[: -bias.ndim])
+    if batch > 1:
+        # As a product, since the gradient of that is one, too: XLA takes many times as long to sum
+        # over the batch, on a CPU. Forward it sees through the product, and just adds.
+        ones = jnp.ones((batch, 1), bias.dtype)
+        repeated = jnp.matmul(ones, bias.reshape(1, -1), precision=_HIGHEST)
+        bias = repeated.reshape(output.shape)
+    return (output + bias).astype(output.dtype)
 
 
 def position_bias(
