@@ -752,6 +752,32 @@ class TestInput:
         assert paddle.equal_all(layer(x=x), layer(input=x))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+class TestAddedInPlace:
+    def test_of_a_frozen_convolution(self, batch):
+        """Its output has no gradient of its own, and Paddle gives it none in place."""
+        layer = CoordConv2D(2, 3, 3, padding=1)
+        fill(layer, integers)
+        layer.weight.stop_gradient = layer.bias.stop_gradient = True
+        x, dy = integers(batch, 2, 5, 3), integers(batch, 3, 5, 3, seed=1)
+        (found,) = paddle.grad(
+            layer(paddle.to_tensor(x)), [layer.coord_weight], paddle.to_tensor(dy)
+        )
+        reference = Reference(ConvGeometry((3, 3), padding=1), layer.coords)
+        assert np.array_equal(found.numpy(), reference.weight_gradients(x, dy)["coord_weight"])
+
+    def test_second_derivatives(self, batch):
+        """Of the sum of y * y in the coordinate kernel's direction d: twice that of P(d) ** 2."""
+        layer = CoordConv2D(2, 3, 1)
+        fill(layer, integers)
+        x, d = paddle.to_tensor(integers(batch, 2, 5, 3)), paddle.to_tensor(integers(3, 2, 1, 1))
+        (slope,) = paddle.grad(layer(x).square().sum(), [layer.coord_weight], create_graph=True)
+        (curvature,) = paddle.grad((slope * d).sum(), [layer.coord_weight])
+        g = coordinate_grid((5, 3)).reshape(2, -1)
+        wanted = 2 * batch * d.numpy()[..., 0, 0] @ (g @ g.T)
+        assert np.array_equal(curvature.numpy()[..., 0, 0], wanted)
+
+
 class TestPrecision:
     @pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
     @pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])

@@ -12,7 +12,7 @@ from torch import nn
 
 from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights
 from coordconv.backends import torch as backend
-from coordconv.backends.torch import AddCoords, CoordConv2d, CoordConvTranspose2d
+from coordconv.backends.torch import AddCoords, CoordConv1d, CoordConv2d, CoordConvTranspose2d
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network
 from coordconv.parity.comparison import expected
@@ -237,6 +237,126 @@ class TestPrecision:
         y = layer(x)
         assert y.dtype == torch.complex64
         assert torch.equal(y, concatenated(layer, x))
+
+
+def signs(*shape):
+    """Of -1, 0 and 1: sums over a large output stay below 2**24 steps of its coordinates."""
+    return integers(*shape, largest=1)
+
+
+def defined(layer, geometry, x, dy):
+    """What :func:`with_gradients` must find, by the definition in float64."""
+    reference, arrays = Reference(geometry, layer.coords), layer.export_weights()
+    given, gradient = x.double().numpy(), dy.double().numpy()
+    found = {
+        "y": reference.forward(given, *arrays.values()),
+        "x": reference.input_gradient(gradient, arrays["weight"], given.shape[2:]),
+        **reference.weight_gradients(given, gradient),
+    }
+    return {name: found[name] for name in ("y", "x", *dict(layer.named_parameters()))}
+
+
+class TestWaysOfAdding:
+    """Which way the map is added depends on the shape; all of them compute the same."""
+
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_one_large_map(self, batched):
+        """Long enough for the product that makes it to be added to the output."""
+        torch.manual_seed(3)
+        layer = CoordConv2d(1, 16, 3, padding=1)
+        fill(layer, largest=1)
+        x, dy = signs(1, 1, 257, 257), signs(1, 16, 257, 257)
+        wanted = defined(layer, ConvGeometry((3, 3), padding=1), x, dy)
+        seen = []
+        product = backend._AddProduct.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                backend._AddProduct,
+                "forward",
+                staticmethod(lambda *a: seen.append(a) or product(*a)),
+            )
+            if batched:
+                found = with_gradients(layer, x, dy)
+            else:
+                found = with_gradients(layer, x[0], dy[0])
+                found |= {name: found[name][None] for name in "xy"}
+        assert seen
+        assert same(found, wanted)
+        with torch.inference_mode():
+            assert np.array_equal(layer(x).numpy(), wanted["y"])
+
+    def test_one_large_map_of_a_frozen_convolution(self):
+        """Its output has no gradient of its own when the map is added to it."""
+        layer = CoordConv2d(1, 16, 3, padding=1)
+        fill(layer, largest=1)
+        layer.weight.requires_grad_(False)
+        layer.bias.requires_grad_(False)
+        x, dy = signs(1, 1, 257, 257), signs(1, 16, 257, 257)
+        (found,) = torch.autograd.grad(layer(x), [layer.coord_weight], dy)
+        wanted = defined(layer, ConvGeometry((3, 3), padding=1), x, dy)["coord_weight"]
+        assert np.array_equal(found.double().numpy(), wanted)
+
+    def test_second_derivatives_of_one_large_map(self):
+        """Of the sum of y * y in the coordinate kernel's direction d: twice that of P(d) ** 2."""
+        layer = CoordConv2d(1, 16, 1)
+        fill(layer, largest=1)
+        x, d = signs(1, 1, 257, 257), signs(16, 2, 1, 1)
+        (slope,) = torch.autograd.grad(
+            layer(x).square().sum(), [layer.coord_weight], create_graph=True
+        )
+        (curvature,) = torch.autograd.grad((slope * d).sum(), [layer.coord_weight])
+        g = coordinate_grid((257, 257), dtype=np.float64).reshape(2, -1)
+        wanted = 2 * d.double().numpy()[..., 0, 0] @ (g @ g.T)
+        # sums of 257 * 257 products, each of a product
+        bound = (
+            gamma(257**2 + 4, 2.0**-24) * 2 * np.abs(d[..., 0, 0].numpy()) @ np.abs(g) @ np.abs(g.T)
+        )
+        assert (np.abs(curvature[..., 0, 0].double().numpy() - wanted) <= bound).all()
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("name", ["CoordConv1d", "CoordConv2d", "CoordConv3d"])
+    def test_one_tap_is_a_product(self, name, bias):
+        torch.manual_seed(4)
+        layer = getattr(backend, name)(5, 7, 1, coords="x", bias=bias)
+        fill(layer)
+        x, dy = integers(3, 5, *(2, 3, 5)[-layer.rank :]), integers(3, 7, *(2, 3, 5)[-layer.rank :])
+        assert layer._is_product(x)
+        wanted = defined(layer, ConvGeometry((1,) * layer.rank), x, dy)
+        assert same(with_gradients(layer, x, dy), wanted)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"kernel_size": 3},
+            {"stride": 2},
+            {"padding": 1},
+            {"groups": 2},
+            {"in_channels": 66},
+            {"dtype": torch.bfloat16},
+        ],
+    )
+    def test_what_is_no_product_or_slower_as_one(self, options):
+        options = {"in_channels": 4, "out_channels": 4, "kernel_size": 1, **options}
+        layer = CoordConv2d(**options)
+        x = torch.zeros(3, layer.in_channels, 5, 5, dtype=layer.weight.dtype)
+        assert not layer._is_product(x)
+        layer(x)
+
+    def test_inputs_that_are_no_product(self):
+        layer, x = CoordConv2d(4, 4, 1), torch.zeros(3, 4, 5, 5)
+        assert layer._is_product(x)
+        assert not layer._is_product(x[:1])
+        assert not layer._is_product(x[0])
+        assert not layer._is_product(x.to(memory_format=torch.channels_last))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not layer._is_product(x)
+
+    def test_the_kept_arrays_are_bounded(self):
+        layer = CoordConv1d(1, 1, 3)
+        for n in range(3, 200):
+            layer(torch.zeros(1, 1, n))
+        info = backend._kept.cache_info()
+        assert info.currsize <= info.maxsize < 197
 
 
 class TestModule:

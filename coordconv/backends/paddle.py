@@ -227,19 +227,23 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
     def _add(self, output: Tensor, kernel: Tensor, arrays: list[Share]) -> Tensor:
         """A convolution's ``output``, and what the coordinates add to it.
 
-        On a CPU it is added in place, and as a product: Paddle takes long to allocate a tensor, to
-        add a smaller one to a larger, and to sum over the batch in the gradient of that. One
-        sample needs no map of its own: the product that would make it is added.
+        On a CPU it is added in place, since Paddle takes long to allocate a tensor. Where there is
+        no gradient, it is added as a product, which takes less time than a broadcast, and for one
+        sample is the product that makes the map; that of Paddle's has no second derivative.
         """
         with paddle.amp.auto_cast(enable=False):
-            if not _in_place(output, kernel):
+            traced = not paddle.in_dynamic_mode()
+            trained = not traced and paddle.is_grad_enabled() and not kernel.stop_gradient
+            if traced or not _is_plain(output) or (trained and output.stop_gradient):
                 return output + self._position_bias(kernel, arrays, output.dtype)
+            if trained or not output.stop_gradient:
+                return output.add_(self._position_bias(kernel, arrays, output.dtype))
             if len(output) == len(arrays) == 1 and arrays[0].tables and not self._channels_last:
                 left, right = factors(kernel, arrays[0], paddle.einsum)
             else:
                 left = paddle.ones([len(output), 1], output.dtype)
                 right = self._position_bias(kernel, arrays, output.dtype).reshape([1, -1])
-            return _AddProduct.apply(output, left, right)
+            return paddle.addmm_(output.reshape([len(left), -1]), left, right).reshape(output.shape)
 
     def _position_bias(self, kernel: Tensor, arrays: list[Share], dtype: paddle.dtype) -> Tensor:
         """What the coordinates add to each sample, computed in the dtype of ``kernel``."""
@@ -327,37 +331,10 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
         _import(self, mapping, {"": self.coords})
 
 
-class _AddProduct(paddle.autograd.PyLayer):
-    """``output + left @ right``, in place; Paddle's own would copy the output's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.trained = not left.stop_gradient, not right.stop_gradient
-        paddle.addmm_(output.reshape([left.shape[0], -1]), left, right)  # a view of it
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        (gradient,) = gradients
-        left, right = ctx.saved_tensor()
-        matrix = gradient.reshape([left.shape[0], -1])
-        return (
-            gradient,
-            paddle.matmul(matrix, right, transpose_y=True) if ctx.trained[0] else None,
-            paddle.matmul(left, matrix, transpose_x=True) if ctx.trained[1] else None,
-        )
-
-
-def _in_place(output: Tensor, kernel: Tensor) -> bool:
-    """Whether a map is added to an output in place: what has no gradient cannot be given one so."""
-    return (
-        paddle.in_dynamic_mode()
-        and not (paddle.is_grad_enabled() and output.stop_gradient and not kernel.stop_gradient)
-        and output.place.is_cpu_place()
-        and output.dtype in (paddle.float32, paddle.float64)
-        and output.size > 0
-    )
+def _is_plain(output: Tensor) -> bool:
+    """Whether it is one of those that Paddle can add to in place on a CPU."""
+    dtypes = paddle.float32, paddle.float64
+    return output.place.is_cpu_place() and output.dtype in dtypes and output.size > 0
 
 
 def _constant(array: Array, beside: Tensor) -> Tensor:
