@@ -1,6 +1,9 @@
 """The parity check: every backend passes it, and a wrong one does not."""
 
 import json
+import os
+import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -163,6 +166,24 @@ def test_processes_report_what_one_does(backend_to_spoil):
     name = available_backends()[0]
     cases = generate(12, seed=8)
     assert check(cases, [name], workers=2) == check(cases, [name])
+
+
+@dataclass(frozen=True)
+class Ending(Case):
+    """A case that ends the process, as an assertion in a framework's own code does."""
+
+    def draw(self):
+        os._exit(1)
+
+
+def test_a_process_that_ends_is_told_with_the_case():
+    (case,) = layers(1)
+    ending = Ending(case.network, case.batch, case.seed)
+    with pytest.raises(
+        RuntimeError,
+        match=re.escape(f"ended its process in this case or one of the next 16: {ending!r}"),
+    ):
+        check([ending], [], workers=2)
 
 
 def test_one_unit_in_the_last_place_fails_an_exact_case(monkeypatch, backend_to_spoil):

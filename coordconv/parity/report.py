@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -116,6 +117,7 @@ def check(
 
     Raises:
         ValueError, ImportError: a backend that is unknown or not installed.
+        RuntimeError: a framework ended a process, as some do on an error of their own.
 
     Returns:
         A report. A case fails if an element of the output or of a gradient is off by more than
@@ -125,10 +127,18 @@ def check(
     """
     report = Report([Tally(name) for name in dict.fromkeys(names)])
     run = partial(_outcomes, names=[tally.backend for tally in report.tallies], compiled=compiled)
-    for case, outcomes in zip(cases, _each(run, cases, workers), strict=True):
-        for tally, outcome in zip(report.tallies, outcomes, strict=True):
-            tally.add(case, outcome)
-        advance()
+    done = 0
+    try:
+        for case, outcomes in zip(cases, _each(run, cases, workers), strict=True):
+            for tally, outcome in zip(report.tallies, outcomes, strict=True):
+                tally.add(case, outcome)
+            done += 1
+            advance()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"a framework ended its process in this case or one of the next {8 * workers}: "
+            f"{cases[done]!r}; to find it, run them with workers=1"
+        ) from error
     return report
 
 
