@@ -229,7 +229,6 @@ def build(
     network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
 ) -> Network:
     """Build a network with these weights."""
-    common.check_compiles(network)
     with common.precision(dtype):
         module = Network(network, dtype)
         module.import_weights(weights)

@@ -348,22 +348,6 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
     }
 
 
-def check_compiles(network: networks.Network) -> None:
-    """Refuse what XLA ends the process on, instead of raising.
-
-    Raises:
-        NotImplementedError: a layer of the network is like that.
-    """
-    for layer, _, output_shape in network.shapes():
-        if isinstance(layer, networks.Conv) and not layer.geometry.transposed:
-            *_, holes = layer.geometry.per_axis
-            if max(holes) > 1 and min(output_shape[1:]) == 1:
-                raise NotImplementedError(
-                    "XLA aborts on gradients of some convolutions, without coordinates too, with "
-                    "input_dilation and an output axis of length 1"
-                )
-
-
 def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> jax.Array:
     """A network's output for ``x (N, *S, C)``; ``find`` returns the module of a layer."""
     for layer in network.layers:

@@ -233,7 +233,6 @@ def build(
     network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
 ) -> Network:
     """Build a network; ``weights`` are checked, and ``import_weights`` makes variables of them."""
-    common.check_compiles(network)
     module = Network(network, dtype)
     with common.precision(dtype):
         module.import_weights(weights)

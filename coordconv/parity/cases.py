@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,15 @@ class Case:
             array((self.batch, *self.network.input_shape)),
             array((self.batch, *output_shape)),
         )
+
+    @property
+    def plain(self) -> Case:
+        """The same without coordinates."""
+        layers = tuple(
+            replace(layer, coords=None) if isinstance(layer, Conv) else layer
+            for layer in self.network.layers
+        )
+        return replace(self, network=replace(self.network, layers=layers))
 
     @property
     def is_layer(self) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -87,6 +87,10 @@ class Report:
     tallies: list[Tally]
 
     @property
+    def backends(self) -> list[str]:
+        return [tally.backend for tally in self.tallies]
+
+    @property
     def ok(self) -> bool:
         return not any(tally.failures for tally in self.tallies)
 
@@ -117,41 +121,69 @@ def check(
 
     Raises:
         ValueError, ImportError: a backend that is unknown or not installed.
-        RuntimeError: a framework ended a process, as some do on an error of their own.
 
     Returns:
         A report. A case fails if an element of the output or of a gradient is off by more than
         its bound or is no value of the case's type, if an exact case is not equal to the last
         bit, or if the framework raises. A case with an option that the framework lacks is counted
-        as excluded, under the reason.
+        as excluded, under the reason; so is, if there is more than one process, a case on which
+        the framework ends it, if it does the same without coordinates.
     """
     report = Report([Tally(name) for name in dict.fromkeys(names)])
-    run = partial(_outcomes, names=[tally.backend for tally in report.tallies], compiled=compiled)
-    done = 0
-    try:
-        for case, outcomes in zip(cases, _each(run, cases, workers), strict=True):
-            for tally, outcome in zip(report.tallies, outcomes, strict=True):
-                tally.add(case, outcome)
-            done += 1
-            advance()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"a framework ended its process in this case or one of the next {8 * workers}: "
-            f"{cases[done]!r}; to find it, run them with workers=1"
-        ) from error
+    each = partial(_each, _outcomes, report.backends, compiled, workers)
+    for case, outcomes in zip(cases, each(cases), strict=True):
+        for tally, outcome in zip(report.tallies, outcomes, strict=True):
+            tally.add(case, outcome)
+        advance()
     return report
 
 
+_Run: TypeAlias = Callable[[Case, Sequence[str], bool | None], list[Outcome]]
+
+
 def _each(
-    run: Callable[[Case], list[Outcome]], cases: Sequence[Case], workers: int
+    run: _Run, names: Sequence[str], compiled: bool | None, workers: int, cases: Sequence[Case]
 ) -> Iterator[list[Outcome]]:
     if workers == 1:
-        yield from map(run, cases)
+        for case in cases:
+            yield run(case, names, compiled)
         return
+    done = 0
+    while done < len(cases):
+        with _processes(workers) as pool:
+            futures = [pool.submit(run, case, names, compiled) for case in cases[done:]]
+            try:
+                for future in futures:
+                    yield future.result()
+                    done += 1
+            except BrokenProcessPool:  # in this case, or in one that ran beside it
+                pool.shutdown(cancel_futures=True)
+        if done < len(cases):
+            yield [_alone(run, name, compiled, cases[done]) for name in names]
+            done += 1
+
+
+def _alone(run: _Run, name: str, compiled: bool | None, case: Case) -> Outcome:
+    """A case in a process of its own, which the framework may end instead of raising."""
+
+    def survives(case: Case) -> list[Outcome]:
+        with _processes(1) as pool:
+            try:
+                return pool.submit(run, case, [name], compiled).result()
+            except BrokenProcessPool:
+                return []
+
+    if outcomes := survives(case):
+        return outcomes[0]
+    if survives(case.plain):
+        return Outcome(problems=("the framework ended its process",))
+    return Outcome(excluded="the framework ends its process, without coordinates too")
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
     # Spawned, since a framework's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        yield from pool.map(run, cases, chunksize=4)
+    return ProcessPoolExecutor(workers, context, _start_worker)
 
 
 def _start_worker() -> None:
