@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -130,28 +129,25 @@ def check(
         the framework ends it, if it does the same without coordinates.
     """
     report = Report([Tally(name) for name in dict.fromkeys(names)])
-    each = partial(_each, _outcomes, report.backends, compiled, workers)
-    for case, outcomes in zip(cases, each(cases), strict=True):
+    found = _each(cases, report.backends, compiled, workers)
+    for case, outcomes in zip(cases, found, strict=True):
         for tally, outcome in zip(report.tallies, outcomes, strict=True):
             tally.add(case, outcome)
         advance()
     return report
 
 
-_Run: TypeAlias = Callable[[Case, Sequence[str], bool | None], list[Outcome]]
-
-
 def _each(
-    run: _Run, names: Sequence[str], compiled: bool | None, workers: int, cases: Sequence[Case]
+    cases: Sequence[Case], names: Sequence[str], compiled: bool | None, workers: int
 ) -> Iterator[list[Outcome]]:
     if workers == 1:
         for case in cases:
-            yield run(case, names, compiled)
+            yield _outcomes(case, names, compiled)
         return
     done = 0
     while done < len(cases):
         with _processes(workers) as pool:
-            futures = [pool.submit(run, case, names, compiled) for case in cases[done:]]
+            futures = [pool.submit(_outcomes, case, names, compiled) for case in cases[done:]]
             try:
                 for future in futures:
                     yield future.result()
@@ -159,17 +155,17 @@ def _each(
             except BrokenProcessPool:  # in this case, or in one that ran beside it
                 pool.shutdown(cancel_futures=True)
         if done < len(cases):
-            yield [_alone(run, name, compiled, cases[done]) for name in names]
+            yield [_alone(cases[done], name, compiled) for name in names]
             done += 1
 
 
-def _alone(run: _Run, name: str, compiled: bool | None, case: Case) -> Outcome:
+def _alone(case: Case, name: str, compiled: bool | None) -> Outcome:
     """A case in a process of its own, which the framework may end instead of raising."""
 
     def survives(case: Case) -> list[Outcome]:
         with _processes(1) as pool:
             try:
-                return pool.submit(run, case, [name], compiled).result()
+                return pool.submit(_outcomes, case, [name], compiled).result()
             except BrokenProcessPool:
                 return []
 
