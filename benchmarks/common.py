@@ -209,6 +209,16 @@ def framework(name: str, device: str) -> Framework:
     return loaded
 
 
+def event_seconds(call: Call, loops: int, start: Any, end: Any) -> float:
+    """The time of one call by a device's events, which count in milliseconds."""
+    start.record()
+    for _ in range(loops):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / loops
+
+
 def wall_seconds(call: Call, loops: int, wait: Callable[[Any], object]) -> float:
     """The time of one call by the clock; ``wait`` for the last result counts."""
     start = time.perf_counter()

@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from common import CONCAT, MAP, OURS, PLAIN, TRAINING, Array, Call, Shape, data, wall_seconds
+from common import (
+    CONCAT,
+    MAP,
+    OURS,
+    PLAIN,
+    TRAINING,
+    Array,
+    Call,
+    Shape,
+    data,
+    event_seconds,
+    wall_seconds,
+)
 from coordconv.backends import paddle as adapter
 
 import paddle  # isort: skip  # after the adapter, which keeps its warning quiet
@@ -81,12 +93,7 @@ class Paddle:
         if self.device == "cpu":
             return wall_seconds(call, loops, lambda result: None)
         start, end = (paddle.device.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(loops):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / loops
+        return event_seconds(call, loops, start, end)
 
     def array(self, output: Tensor, shape: Shape) -> Array:
         array = output.astype("float64").numpy()

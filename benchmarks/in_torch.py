@@ -20,6 +20,7 @@ from common import (
     Data,
     Shape,
     data,
+    event_seconds,
     wall_seconds,
 )
 from coordconv.backends import torch as adapter
@@ -133,12 +134,7 @@ class Torch:
         if self.device == "cpu":
             return wall_seconds(call, loops, lambda result: None)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(loops):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / loops
+        return event_seconds(call, loops, start, end)
 
     def array(self, output: Tensor, shape: Shape) -> Array:
         return output.double().cpu().numpy()
