@@ -807,6 +807,14 @@ def test_options_that_flax_lacks(geometry, backend):
         networks.build(one(**geometry), backend)
 
 
+@pytest.mark.parametrize("backend", ["flax", "linen"])
+def test_padding_that_xla_gets_wrong(backend):
+    for geometry in ({"transposed": True, "padding": ((3, 0), 0)}, {"padding": ((-1, 1), 0)}):
+        with pytest.raises(NotImplementedError, match="XLA's gradient of a kernel is wrong"):
+            networks.build(one(**geometry), backend)
+        networks.build(one(**geometry, stride=2), backend)
+
+
 @pytest.mark.parametrize(
     "geometry",
     [
