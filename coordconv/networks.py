@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -11,6 +11,7 @@ import numpy as np
 
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import ConvGeometry
+from coordconv.grid import Array
 from coordconv.weights import Weights
 
 _MEGABYTE = 1024**2
@@ -144,6 +145,10 @@ class Network:
             for layer in self.layers
             if isinstance(layer, Conv) and layer.coords
         }
+
+    def weights(self, arrays: Mapping[str, Array]) -> Weights:
+        """Canonical arrays with what travels along: the Coordinates and the network's name."""
+        return Weights(arrays, self.coordinates(), {"network": self.name})
 
     def with_coordinates(self, coords: CoordinatesLike) -> Network:
         """The same network with other coordinates in each CoordConv, as another implementation's.
@@ -288,7 +293,7 @@ def initial_weights(name: str | Network, seed: int = 0) -> Weights:
         float32 arrays by dotted name.
     """
     network, rng = get(name), np.random.default_rng(seed)
-    weights = Weights(coordinates=network.coordinates())
+    weights = network.weights({})
     for layer in network.layers:
         for weight, shape in layer.weight_shapes().items():
             limit = 1 / np.sqrt(layer.fan_in)  # type: ignore[union-attr]  # it has weights

@@ -108,10 +108,15 @@ def save_weights(
     coordinates = getattr(weights, "coordinates", {})
     entries["format_version"] = str(FORMAT_VERSION)
     entries["coordinates"] = json.dumps({k: c.to_dict() for k, c in coordinates.items()})
-    _replace_file(path, safetensors.numpy.save(arrays, metadata=entries))
+    replace_file(path, safetensors.numpy.save(arrays, metadata=entries))
 
 
-def _replace_file(path: str, content: bytes) -> None:
+def replace_file(path: str, content: bytes) -> None:
+    """Write a file of weights, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -143,6 +148,21 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
             or was written in a newer format than this version of coordconv reads.
         OSError: the file cannot be read.
     """
+    weights = read_weights(path)
+    warn_of_strange(path, weights)
+    return weights
+
+
+def warn_of_strange(path: str | os.PathLike[str], weights: Mapping[str, Array]) -> None:
+    """Warn the caller's caller of arrays from a file that hold NaN or infinity."""
+    strange = [name for name, array in weights.items() if not np.isfinite(array).all()]
+    if strange:
+        message = f"{os.fspath(path)} holds NaN or infinity in {', '.join(strange)}"
+        warnings.warn(message, stacklevel=3)
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """As :func:`load_weights`, but without its warning."""
     import json
 
     path = os.fspath(path)
@@ -170,9 +190,6 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
         coordinates = {name: Coordinates.from_dict(d) for name, d in described.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged coordinates metadata: {error}") from error
-    strange = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if strange:
-        warnings.warn(f"{path} holds NaN or infinity in {', '.join(strange)}", stacklevel=2)
     return Weights(arrays, coordinates, metadata)
 
 
@@ -438,8 +455,39 @@ def adopt(
             kernel = found[f"{layer.name}.weight"].reshape(-1, *flattened[1:], flattened[0])
             found[f"{layer.name}.weight"] = np.moveaxis(kernel, -1, 1).reshape(len(kernel), -1)
             flattened = None
-    arrays = {name: found[name].copy() for name in network.weight_shapes()}
-    return Weights(arrays, network.coordinates())
+    return network.weights({name: found[name].copy() for name in network.weight_shapes()})
+
+
+def fitted(arrays: Mapping[str, Array], network: Network) -> Weights:
+    """A network's weights from arrays under canonical names, and nothing else.
+
+    Args:
+        arrays: in canonical layout; of :class:`Weights` the Coordinates are checked, too. A
+            CoordConv's kernel may be a fused one, under its ``weight`` or ``conv.weight``.
+        network: what they are to be the weights of.
+
+    Returns:
+        The arrays in the order of the network, with its Coordinates and its name.
+
+    Raises:
+        ValueError: as :func:`checked`.
+
+    Example:
+        >>> from coordconv import networks
+        >>> network = networks.get("coord_cnn")
+        >>> arrays = {n: np.zeros(s) for n, s in network.weight_shapes().items()}
+        >>> del arrays["conv4.coord_weight"]
+        >>> arrays["conv4.weight"] = np.zeros((64, 64 + 2, 3, 3))
+        >>> fitted(arrays, network)["conv4.coord_weight"].shape
+        (64, 2, 3, 3)
+    """
+    from coordconv import networks  # which imports this module
+
+    found = Weights(arrays, getattr(arrays, "coordinates", {}))
+    for layer in network.layers:
+        if isinstance(layer, networks.Conv) and layer.coords:
+            split_state(found, f"{layer.name}.", *_split_options(layer))
+    return network.weights(checked(found, network.weight_shapes(), network.coordinates()))
 
 
 def _split_options(layer: Conv) -> tuple[tuple[int, ...], int, int, bool]:

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from coordconv import Coordinates, load_weights, networks, save_weights
+from coordconv import (
+    Coordinates,
+    available_backends,
+    convert,
+    load_weights,
+    networks,
+    save_weights,
+)
 from coordconv import weights as weights_module
 from coordconv.geometry import ConvGeometry
 from coordconv.weights import FORMAT_VERSION, Weights, checked
@@ -480,7 +488,11 @@ def _in_metadata(path: Path, what: Any) -> None:
     safetensors.numpy.save_file(WEIGHTS, path, metadata={"coordinates": text})
 
 
-LOADERS = [load_weights]
+# Every format's, as far as its framework is installed.
+LOADERS = [
+    load_weights,
+    *(partial(convert.load, format=name) for name in (convert.CANONICAL, *available_backends())),
+]
 PICKLES = [_bare, _text, _in_a_dict, _zipped, _npy, _npz, _in_metadata]
 
 

@@ -6,7 +6,10 @@ one parameter more: ``coord_kernel`` of shape ``(*kernel_size, n, out_features)`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +23,7 @@ from coordconv import networks
 from coordconv.backends import jax as common
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
+from coordconv.recording import Model, Names
 from coordconv.weights import Weights
 
 COMPILED = True  # what most users do
@@ -255,12 +259,96 @@ def evaluate(
 
 
 def trainer(
-    module: Network, weights: Mapping[str, Array]
+    module: Network, weights: Mapping[str, Array], optimizer: str = "adam", epsilon: float = 1e-8
 ) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
     """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
     module.import_weights(weights)
-    step, trained = common.trainer(module.apply, module.params())
+    step, trained = common.trainer(module.apply, module.params(), optimizer, epsilon)
     return step, lambda: common.network_weights(module.network, trained())
+
+
+read_state = common.read_state
+from_state = common.from_state
+
+
+def write_state(path: str, network: networks.Network, weights: Mapping[str, Array]) -> None:
+    """Write the pure dict of an NNX state as an Orbax checkpoint."""
+    common.write_state(path, common.network_params(network, weights))
+
+
+def recorded(
+    module: nnx.Module,
+    *,
+    names: Names = None,
+    output_gradient: Array | Mapping[str, Array] | None = None,
+    channels_last: bool = False,
+    **kwargs: Any,
+) -> Model:
+    """The module as a function on NumPy arrays that returns what each module in it returned.
+
+    It makes models for :func:`coordconv.parity.compare`; see :mod:`coordconv.backends`. What runs
+    inside a scan, a ``jit`` or another transformation of the model's own is not recorded. A copy
+    of the module is run, so that it keeps its state.
+
+    Args:
+        module: any module.
+        names: other names for the modules inside it, by their paths, with dots.
+        output_gradient: the output's gradient, to have gradients recorded, too.
+        channels_last: whether the module's channels are on the last axis where those of the
+            inputs, and of all models that it is compared with, are on axis 1; arrays of three and
+            more axes are then turned round on the way in and out.
+        kwargs: what ``module`` is called with beside the inputs.
+
+    Example:
+        >>> import numpy as np
+        >>> net = nnx.Sequential(CoordConv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
+        >>> run = recorded(net, names={"layers.0": "conv"}, channels_last=True)
+        >>> x = np.ones((1, 3, 5, 5), np.float32)
+        >>> {name: array.shape for name, array in run(x).items()}
+        {'conv': (1, 8, 5, 5), 'model output': (1, 8, 5, 5)}
+    """
+
+    def run(see: common.See, *inputs: jax.Array) -> Any:
+        copied = nnx.clone(module)
+        paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(copied)}
+        running = {id(copied)}  # its own output is recorded elsewhere
+
+        def seen(call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(call)
+            def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if id(self) not in paths:  # another model's module, of the same class
+                    return call(self, *args, **kwargs)
+                name = paths[id(self)]
+                return common.see_once(
+                    running, self, name, see, lambda: call(self, *args, **kwargs)
+                )
+
+            return wrapper
+
+        kinds = {type(m) for _, m in nnx.iter_modules(copied) if callable(m)}
+        with _PATCHING, ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(_patched(kind, seen(kind.__call__)))
+            return copied(*inputs, **kwargs)
+
+    return common.recorded(run, names, output_gradient, channels_last)
+
+
+_PATCHING = threading.RLock()
+
+
+@contextmanager
+def _patched(kind: Any, call: Callable[..., Any]) -> Iterator[None]:
+    """Within it, modules of this class, and of those derived from it, are called by ``call``."""
+    own = vars(kind).get("__call__")
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.__call__
+        else:
+            kind.__call__ = own
 
 
 _KINDS: dict[bool, tuple[Any, Any]] = {

@@ -5,8 +5,11 @@ Flax keeps channels last, in arrays ``(N, *S, C)`` and in kernels ``(*kernel_siz
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
@@ -22,10 +25,20 @@ from coordconv import position_bias as core
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
+from coordconv.recording import (
+    OUTPUT,
+    Model,
+    Names,
+    Recording,
+    given_gradients,
+    in_order,
+    input_names,
+)
 from coordconv.weights import Weights, checked
 
 Params: TypeAlias = dict[str, Any]  # a layer's arrays by Flax's names; a network's by layer, too
 Apply: TypeAlias = Callable[..., Any]  # of parameters and (N, *S, C)
+See: TypeAlias = Callable[[str, Any], Any]  # what goes on in place of what a module returned
 
 _NAMES = {"weight": "kernel", "coord_weight": "coord_kernel", "bias": "bias"}
 _PADDING_MODES = {"CIRCULAR": "circular", "REFLECT": "reflect"}
@@ -292,11 +305,77 @@ def network_params(network: networks.Network, mapping: Mapping[str, Array]) -> P
 
 def network_weights(network: networks.Network, params: Mapping[str, Any]) -> Weights:
     """A network's canonical weights under dotted names."""
-    weights = Weights(coordinates=network.coordinates())
+    weights = network.weights({})
     for layer in weighted(network):
         arrays = to_weights(params[layer.name], reverse=_is_reversed(layer))
         weights.update({f"{layer.name}.{name}": array for name, array in arrays.items()})
     return weights
+
+
+def read_state(path: str) -> dict[str, Array]:
+    """The arrays of an Orbax checkpoint by dotted name; see :mod:`coordconv.backends`."""
+    import orbax.checkpoint as ocp  # slow to import, and only these files need it
+
+    path = os.path.abspath(path)
+    if not os.path.isfile(os.path.join(path, "_METADATA")):
+        os.stat(path)  # the system's own error, in its own words, if there is nothing at all
+        raise ValueError(f"{path} is not an Orbax checkpoint, a folder with a file _METADATA")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            listed = checkpointer.metadata(path).item_metadata
+            if listed is None:
+                raise ValueError("what it holds is not to be found out")
+            # As NumPy, which is on no device, and has float64 whatever JAX is told.
+            kind = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), listed.tree)
+            tree = checkpointer.restore(path, restore_args=kind)
+    except Exception as error:  # Orbax and TensorStore have no error of their own for it
+        raise ValueError(f"{path} is a damaged Orbax checkpoint: {error}") from error
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): _array(a) for p, a in leaves}
+
+
+def from_state(network: networks.Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Canonical arrays from those of an NNX state, or of Linen's variables or train state.
+
+    What else a train state has besides ``params`` is left out.
+    """
+    variables = {n.removeprefix("params."): a for n, a in arrays.items() if n.startswith("params.")}
+    layers = {layer.name: layer for layer in weighted(network)}
+    params: dict[str, Params] = {}
+    found = {}
+    for name, array in (variables or arrays).items():
+        layer, _, param = name.removesuffix(".value").rpartition(".")  # an NNX state's own leaves
+        if layer in layers and param in _NAMES.values():
+            params.setdefault(layer, {})[param] = array
+        else:
+            found[name] = array
+    for layer, own in params.items():
+        canonical = to_weights(own, reverse=_is_reversed(layers[layer]))
+        found.update({f"{layer}.{name}": array for name, array in canonical.items()})
+    return found
+
+
+def write_state(path: str, tree: Params) -> None:
+    """Write an Orbax checkpoint, whole or not at all.
+
+    Raises:
+        OSError: there is something of that name already, or it cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    path = os.path.abspath(path)
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "it exists; remove it or choose another name")
+        with tempfile.TemporaryDirectory(".tmp", ".", os.path.dirname(path)) as folder:
+            made = os.path.join(folder, "state")
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(made, jax.tree.map(np.ascontiguousarray, tree))
+            os.rename(made, path)
+    except (OSError, ValueError) as error:  # TensorStore's, of a full disk say, are ValueErrors
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(number, f"cannot write weights: {reason}", path) from error
 
 
 def weighted(network: networks.Network) -> list[networks.Conv | networks.Linear]:
@@ -312,7 +391,7 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
     """The options of a described convolution, as NNX and Linen both spell them.
 
     Raises:
-        NotImplementedError: Flax's convolutions lack one.
+        NotImplementedError: Flax's convolutions lack one, or XLA gets it wrong.
     """
     g = layer.geometry
     kernel, strides, dilation, extra, holes = g.per_axis
@@ -325,6 +404,7 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
             raise NotImplementedError("Flax's circular transposed convolutions have other offsets")
         reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         padding = [(r - p, r - q + e) for r, (p, q), e in zip(reach, padding, extra, strict=True)]
+        _check_gradient(strides, padding)
         return {**common, "padding": padding, "use_bias": layer.bias}
     own = _centred(kernel, dilation)
     if padding == "same":  # at stride 1 it is the same for every input
@@ -339,6 +419,8 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
         raise NotImplementedError(
             f"Flax convolutions have no padding={padding!r} with input_dilation"
         )
+    if not isinstance(padding, str):
+        _check_gradient(strides + holes, padding)
     return {
         **common,
         "padding": padding,
@@ -346,6 +428,14 @@ def conv_options(layer: networks.Conv) -> dict[str, Any]:
         "feature_group_count": g.groups,
         "use_bias": layer.bias,
     }
+
+
+def _check_gradient(steps: tuple[int, ...], padding: Sequence[tuple[int, int]]) -> None:
+    if max(steps) == 1 and any(before < 0 < after for before, after in padding):
+        raise NotImplementedError(
+            "XLA's gradient of a kernel is wrong where an axis is cut at its start and padded at "
+            "its end, without coordinates too"
+        )
 
 
 def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> jax.Array:
@@ -398,30 +488,133 @@ _backward = jax.jit(_pull_back, static_argnums=0)
 
 
 def trainer(
-    apply: Apply, params: Any
+    apply: Apply, params: Any, optimizer: str, epsilon: float
 ) -> tuple[Callable[[Array, Array, float], float], Callable[[], Any]]:
     """A training step, see :mod:`coordconv.backends`, and what returns the parameters it leaves."""
-    adam = optax.scale_by_adam()
-    state = adam.init(params)
+    rules = {"adam": optax.scale_by_adam(eps=epsilon), "sgd": optax.identity()}
+    rule = rules[optimizer]
+    state = rule.init(params)
 
-    def loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(apply(params, x), labels)
-        return losses.mean()
+    def loss(params: Any, x: jax.Array, target: jax.Array) -> jax.Array:
+        y = apply(params, x)
+        if jnp.issubdtype(target.dtype, jnp.floating):
+            return optax.squared_error(y, target).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(y, target).mean()
 
     @jax.jit
     def update(params: Any, state: Any, rate: jax.Array, *batch: jax.Array) -> tuple[Any, ...]:
         value, gradients = jax.value_and_grad(loss)(params, *batch)
-        updates, state = adam.update(gradients, state)
+        updates, state = rule.update(gradients, state)
         return value, jax.tree.map(lambda p, u: p - rate * u, params, updates), state
 
-    def step(x: Array, labels: Array, learning_rate: float) -> float:
+    def step(x: Array, target: Array, learning_rate: float) -> float:
         nonlocal params, state
-        batch = _channels_last(x, "float32"), jnp.asarray(labels)
+        batch = _channels_last(x, "float32"), jnp.asarray(target)
         with jax.default_matmul_precision("highest"):
             value, params, state = update(params, state, jnp.float32(learning_rate), *batch)
         return float(value)
 
     return step, lambda: params
+
+
+def recorded(
+    run: Callable[..., Any],
+    names: Names,
+    output_gradient: Array | Mapping[str, Array] | None,
+    channels_last: bool,
+) -> Model:
+    """A Flax model as a function on NumPy arrays, see the adapters' ``recorded``.
+
+    Args:
+        run: ``run(see, *inputs)`` runs it, and has ``see(name, output)`` in place of what each
+            module in it returns. It is run twice if gradients are wanted.
+        names: other names for its modules.
+        output_gradient: the output's gradient, to have gradients recorded, too.
+        channels_last: whether to move channels from axis 1 to the last and back.
+    """
+    to_jax, to_numpy = (_moved_last, _moved_first) if channels_last else (jnp.asarray, _array)
+
+    def recording_run(*inputs: Array) -> Mapping[str, Array]:
+        given = [to_jax(x) for x in inputs]
+        recording = Recording(names)
+        kept: dict[str, jax.Array] = {}
+
+        def keep(name: str, part: Any) -> Any:
+            # Inside a scan or a jitted function of the model there are no values to be kept.
+            if _is_array(part) and not isinstance(part, jax.core.Tracer):
+                kept[name] = part
+                recording.keep(name, to_numpy(part))
+            return part
+
+        output = run(lambda name, output: recording.visit(name, output, keep), *given)
+        intermediates = {name: part for name, part in kept.items() if _is_floating(part)}
+        recording.visit(OUTPUT, output, keep)
+        found = recording.found()
+        if output_gradient is None:
+            return in_order(found)
+        ends = [name for name in kept if name not in intermediates and _is_floating(kept[name])]
+        gradients = given_gradients(output_gradient, {name: found[name].shape for name in ends})
+        points = {i: x for i, x in enumerate(given) if _is_floating(x)}
+
+        def perturbed(
+            perturbations: dict[str, jax.Array], points: dict[int, jax.Array]
+        ) -> dict[str, jax.Array]:
+            again, outputs = Recording(names), {}
+
+            def add(name: str, part: Any) -> Any:
+                return part + perturbations[name] if name in perturbations else part
+
+            def end(name: str, part: Any) -> None:
+                if name in gradients:
+                    outputs[name] = part
+
+            inputs = [points.get(i, x) for i, x in enumerate(given)]
+            output = run(lambda name, output: again.visit(name, output, add), *inputs)
+            again.visit(OUTPUT, output, end)
+            return outputs
+
+        zeros = {name: jnp.zeros_like(part) for name, part in intermediates.items()}
+        _, pull_back = jax.vjp(perturbed, zeros, points)
+        of_intermediates, of_inputs = pull_back(
+            {name: to_jax(g).astype(kept[name].dtype) for name, g in gradients.items()}
+        )
+        of_all = {
+            name: of_inputs[i] for i, name in enumerate(input_names(len(given))) if i in points
+        }
+        of_all |= {name: of_intermediates[name] for name in intermediates}
+        return in_order(found, ((name, to_numpy(g)) for name, g in of_all.items()))
+
+    return recording_run
+
+
+def see_once(running: set[int], module: Any, name: str, see: See, call: Callable[[], Any]) -> Any:
+    """What ``module`` returns, as seen; but within its own call, as from super(), only returned."""
+    if id(module) in running:
+        return call()
+    running.add(id(module))
+    try:
+        output = call()
+    finally:
+        running.discard(id(module))
+    return see(name, output)
+
+
+def _is_array(part: Any) -> bool:
+    """Whether these are numbers, which keys of random numbers are not."""
+    return isinstance(part, jax.Array) and not jnp.issubdtype(part.dtype, jax.dtypes.extended)
+
+
+def _is_floating(part: jax.Array) -> bool:
+    return jnp.issubdtype(part.dtype, jnp.floating)
+
+
+def _moved_last(x: Array) -> jax.Array:
+    return jnp.asarray(np.moveaxis(x, 1, -1) if x.ndim > 2 else x)
+
+
+def _moved_first(x: Any) -> Array:
+    array = _array(x)
+    return np.array(np.moveaxis(array, -1, 1), order="C") if array.ndim > 2 else array
 
 
 def _numpy(x: jax.Array) -> Array:

@@ -22,6 +22,7 @@ from coordconv import networks
 from coordconv.backends import jax as common
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
+from coordconv.recording import Model, Names
 from coordconv.weights import Weights
 
 COMPILED = True  # what most users do
@@ -257,11 +258,75 @@ def evaluate(
 
 
 def trainer(
-    module: Network, weights: Mapping[str, Array]
+    module: Network, weights: Mapping[str, Array], optimizer: str = "adam", epsilon: float = 1e-8
 ) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
     """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
-    step, trained = common.trainer(module.apply, module.import_weights(weights))
+    step, trained = common.trainer(module.apply, module.import_weights(weights), optimizer, epsilon)
     return step, lambda: module.export_weights(trained())
+
+
+read_state = common.read_state
+from_state = common.from_state
+
+
+def write_state(path: str, network: networks.Network, weights: Mapping[str, Array]) -> None:
+    """Write the variables ``{"params": ...}`` as an Orbax checkpoint."""
+    common.write_state(path, {"params": common.network_params(network, weights)})
+
+
+def recorded(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    names: Names = None,
+    output_gradient: Array | Mapping[str, Array] | None = None,
+    channels_last: bool = False,
+    **kwargs: Any,
+) -> Model:
+    """The module as a function on NumPy arrays that returns what each module in it returned.
+
+    It makes models for :func:`coordconv.parity.compare`; see :mod:`coordconv.backends`. What runs
+    inside a scan, a ``jit`` or another transformation of the model's own is not recorded. Every
+    collection but the parameters may change in the course of a call; ``variables`` do not.
+
+    Args:
+        module: any module.
+        variables: its variables, as ``init`` returns them.
+        names: other names for the modules inside it, by their paths, with dots.
+        output_gradient: the output's gradient, to have gradients recorded, too.
+        channels_last: whether the module's channels are on the last axis where those of the
+            inputs, and of all models that it is compared with, are on axis 1; arrays of three and
+            more axes are then turned round on the way in and out.
+        kwargs: what ``module.apply`` is called with beside the inputs.
+
+    Example:
+        >>> net = nn.Sequential([CoordConv(8, (3, 3)), nn.relu])
+        >>> x = np.ones((1, 3, 5, 5), np.float32)
+        >>> variables = net.init(jax.random.key(0), np.moveaxis(x, 1, -1))
+        >>> run = recorded(net, variables, names={"layers_0": "conv"}, channels_last=True)
+        >>> {name: array.shape for name, array in run(x).items()}
+        {'conv': (1, 8, 5, 5), 'model output': (1, 8, 5, 5)}
+    """
+    mutable = [collection for collection in variables if collection != "params"]
+
+    def run(see: common.See, *inputs: jax.Array) -> Any:
+        running: set[int] = set()
+
+        def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
+            path = context.module.path
+            if (
+                context.method_name != "__call__" or not path
+            ):  # its own output is recorded elsewhere
+                return call(*args, **options)
+            return common.see_once(
+                running, context.module, ".".join(path), see, lambda: call(*args, **options)
+            )
+
+        with nn.intercept_methods(intercept):
+            output, _ = module.apply(variables, *inputs, mutable=mutable, **kwargs)
+        return output
+
+    return common.recorded(run, names, output_gradient, channels_last)
 
 
 _KINDS: dict[bool, tuple[Any, Any]] = {

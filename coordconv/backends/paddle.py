@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,23 @@ from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
 from coordconv.position_bias import Share, factors, position_bias, shares
-from coordconv.weights import Weights, checked, split_channels, split_state
+from coordconv.recording import (
+    OUTPUT,
+    Model,
+    Names,
+    Recording,
+    given_gradients,
+    in_order,
+    input_names,
+)
+from coordconv.weights import (
+    Weights,
+    checked,
+    read_weights,
+    replace_file,
+    split_channels,
+    split_state,
+)
 
 with warnings.catch_warnings():  # of a compiler cache, which only builders of extensions miss
     warnings.filterwarnings("ignore", "No ccache found")
@@ -557,7 +575,7 @@ class Network(_TakesFused, nn.Sequential):
     def export_weights(self) -> Weights:
         """The canonical weights under dotted names."""
         arrays = _canonical(self, dict(self.named_parameters()))
-        return Weights(arrays, self.network.coordinates())
+        return self.network.weights(arrays)
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
         """Take canonical weights; errors as a layer's ``import_weights``, nothing changed."""
@@ -599,22 +617,167 @@ def evaluate(
 
 
 def trainer(
-    module: Network, weights: Mapping[str, Array]
+    module: Network, weights: Mapping[str, Array], optimizer: str = "adam", epsilon: float = 1e-8
 ) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
     """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
     module.import_weights(weights)
-    optimizer = paddle.optimizer.Adam(parameters=module.parameters())
+    kinds: dict[str, Any] = {
+        "adam": partial(paddle.optimizer.Adam, epsilon=epsilon),
+        "sgd": paddle.optimizer.SGD,
+    }
+    rule = kinds[optimizer](parameters=module.parameters())
 
-    def step(x: Array, labels: Array, learning_rate: float) -> float:
-        optimizer.set_lr(learning_rate)
-        optimizer.clear_grad()
-        logits = module(paddle.to_tensor(x))
-        loss = nn.functional.cross_entropy(logits, paddle.to_tensor(labels))
+    def step(x: Array, target: Array, learning_rate: float) -> float:
+        rule.set_lr(learning_rate)
+        rule.clear_grad()
+        wanted = paddle.to_tensor(target)
+        squared = wanted.is_floating_point()
+        criterion = nn.functional.mse_loss if squared else nn.functional.cross_entropy
+        loss = criterion(module(paddle.to_tensor(x)), wanted)
         loss.backward()
-        optimizer.step()
+        rule.step()
         return float(loss)
 
     return step, module.export_weights
+
+
+def read_state(path: str) -> dict[str, Array]:
+    """The arrays of a ``.pdparams`` file that is no pickle; see :mod:`coordconv.backends`.
+
+    ``paddle.load`` runs whatever code a pickle holds, and has no option that would not.
+    """
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        if "not a safetensors file" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}\nPaddle's own files are pickles, which may hold code, and Paddle cannot read "
+            "them without running it. If you trust this one, let Paddle write it anew:\n"
+            "  import paddle\n"
+            f"  paddle.save(paddle.load({path!r}), 'safe.pdparams', safetensors=True)"
+        ) from error
+
+
+def from_state(network: networks.Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Canonical arrays from Paddle's, or Paddle's from canonical ones: linear weights swap axes."""
+    layers = (layer for layer in network.layers if isinstance(layer, networks.Linear))
+    linear = {f"{layer.name}.weight" for layer in layers}
+    return {n: np.ascontiguousarray(a.T) if n in linear else a for n, a in arrays.items()}
+
+
+def write_state(path: str, network: networks.Network, weights: Mapping[str, Array]) -> None:
+    """Write a ``.pdparams`` file as ``paddle.save`` does; see :mod:`coordconv.backends`."""
+    content = BytesIO()
+    state = from_state(network, weights)
+    paddle.save({name: paddle.to_tensor(array) for name, array in state.items()}, content)
+    replace_file(path, content.getvalue())
+
+
+def recorded(
+    layer: nn.Layer,
+    *,
+    names: Names = None,
+    output_gradient: Array | Mapping[str, Array] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """The layer as a function on NumPy arrays that returns what each layer in it returned.
+
+    It makes models for :func:`coordconv.parity.compare`; see :mod:`coordconv.backends`. The layer
+    runs as it is, in training or in evaluation, and is left as it was, its buffers too. Inputs
+    that are floating-point get the type of its first floating-point parameter.
+
+    Args:
+        layer: any layer that is not compiled: ``to_static`` with ``full_graph=True`` hides the
+            layers inside, and without it fails on what records them.
+        names: other names for the layers inside it, by those of ``named_sublayers()``.
+        output_gradient: the output's gradient, to have gradients recorded, too.
+        kwargs: what ``layer`` is called with beside the inputs.
+
+    Example:
+        >>> net = nn.Sequential(CoordConv2D(3, 8, 3), nn.ReLU())
+        >>> run = recorded(net, names={"0": "conv"})
+        >>> {name: array.shape for name, array in run(np.ones((1, 3, 5, 5))).items()}
+        {'conv': (1, 8, 3, 3), '1': (1, 8, 3, 3), 'model output': (1, 8, 3, 3)}
+    """
+
+    def run(*inputs: Array) -> Mapping[str, Array]:
+        floats = [p for p in layer.parameters() if paddle.is_floating_point(p)]
+        given = [paddle.to_tensor(x) for x in inputs]
+        if floats:
+            given = [x.astype(floats[0].dtype) if paddle.is_floating_point(x) else x for x in given]
+        recording = Recording(names)
+        graph: dict[str, Tensor] = {}  # what gradients are wanted of
+
+        def leaf(name: str, part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            recording.keep(name, _numpy(part))
+            if output_gradient is None or not paddle.is_floating_point(part):
+                return part
+            graph[name] = _leaf_of_graph(part) if part.stop_gradient else part
+            return graph[name].clone()  # the model may write to what it is given
+
+        def hook(name: str) -> Any:
+            def after(_: Any, __: Any, output: Any) -> Any:
+                made = recording.visit(name, output, leaf)
+                return None if output_gradient is None else made
+
+            return after
+
+        with ExitStack() as stack, paddle.set_grad_enabled(output_gradient is not None):
+            stack.callback(_restorer(layer))
+            for name, each in layer.named_sublayers():
+                stack.callback(each.register_forward_post_hook(hook(name)).remove)
+            if output_gradient is not None:
+                given = [_leaf_of_graph(x) if paddle.is_floating_point(x) else x for x in given]
+            output = layer(*given, **kwargs)
+            intermediates = dict(graph)
+            recording.visit(OUTPUT, output, leaf)
+            if output_gradient is None:
+                return in_order(recording.found())
+            outputs = {name: graph[name] for name in graph if name not in intermediates}
+            shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
+            gradients = given_gradients(output_gradient, shapes)
+            wanted = dict(zip(input_names(len(given)), given, strict=True)) | intermediates
+            wanted = {name: tensor for name, tensor in wanted.items() if not tensor.stop_gradient}
+            found = paddle.grad(
+                [*outputs.values()],
+                [*wanted.values()],
+                [paddle.to_tensor(gradients[n], outputs[n].dtype) for n in outputs],
+                allow_unused=True,
+            )
+            arrays = (
+                _numpy(paddle.zeros_like(tensor) if gradient is None else gradient)
+                for tensor, gradient in zip(wanted.values(), found, strict=True)
+            )
+            return in_order(recording.found(), zip(wanted, arrays, strict=True))
+
+    return run
+
+
+def _leaf_of_graph(tensor: Tensor) -> Tensor:
+    """The same values, of which gradients can be taken."""
+    tensor = tensor.detach()
+    tensor.stop_gradient = False
+    return tensor
+
+
+def _restorer(layer: nn.Layer) -> Callable[[], None]:
+    """What gives a layer's state but for what is trained, as batch statistics, its values of now.
+
+    Paddle keeps some of it as parameters that are not trained.
+    """
+    state = [*layer.buffers(), *(p for p in layer.parameters() if p.stop_gradient)]
+    saved = [(tensor, tensor.clone()) for tensor in state if tensor._is_initialized()]
+
+    def restore() -> None:
+        with paddle.no_grad():
+            for tensor, value in saved:
+                if not paddle.equal_all(tensor, value):
+                    tensor.set_value(value)
+
+    return restore
 
 
 def _layer(layer: networks.Layer) -> nn.Layer:

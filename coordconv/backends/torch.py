@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import lru_cache, partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,16 @@ from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
 from coordconv.position_bias import Share, factors, position_bias, shares
-from coordconv.weights import Weights, checked, split_channels, split_state
+from coordconv.recording import (
+    OUTPUT,
+    Model,
+    Names,
+    Recording,
+    given_gradients,
+    in_order,
+    input_names,
+)
+from coordconv.weights import Weights, checked, replace_file, split_channels, split_state
 
 _PLAIN = (
     nn.Conv1d,
@@ -589,7 +599,7 @@ class Network(nn.Sequential):
     def export_weights(self) -> Weights:
         """The canonical weights under dotted names."""
         arrays = {name: _numpy(tensor) for name, tensor in self.named_parameters()}
-        return Weights(arrays, self.network.coordinates())
+        return self.network.weights(arrays)
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
         """Take canonical weights; errors as a layer's ``import_weights``, nothing changed."""
@@ -639,22 +649,158 @@ def evaluate(
 
 
 def trainer(
-    module: Network, weights: Mapping[str, Array]
+    module: Network, weights: Mapping[str, Array], optimizer: str = "adam", epsilon: float = 1e-8
 ) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
     """A training step and the weights it leaves; see :mod:`coordconv.backends`."""
     module.import_weights(weights)
-    optimizer = torch.optim.Adam(module.parameters())
+    kinds: dict[str, Any] = {"adam": partial(torch.optim.Adam, eps=epsilon), "sgd": torch.optim.SGD}
+    rule = kinds[optimizer](module.parameters())
 
-    def step(x: Array, labels: Array, learning_rate: float) -> float:
-        for group in optimizer.param_groups:
+    def step(x: Array, target: Array, learning_rate: float) -> float:
+        for group in rule.param_groups:
             group["lr"] = learning_rate
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(module(torch.tensor(x)), torch.tensor(labels))
+        rule.zero_grad()
+        wanted = torch.tensor(target)
+        squared = wanted.is_floating_point()
+        criterion = nn.functional.mse_loss if squared else nn.functional.cross_entropy
+        loss = criterion(module(torch.tensor(x)), wanted)
         loss.backward()
-        optimizer.step()
+        rule.step()
         return loss.item()
 
     return step, module.export_weights
+
+
+def read_state(path: str) -> dict[str, Array]:
+    """The arrays of a file of a state_dict; see :mod:`coordconv.backends`."""
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # it lets pass what a damaged file makes any of its parts raise
+            raise ValueError(
+                f"{path} is damaged, or holds other things than weights, which may be code: "
+                "torch.load(weights_only=True) refuses it"
+            ) from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise ValueError(
+            f"{path} holds no weights by name: write it by torch.save(module.state_dict(), path)"
+        )
+    try:
+        return {name: _numpy(tensor) for name, tensor in state.items()}
+    except (RuntimeError, TypeError) as error:  # sparse, quantized, of 8 bits
+        raise ValueError(f"{path} holds what NumPy arrays by name cannot: {error}") from error
+
+
+def from_state(network: networks.Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The same arrays: the canonical names and layout are torch's own."""
+    return dict(arrays)
+
+
+def write_state(path: str, network: networks.Network, weights: Mapping[str, Array]) -> None:
+    """Write the file of a state_dict; see :mod:`coordconv.backends`."""
+    content = BytesIO()
+    torch.save(OrderedDict((n, torch.tensor(a)) for n, a in weights.items()), content)
+    replace_file(path, content.getvalue())
+
+
+def recorded(
+    module: nn.Module,
+    *,
+    names: Names = None,
+    output_gradient: Array | Mapping[str, Array] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """The module as a function on NumPy arrays that returns what each module in it returned.
+
+    It makes models for :func:`coordconv.parity.compare`; see :mod:`coordconv.backends`. The module
+    runs as it is, in training or in evaluation, and is left as it was, its buffers too. Inputs
+    that are floating-point get the type and the device of its first floating-point parameter.
+
+    Args:
+        module: any module.
+        names: other names for the modules inside it, by those of ``named_modules()``.
+        output_gradient: the output's gradient, to have gradients recorded, too.
+        kwargs: what ``module`` is called with beside the inputs.
+
+    Example:
+        >>> net = nn.Sequential(CoordConv2d(3, 8, 3), nn.ReLU())
+        >>> run = recorded(net, names={"0": "conv"})
+        >>> {name: array.shape for name, array in run(np.ones((1, 3, 5, 5))).items()}
+        {'conv': (1, 8, 3, 3), '1': (1, 8, 3, 3), 'model output': (1, 8, 3, 3)}
+    """
+
+    def run(*inputs: Array) -> Mapping[str, Array]:
+        floats = [p for p in module.parameters() if p.is_floating_point()]
+        like: Any = {"device": floats[0].device} if floats else {}
+        given = [torch.tensor(x, **like) for x in inputs]
+        if floats:
+            given = [x.to(floats[0].dtype) if x.is_floating_point() else x for x in given]
+        recording = Recording(names)
+        graph: dict[str, Tensor] = {}  # what gradients are wanted of
+
+        def leaf(name: str, part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            recording.keep(name, _numpy(part))
+            if output_gradient is None or not part.is_floating_point():
+                return part
+            graph[name] = part if part.requires_grad else part.detach().requires_grad_()
+            return graph[name].clone()  # the model may write to what it is given
+
+        def hook(name: str) -> Any:
+            def after(_: Any, __: Any, output: Any) -> Any:
+                made = recording.visit(name, output, leaf)
+                return None if output_gradient is None else made
+
+            return after
+
+        with ExitStack() as stack, torch.set_grad_enabled(output_gradient is not None):
+            stack.callback(_restorer(module))
+            for name, each in module.named_modules():
+                if name:
+                    stack.callback(each.register_forward_hook(hook(name)).remove)
+            if output_gradient is not None:
+                given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
+            output = module(*given, **kwargs)
+            intermediates = dict(graph)
+            recording.visit(OUTPUT, output, leaf)
+            if output_gradient is None:
+                return in_order(recording.found())
+            outputs = {name: graph[name] for name in graph if name not in intermediates}
+            shapes = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
+            gradients = given_gradients(output_gradient, shapes)
+            wanted = dict(zip(input_names(len(given)), given, strict=True)) | intermediates
+            wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
+            found = torch.autograd.grad(
+                [*outputs.values()],
+                [*wanted.values()],
+                [torch.tensor(gradients[n]).to(outputs[n]) for n in outputs],
+                materialize_grads=True,
+            )
+            return in_order(recording.found(), zip(wanted, map(_numpy, found), strict=True))
+
+    return run
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    """What gives a module's buffers, as batch statistics, the values that they have now."""
+    saved = [
+        (each, name, buffer, buffer.clone())
+        for each in module.modules()
+        for name, buffer in each._buffers.items()
+        if buffer is not None
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for each, name, buffer, value in saved:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                each._buffers[name] = buffer
+
+    return restore
 
 
 def _layer(layer: networks.Layer) -> nn.Module:

@@ -1,0 +1,278 @@
+"""Files of weights: from one framework's to another's, and what is in one.
+
+The formats are ``"safetensors"``, the canonical weights, and one of each backend's name, the files
+that the framework's users save. Between any two the way is through canonical weights. Nothing that
+is read can run code: a file that could is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coordconv import backends, networks
+from coordconv.coordinates import Coordinates
+from coordconv.grid import Array
+from coordconv.weights import Weights, fitted, read_weights, save_weights, warn_of_strange
+
+CANONICAL = "safetensors"
+FORMATS = (CANONICAL, *backends.BACKENDS)
+
+
+def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
+    """The format of a file: what is said, or else what the suffix says, or that it is a folder.
+
+    Raises:
+        ValueError: an unknown format, or none is said and the suffix is unknown.
+
+    Example:
+        >>> format_of("weights.safetensors"), format_of("weights.PT")
+        ('safetensors', 'torch')
+    """
+    if format is not None:
+        if format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        return format
+    suffixes = {f".{CANONICAL}": CANONICAL}
+    for backend in backends.BACKENDS.values():
+        suffixes |= dict.fromkeys(backend.suffixes, backend.name)
+    path = os.fspath(path)
+    suffix = os.path.splitext(path.rstrip("/" + os.sep))[1].lower()
+    if suffix not in suffixes and (os.path.isdir(path) or path.endswith(("/", os.sep))):
+        suffix = "/"
+    if suffix not in suffixes:
+        known = ", ".join(name for name in suffixes if name != "/")
+        raise ValueError(
+            f"the suffix of {path} does not say its format, as {known} would: "
+            f"name it (--from, --to or --format), one of {', '.join(FORMATS)}"
+        )
+    return suffixes[suffix]
+
+
+def load(
+    path: str | os.PathLike[str],
+    network: str | networks.Network | None = None,
+    *,
+    format: str | None = None,
+) -> Weights:
+    """Read a network's weights from a file of any format.
+
+    Args:
+        path: a file, or a folder where that is what the framework saves. A CoordConv's kernel may
+            be another implementation's, over features and coordinates in the network's order.
+        network: whose weights they are; by default the one that the file's metadata names, or the
+            only one of ``networks.NETWORKS`` that their names and shapes fit.
+        format: one of ``FORMATS``; by default what the suffix says.
+
+    Returns:
+        The canonical weights, with the network's Coordinates and its name in ``.metadata``.
+
+    Warns:
+        UserWarning: an array holds NaN or infinity.
+
+    Raises:
+        ValueError: an unknown network or format; a file that is damaged, or that could run code;
+            every array that is missing, unexpected, of the wrong shape or not floating-point.
+        ImportError: the format's framework is not installed.
+        OSError: the file cannot be read.
+    """
+    weights = _load(path, network, format)
+    warn_of_strange(path, weights)
+    return weights
+
+
+def _load(
+    path: str | os.PathLike[str], network: str | networks.Network | None, format: str | None
+) -> Weights:
+    format = format_of(path, format)
+    arrays = _read(path, format)
+    if network is None:
+        network = arrays.metadata.get("network") or _guess(path, arrays, format)
+    try:
+        weights = _fitted(arrays, networks.get(network), format)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+    weights.metadata = {**arrays.metadata, **weights.metadata}
+    return weights
+
+
+def save(
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Array],
+    network: str | networks.Network | None = None,
+    *,
+    format: str | None = None,
+) -> None:
+    """Write a network's weights in any format, whole or not at all.
+
+    A file is replaced, a folder is not: that is an error.
+
+    Args:
+        path: the file or folder to write.
+        weights: canonical weights, as ``export_weights()`` returns them.
+        network: whose weights they are; by default the one that their metadata name.
+        format: one of ``FORMATS``; by default what the suffix says. Metadata and Coordinates are in
+            the canonical format alone.
+
+    Raises:
+        ValueError: an unknown network or format, or weights that are not the network's.
+        ImportError: the format's framework is not installed.
+        OSError: the file cannot be written, or the folder exists.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
+        >>> save(path, networks.initial_weights("coord_cnn"))
+        >>> load(path).metadata
+        {'network': 'coord_cnn'}
+    """
+    format = format_of(path, format)
+    metadata = dict(getattr(weights, "metadata", {}))
+    network = networks.get(network or metadata.get("network", ""))
+    weights = fitted(weights, network)
+    if format == CANONICAL:
+        save_weights(path, weights, {**metadata, **weights.metadata})
+    else:
+        backends.load(format).write_state(os.fspath(path), network, weights)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    network: str | networks.Network | None = None,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+) -> Weights:
+    """Read a network's weights from a file of any format, and write them in any other.
+
+    Args:
+        source: what :func:`load` reads.
+        target: what :func:`save` writes.
+        network: whose weights they are, as :func:`load` wants it.
+        source_format: of ``source``, one of ``FORMATS``; by default what the suffix says.
+        target_format: of ``target``, likewise.
+
+    Returns:
+        The canonical weights.
+
+    Warns, Raises:
+        as both do; and ValueError if ``source`` and ``target`` are the same file.
+    """
+    target_format = format_of(target, target_format)
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise ValueError(f"source and target are the same file, {os.fspath(source)}")
+    if target_format != CANONICAL:
+        backends.load(target_format)  # it is there: say so before anything is read
+    weights = _load(source, network, source_format)
+    warn_of_strange(source, weights)
+    save(target, weights, network, format=target_format)
+    return weights
+
+
+@dataclass(frozen=True)
+class ArrayRow:
+    """A line of a description; smallest and largest of the finite values, None if there is none."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    smallest: float | None
+    largest: float | None
+    nan: int
+    infinite: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is in a file of weights: a row per array, and what travels along."""
+
+    format: str
+    arrays: tuple[ArrayRow, ...]
+    parameters: int
+    coordinates: dict[str, Coordinates]
+    metadata: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON: of dicts, lists, text, numbers and None."""
+        return {
+            "format": self.format,
+            "arrays": [{**vars(row), "shape": list(row.shape)} for row in self.arrays],
+            "parameters": self.parameters,
+            "coordinates": {name: coords.to_dict() for name, coords in self.coordinates.items()},
+            "metadata": self.metadata,
+        }
+
+
+def describe(path: str | os.PathLike[str], *, format: str | None = None) -> Description:
+    """What is in a file of weights, of whatever network, under its own names and in its own layout.
+
+    Args:
+        path: a file, or a folder where that is what the framework saves.
+        format: one of ``FORMATS``; by default what the suffix says.
+
+    Raises:
+        ValueError, ImportError, OSError: as :func:`load`, but for what concerns a network.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
+        >>> save_weights(path, {"weight": np.array([[1, 2, np.nan]], np.float32)})
+        >>> describe(path).arrays[0].shape, describe(path).arrays[0].largest
+        ((1, 3), 2.0)
+    """
+    format = format_of(path, format)
+    weights = _read(path, format)
+    rows = tuple(_row(name, array) for name, array in weights.items())
+    parameters = sum(row.parameters for row in rows)
+    return Description(format, rows, parameters, weights.coordinates, weights.metadata)
+
+
+def _row(name: str, array: Array) -> ArrayRow:
+    smallest = largest = None
+    nan = infinite = 0
+    if array.dtype.kind in "biuf":  # else it is text or the like beside the weights
+        finite = array[np.isfinite(array)]
+        nan = int(np.isnan(array).sum())
+        infinite = array.size - finite.size - nan
+        if finite.size:
+            smallest, largest = float(finite.min()), float(finite.max())
+    return ArrayRow(
+        name, array.shape, str(array.dtype), array.size, smallest, largest, nan, infinite
+    )
+
+
+def _read(path: str | os.PathLike[str], format: str) -> Weights:
+    """What is in a file, under its own names and in its own layout."""
+    if format == CANONICAL:
+        return read_weights(path)
+    return Weights(backends.load(format).read_state(os.fspath(path)))
+
+
+def _fitted(arrays: Weights, network: networks.Network, format: str) -> Weights:
+    if format == CANONICAL:
+        return fitted(arrays, network)
+    return fitted(backends.load(format).from_state(network, arrays), network)
+
+
+def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networks.Network:
+    """The network that the arrays' names and shapes fit."""
+    fitting = []
+    for network in networks.NETWORKS.values():
+        try:
+            _fitted(arrays, network, format)
+        except ValueError:
+            continue
+        fitting.append(network)
+    if len(fitting) != 1:
+        found = ", ".join(network.name for network in fitting) or "none"
+        raise ValueError(
+            f"{os.fspath(path)} does not say whose weights it holds, and of "
+            f"{', '.join(networks.NETWORKS)} they fit {found}: name the network (--network)"
+        )
+    return fitting[0]

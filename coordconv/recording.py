@@ -1,0 +1,131 @@
+"""What a model's modules return, by name: what the adapters' ``recorded`` shares."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from coordconv.grid import Array
+
+Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
+Model: TypeAlias = Callable[..., Mapping[str, Array]]
+
+# With a space, which no module's name has.
+INPUT = "model input"
+OUTPUT = "model output"
+GRADIENT = "gradient of "  # in front of the name of what it is of
+
+
+class Recording:
+    """Names for what modules return, in the order in which they return it.
+
+    A module's later calls are numbered, as in ``relu#2``; where it returns a tuple, a list or a
+    mapping, the parts have names of their own, as in ``lstm.0`` or ``head.logits``.
+
+    Args:
+        names: another name for a module by its own, in a mapping or from a function. Modules of
+            one name count as one that is called several times.
+
+    Example:
+        >>> recording = Recording({"act": "relu"})
+        >>> for _ in range(2):
+        ...     _ = recording.visit("act", (1.0, 2.0), recording.keep)
+        >>> recording.found()
+        {'relu.0': 1.0, 'relu.1': 2.0, 'relu#2.0': 1.0, 'relu#2.1': 2.0}
+    """
+
+    def __init__(self, names: Names = None) -> None:
+        self._names = names
+        self._called: set[str] = set()
+        self._calls: Counter[str] = Counter()
+        self._found: dict[str, Any] = {}
+
+    def visit(self, module: str, output: Any, leaf: Callable[[str, Any], Any]) -> Any:
+        """The ``output`` with ``leaf(name, part)`` in place of each of its parts."""
+        self._called.add(module)
+        if callable(self._names):
+            module = self._names(module)
+        elif self._names:
+            module = self._names.get(module, module)
+        self._calls[module] += 1
+        count = self._calls[module]
+        return mapped(leaf, module if count == 1 else f"{module}#{count}", output)
+
+    def keep(self, name: str, part: Any) -> Any:
+        """Keep a part under its name."""
+        self._found[name] = part
+        return part
+
+    def found(self) -> dict[str, Any]:
+        """What was kept.
+
+        Raises:
+            ValueError: the mapping of names has a module that was not called.
+        """
+        if isinstance(self._names, Mapping):
+            unknown = sorted(set(self._names) - self._called)
+            if unknown:
+                called = ", ".join(sorted(self._called))
+                raise ValueError(f"names has {unknown}, but the modules called are: {called}")
+        return self._found
+
+
+def mapped(leaf: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    """The same tuples, lists and mappings with ``leaf(name, part)`` in place of their parts."""
+    if isinstance(value, Mapping):
+        # A copy is of its own kind, which may have attributes.
+        made: Any = copy.copy(value) if isinstance(value, MutableMapping) else {}
+        for key, part in value.items():
+            made[key] = mapped(leaf, f"{name}.{key}", part)
+        return made
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(leaf, f"{name}.{i}", part) for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return leaf(name, value)
+
+
+def given_gradients(
+    output_gradient: Array | Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Array]:
+    """The gradient for each array of a model's output; zeros where none is given.
+
+    Args:
+        output_gradient: the gradient of the only array, or gradients by name.
+        shapes: the shape of each array by name.
+
+    Raises:
+        ValueError: there is no array of that name or shape.
+    """
+    given = output_gradient if isinstance(output_gradient, Mapping) else {OUTPUT: output_gradient}
+    for name, gradient in given.items():
+        if shapes.get(name) != np.shape(gradient):
+            raise ValueError(
+                f"output_gradient must fit {dict(shapes)}, got {name!r} of shape "
+                f"{np.shape(gradient)}"
+            )
+    return {
+        name: np.asarray(given[name]) if name in given else np.zeros(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def input_names(count: int) -> list[str]:
+    """What the inputs are called."""
+    return [INPUT] if count == 1 else [f"{INPUT}.{i}" for i in range(count)]
+
+
+def in_order(
+    found: Mapping[str, Array], gradients: Iterable[tuple[str, Array]] = ()
+) -> dict[str, Array]:
+    """What was recorded, and behind it the gradients, each of which was recorded before the last.
+
+    Args:
+        found: intermediates and output by name, in the order of the pass forward.
+        gradients: those of the inputs, and of intermediates in the same order.
+    """
+    backward = [(f"{GRADIENT}{name}", gradient) for name, gradient in gradients]
+    return {**found, **dict(reversed(backward))}
