@@ -1,14 +1,27 @@
-"""The README's Python runs as it stands."""
+"""The Python of README and docs runs as it stands."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import coordconv
 from coordconv.backends import BACKENDS
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, kind: str = "python") -> list[str]:
+    """The blocks of one kind on a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for of, block in found if of == kind]
+
+
+BLOCKS = blocks("README.md")
 
 
 def needed(block: str) -> set[str]:
@@ -28,3 +41,31 @@ def test_example(block, tmp_path, monkeypatch):
             pytest.skip(f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_page_on_parity(tmp_path):
+    """Its files are a project whose tests pass, and whose planted error is found as it says."""
+    for name in ("torch", "flax"):
+        if BACKENDS[name].missing:
+            pytest.skip(f"{name} is not installed")
+    for block in blocks("docs/parity.md"):
+        (tmp_path / block.split("\n")[0].removeprefix("# ")).write_text(block, encoding="utf-8")
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (coordconv_at, tmp_path)))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    coordconv_at = Path(coordconv.__file__).parents[1]
+    assert "2 passed" in run("-m", "pytest", "-p", "no:cacheprovider", "test_small_cnn.py")
+    found = run("swapped.py").splitlines()
+    (said,) = (block.splitlines() for block in blocks("docs/parity.md", kind=""))
+    assert found[0].startswith("flax parts from torch at conv2: error 0.")
+    assert [line[:15] for line in found[1:]] == [line[:15] for line in said[1:]]

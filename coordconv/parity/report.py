@@ -80,7 +80,7 @@ class Tally:
 
 
 @dataclass
-class Report:
+class CaseReport:
     """A tally per backend; ``ok`` says that nothing failed."""
 
     tallies: list[Tally]
@@ -107,7 +107,7 @@ def check(
     *,
     compiled: bool | None = None,
     workers: int = 1,
-) -> Report:
+) -> CaseReport:
     """Run every case through every backend and compare with the float64 reference.
 
     Args:
@@ -128,7 +128,7 @@ def check(
         as excluded, under the reason; so is, if there is more than one process, a case on which
         the framework ends it, if it does the same without coordinates.
     """
-    report = Report([Tally(name) for name in dict.fromkeys(names)])
+    report = CaseReport([Tally(name) for name in dict.fromkeys(names)])
     found = _each(cases, report.backends, compiled, workers)
     for case, outcomes in zip(cases, found, strict=True):
         for tally, outcome in zip(report.tallies, outcomes, strict=True):

@@ -1,0 +1,464 @@
+"""Models side by side: what each makes of the same inputs, and where it parts from the first."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from coordconv.grid import Array
+from coordconv.recording import GRADIENT, OUTPUT
+
+Model: TypeAlias = Callable[..., Array | Mapping[str, Array]]
+Bound: TypeAlias = (
+    float | Array | Mapping[str, float | Array] | Callable[[str, Array], float | Array] | None
+)
+
+_WIDTH = 100
+_NAME_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """One array of one model beside the reference's of that name.
+
+    Args:
+        model: the model's name.
+        name: the array's.
+        shape: the model's shape.
+        error: the largest absolute difference; inf where the shapes differ, or where one has NaN
+            or an infinity and the other has not.
+        ulps: the largest difference in units in the last place, see :func:`ulp_distance`.
+        of_bound: the largest difference in units of its bound; more than 1 is a difference.
+        argmax: on what share of samples and places both have the largest channel, axis 1, at the
+            same index; None without channels to choose from.
+        note: what the numbers do not say, as that the shapes differ.
+    """
+
+    model: str
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    ulps: float
+    of_bound: float
+    argmax: float | None = None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within the bound."""
+        return self.of_bound <= 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`compare` found.
+
+    ``print`` shows it as a table.
+
+    Args:
+        reference: the reference's name.
+        models: the names of the models held to it.
+        rows: a row for each model and each array that it and the reference have, in the order of
+            the reference's.
+        missing: for each model, the reference's arrays that it has not.
+        extra: for each model, its arrays that the reference has not.
+    """
+
+    reference: str
+    models: tuple[str, ...]
+    rows: tuple[Row, ...]
+    missing: Mapping[str, tuple[str, ...]]
+    extra: Mapping[str, tuple[str, ...]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every array that was compared is within its bound."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """For each model, the first array that is beyond its bound, or None."""
+        return {
+            model: next((row.name for row in self._of(model) if not row.ok), None)
+            for model in self.models
+        }
+
+    def _of(self, model: str) -> list[Row]:
+        return [row for row in self.rows if row.model == model]
+
+    def raise_if_different(self) -> None:
+        """Raise an AssertionError that shows the table, unless :attr:`ok`."""
+        if not self.ok:
+            raise AssertionError(str(self))
+
+    def to_json(self) -> str:
+        """The report as JSON, in which a number that is not finite is null."""
+        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
+        for row in rows:
+            row.update({k: None for k, v in row.items() if v == math.inf})
+        read = {
+            "ok": self.ok,
+            "reference": self.reference,
+            "parts": self.parts,
+            "missing": dict(self.missing),
+            "extra": dict(self.extra),
+            "rows": rows,
+        }
+        return json.dumps(read, indent=2, allow_nan=False)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of every array's error in units of its bound; needs matplotlib.
+
+        Args:
+            path: a file that matplotlib can write.
+        """
+        from matplotlib.figure import Figure  # only the picture needs it
+
+        names = list(dict.fromkeys(row.name for row in self.rows))
+        shares = [row.of_bound for row in self.rows if 0 < row.of_bound < math.inf]
+        # A logarithmic axis has no place for equality, nor for what is beyond all bounds.
+        low, high = min([0.1, *shares]) / 3, max([10.0, *shares]) * 3
+        figure = Figure(figsize=(2.5 + max(5.0, 0.28 * len(names)), 4.8), layout="constrained")
+        axes = figure.subplots()
+        for model, marker in zip(self.models, cycle("osD^v"), strict=False):
+            rows = self._of(model)
+            x, y = zip(*[(names.index(r.name), r.of_bound) for r in rows], strict=True)
+            drawn = np.clip(y, low, high)
+            (line,) = axes.plot(
+                x, drawn, marker=marker, markersize=5, fillstyle="none", linewidth=1, label=model
+            )
+            if (first := self.parts[model]) is not None:
+                at = names.index(first)
+                axes.annotate(
+                    f"parts at {first}",
+                    (at, drawn[x.index(at)]),
+                    (0, 8),
+                    textcoords="offset points",
+                    color=line.get_color(),
+                    ha="center" if 0 < at < len(names) - 1 else "right" if at else "left",
+                )
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="bound")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set(
+            title=f"error against {self.reference}",
+            ylabel="error / bound",
+            yscale="log",
+            ylim=(low / 1.5, high * 3),
+        )
+        axes.axhline(low, color="grey", linewidth=0.5)
+        axes.text(
+            0.995, low, "equal", color="grey", ha="right", transform=axes.get_yaxis_transform()
+        )
+        axes.legend()
+        figure.savefig(path, dpi=110)
+
+    def __str__(self) -> str:
+        return "\n\n".join("\n".join(self._table(model)) for model in self.models)
+
+    def _table(self, model: str) -> list[str]:
+        rows = self._of(model)
+        first = next((row for row in rows if not row.ok), None)
+        if first is None:
+            found = f"agrees with {self.reference} in all of {len(rows)} arrays"
+        elif first.note:
+            found = f"parts from {self.reference} at {first.name}: {first.note}"
+        else:
+            found = (
+                f"parts from {self.reference} at {first.name}: error {_short(first.error)}, "
+                f"{_short(first.of_bound)} times the bound"
+            )
+        width = min(max(len(row.name) for row in rows), _NAME_WIDTH)
+        shapes = [_shape(row.shape) for row in rows]
+        shape_width = max(5, *map(len, shapes))
+        lines = [
+            f"{model} {found}",
+            f"  {'':{width}}  {'shape':{shape_width}}  {'error':>8}  {'ULPs':>8}  "
+            f"{'of bound':>8}  {'argmax':>6}",
+        ]
+        for row, shape in zip(rows, shapes, strict=True):
+            name = row.name if len(row.name) <= width else f"…{row.name[1 - width :]}"
+            argmax = "" if row.argmax is None else f"{math.floor(row.argmax * 1000) / 10:g}%"
+            lines.append(
+                f"{' ' if row.ok else '*'} {name:{width}}  {shape:{shape_width}}  "
+                f"{_short(row.error):>8}  {_short(row.ulps):>8}  {_short(row.of_bound):>8}  "
+                f"{argmax:>6}".rstrip()
+            )
+            if row.note:
+                lines.append(f"      {row.note}")
+        for owner, names in ((self.reference, self.missing), (model, self.extra)):
+            told = [  # a gradient by its array, where that is missing, too
+                name
+                for name in names[model]
+                if name == (base := name.removeprefix(GRADIENT)) or base not in names[model]
+            ]
+            if told:
+                text = f"only in {owner}: {', '.join(told)}"
+                lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+        return lines
+
+
+def compare(
+    models: Mapping[str, Model],
+    inputs: Array | Sequence[Array],
+    *,
+    reference: str | Model | None = None,
+    bound: Bound = None,
+) -> Report:
+    """Give every model the same inputs, and compare what each makes of them with the reference.
+
+    ``recorded`` in ``coordconv.backends.torch``, ``.paddle``, ``.flax`` and ``.linen`` makes such a
+    model of a framework's module, with an array for each module inside it. In a test,
+    ``compare(...).raise_if_different()`` is all it takes.
+
+    Args:
+        models: by name, functions from arrays to an array or to a mapping of arrays by name, in
+            the order in which they are computed. An array alone is called ``"model output"``.
+        inputs: the array that every model is given, or a sequence of several.
+        reference: the name of the model that the others are held to, or another function; the
+            first model if None.
+        bound: by how much an array may differ from the reference's: a number or an array for
+            all, a mapping from names to them, with the default for the names that it lacks, or a
+            function of an array's name and the reference's values. 0 asks for equality.
+
+            The default is for what rounding does: ``2 * sqrt(k * n) * u * m``, with ``u`` the
+            unit roundoff of the coarser of the two types, ``m`` the largest magnitude in the
+            reference's array, ``k`` the number of arrays so far, and ``n`` the most elements that
+            a sample, an index of the first axis, has in any of these or of the inputs.
+
+    Returns:
+        A report. NaN agrees with NaN, and an infinity with the same infinity.
+
+    Raises:
+        TypeError: a model returns something else than arrays.
+        ValueError: there are no models, or none to compare; there is no model called
+            ``reference``; a bound is negative, of no array that is compared or of another shape;
+            a model and the reference have no array in common.
+
+    Source:
+        The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, and of
+        ``s`` roundings in a row the errors amount to ``sqrt(s)`` times one rather than ``s`` times
+        (Higham and Mary, *A New Approach to Probabilistic Rounding Error Analysis*, 2019); twice,
+        since both are rounded. It is no proof: where large numbers cancel, as where a
+        normalisation subtracts a mean far from zero, more may be right, and then say how much.
+
+    Example:
+        >>> x = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+        >>> def right(x):
+        ...     return {"doubled": x + x, "model output": np.tanh(x + x)}
+        >>> def wrong(x):
+        ...     return {"doubled": 2 * x, "model output": np.tanh(2 * x[:, ::-1])}
+        >>> report = compare({"right": right, "wrong": wrong}, x)
+        >>> report.ok, report.parts
+        (False, {'wrong': 'model output'})
+        >>> print(report)
+        wrong parts from right at model output: error 0.584, 2.07e+06 times the bound
+                        shape     error      ULPs  of bound  argmax
+          doubled       2x3           0         0         0    100%
+        * model output  2x3       0.584  1.18e+07  2.07e+06      0%
+    """
+    arrays = [np.asarray(x) for x in ([inputs] if isinstance(inputs, np.ndarray) else inputs)]
+    name, function, others = _reference(models, reference)
+    wanted = _run(name, function, arrays)
+    roundings = _roundings(wanted, arrays)
+    rows: list[Row] = []
+    missing, extra = {}, {}
+    for model, function in others.items():
+        found = _run(model, function, arrays)
+        common = [each for each in wanted if each in found]
+        if not common:
+            raise ValueError(
+                f"{model} and {name} have no array of one name: {', '.join(found)} and "
+                f"{', '.join(wanted)}"
+            )
+        for each in common:
+            allowed = _allowed(bound, each, found[each], wanted[each], roundings[each])
+            rows.append(_row(model, each, found[each], wanted[each], allowed))
+        missing[model] = tuple(each for each in wanted if each not in found)
+        extra[model] = tuple(each for each in found if each not in wanted)
+    if isinstance(bound, Mapping):
+        unknown = sorted(set(bound) - {row.name for row in rows})
+        if unknown:
+            raise ValueError(f"bound has {unknown}, which no model and the reference both have")
+    return Report(name, tuple(others), tuple(rows), missing, extra)
+
+
+def likely_error(wanted: Array, roundings: int, unit: float) -> float:
+    """What rounding makes likely, as :func:`compare` says.
+
+    Args:
+        wanted: the reference's array.
+        roundings: how often its elements were rounded in a row, ``k * n``.
+        unit: the unit roundoff.
+
+    Example:
+        >>> likely_error(np.array([1.0, -3.0, np.inf]), 4, 0.5)
+        6.0
+    """
+    finite = np.abs(wanted[np.isfinite(wanted)].astype(np.float64))
+    return 2 * math.sqrt(roundings) * unit * float(finite.max(initial=0))
+
+
+def ulp_distance(a: Array, b: Array) -> Array:
+    """How many steps from one floating-point number to the next lie between ``a`` and ``b``.
+
+    The steps are those of the coarser of the two types. They are counted through zero, whose two
+    signs are one number; an infinity is one step beyond the largest number.
+
+    Args:
+        a: floating-point numbers.
+        b: the same number of them.
+
+    Returns:
+        Unsigned integers; 0 from NaN to NaN, and the largest there is from NaN to anything else.
+
+    Example:
+        >>> one = np.array([1, 0, -1], np.float32)
+        >>> ulp_distance(one, np.nextafter(one, np.float32(2)))
+        array([1, 1, 1], dtype=uint32)
+    """
+    dtype = _coarser(a.dtype, b.dtype)
+    signed, unsigned = (np.dtype(f"{kind}{dtype.itemsize}") for kind in "iu")
+
+    def ordered(x: Array) -> Array:
+        with np.errstate(over="ignore"):
+            bits = np.ascontiguousarray(x, dtype).view(signed)
+        # Behind the sign bit the numbers are in the order of their magnitude.
+        return np.where(bits < 0, np.iinfo(signed).min - bits, bits)
+
+    x, y = ordered(a), ordered(b)
+    distance: Array = np.maximum(x, y).view(unsigned) - np.minimum(x, y).view(unsigned)
+    nan = np.isnan(a), np.isnan(b)
+    distance[nan[0] | nan[1]] = np.iinfo(unsigned).max
+    distance[nan[0] & nan[1]] = 0
+    return distance
+
+
+def _coarser(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """The coarsest of some types, at most float64; integers have no rounding."""
+    floating = [dtype for dtype in dtypes if dtype.kind == "f"]
+    return min([np.dtype(np.float64), *floating], key=lambda dtype: dtype.itemsize)
+
+
+def _reference(
+    models: Mapping[str, Model], reference: str | Model | None
+) -> tuple[str, Model, dict[str, Model]]:
+    """The reference's name, itself, and the models to hold to it."""
+    others = dict(models)
+    if not others:
+        raise ValueError("there are no models to compare")
+    if reference is not None and not isinstance(reference, str):
+        if not callable(reference):
+            raise TypeError(
+                f"reference must be a model's name or a function, got {type(reference).__name__}"
+            )
+        return "reference", reference, others
+    name = next(iter(others)) if reference is None else reference
+    if name not in others:
+        raise ValueError(f"reference must be one of {', '.join(others)}, got {name!r}")
+    function = others.pop(name)
+    if not others:
+        raise ValueError(f"there is nothing to compare {name} with: give a second model")
+    return name, function, others
+
+
+def _run(model: str, function: Model, inputs: list[Array]) -> dict[str, Array]:
+    """What a model makes of the inputs, by name."""
+    try:
+        made = function(*(x.copy() for x in inputs))  # a copy, which it may write to
+    except Exception as error:
+        error.add_note(f"raised by the model {model!r}")
+        raise
+    found = dict(made) if isinstance(made, Mapping) else {OUTPUT: made}
+    for name, array in found.items():
+        if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.kind not in "fiub":
+            kind = f" of {array.dtype}" if isinstance(array, np.ndarray) else ""
+            raise TypeError(
+                f"{model} must return an array of real numbers, or a mapping from names to such "
+                f"arrays, got {type(array).__name__}{kind} for {name!r}"
+            )
+    return {name: np.asarray(array) for name, array in found.items()}
+
+
+def _roundings(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, int]:
+    """How often each of the reference's arrays may have been rounded in a row."""
+
+    def elements(array: Array) -> int:
+        return array.size // len(array) if array.ndim > 1 and len(array) else array.size
+
+    terms = max(map(elements, inputs), default=1)
+    found = {}
+    for count, (name, array) in enumerate(wanted.items(), 1):
+        terms = max(terms, elements(array))
+        found[name] = count * terms
+    return found
+
+
+def _allowed(bound: Bound, name: str, found: Array, wanted: Array, roundings: int) -> Array:
+    """By how much each element of ``wanted`` may be missed."""
+    if isinstance(bound, Mapping):
+        bound = bound.get(name)
+    elif callable(bound):
+        bound = bound(name, wanted)
+    if bound is None:
+        floating = [array.dtype for array in (found, wanted) if array.dtype.kind == "f"]
+        unit = float(np.finfo(_coarser(*floating)).eps) / 2 if floating else 0.0
+        bound = likely_error(wanted, roundings, unit)
+    allowed = np.asarray(bound, np.float64)
+    if not (allowed >= 0).all():
+        raise ValueError(f"a bound must not be negative or NaN, got {bound} for {name!r}")
+    try:
+        return np.broadcast_to(allowed, wanted.shape)
+    except ValueError:
+        raise ValueError(
+            f"the bound for {name!r} must fit its shape {wanted.shape}, got {allowed.shape}"
+        ) from None
+
+
+def _row(model: str, name: str, found: Array, wanted: Array, allowed: Array) -> Row:
+    if found.shape != wanted.shape:
+        note = f"shape {found.shape}, where the reference has {wanted.shape}"
+        return Row(model, name, found.shape, math.inf, math.inf, math.inf, None, note)
+    x, y = found.astype(np.float64), wanted.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
+    error[np.isnan(error)] = math.inf  # NaN and a number
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        of_bound = np.where(error == 0, 0, error / allowed)
+    of_bound[np.isnan(of_bound)] = math.inf  # inf / inf
+    floating = "f" in (found.dtype.kind, wanted.dtype.kind)
+    steps = ulp_distance(found, wanted) if floating else error
+    argmax = None
+    if wanted.ndim > 1 and wanted.shape[1] > 1 and wanted.size:
+        argmax = float(np.mean(found.argmax(axis=1) == wanted.argmax(axis=1)))
+    largest, ulps, share = (float(each.max(initial=0)) for each in (error, steps, of_bound))
+    return Row(model, name, found.shape, largest, ulps, share, argmax, _not_finite(x, y))
+
+
+def _not_finite(found: Array, wanted: Array) -> str:
+    """What is to be said of NaN and infinities."""
+    parts = []
+    for word, test in (("NaN", np.isnan), ("infinite", np.isinf)):
+        counts = [int(test(array).sum()) for array in (found, wanted)]
+        if any(counts):
+            parts.append(f"{word} at {counts[0]} of {found.size}, in the reference at {counts[1]}")
+    return "; ".join(parts)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if number < 10**6 and number != int(number) else _whole(number)
+
+
+def _whole(number: float) -> str:
+    return f"{number:.0f}" if number < 10**6 else f"{number:.2e}"
