@@ -25,14 +25,17 @@ from coordconv import (
     __version__,
     available_backends,
     backends,
+    convert,
     demo,
     load_weights,
     networks,
     save_weights,
 )
 from coordconv import parity as parity_check
+from coordconv.parity import exchange as exchange_check
+from coordconv.parity import training as training_check
 from coordconv.parity.comparison import PRECISIONS
-from coordconv.parity.report import Report
+from coordconv.parity.report import CaseReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +44,7 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=False)
 
+_FORMAT = f"One of {', '.join(convert.FORMATS)}; by default what the suffix says."
 DEMO_SECONDS = 180.0
 FEW_CASES = 30
 
@@ -140,6 +144,91 @@ def summary(
         console.print(f"{label}: {size:.2f} MB")
 
 
+@app.command("weights")
+def weights_command(
+    file: Annotated[Path, typer.Argument(help="A file or folder of any of the formats.")],
+    form: Annotated[str | None, typer.Option("--format", help=_FORMAT)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a file of weights, of whatever network.
+
+    Names and shapes are the file's own; smallest and largest are of the finite values.
+    """
+    try:
+        found = convert.describe(file, format=form)
+    except (ImportError, OSError, ValueError) as error:
+        raise _fail(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    table = Table("name", "shape", "dtype", title=_plain(f"{file}, {found.format}"))
+    for column in ("parameters", "smallest", "largest"):
+        table.add_column(column, justify="right")
+    for row in found.arrays:
+        bounds = ("" if b is None else f"{b:.4g}" for b in (row.smallest, row.largest))
+        shape = "x".join(map(str, row.shape))
+        table.add_row(_plain(row.name), shape, row.dtype, f"{row.parameters:,}", *bounds)
+    console.print(table)
+    for row in found.arrays:
+        if row.nan or row.infinite:
+            odd = f"[red]not finite[/] in {_plain(row.name)}: {row.nan:,} NaN, {row.infinite:,} inf"
+            console.print(odd, soft_wrap=True)
+    for layer, coords in found.coordinates.items():
+        console.print(f"coordinates{layer and ' of '}{_plain(layer)}: {_plain(str(coords))}")
+    for name, text in found.metadata.items():
+        console.print(f"metadata: {_plain(name)}: {_plain(text)}", soft_wrap=True)
+    console.print(f"parameters: {found.parameters:,}")
+
+
+def _plain(text: str) -> str:
+    """Text from a file, without what would make a terminal or rich do other things than show it."""
+    return escape(text if text.isprintable() else repr(text))
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="What to read.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(networks.NETWORKS)}; by default the one that IN's metadata "
+            "name, or the only one that its arrays fit."
+        ),
+    ] = None,
+    source_format: Annotated[str | None, typer.Option("--from", help=f"Of IN: {_FORMAT}")] = None,
+    target_format: Annotated[str | None, typer.Option("--to", help=f"Of OUT: {_FORMAT}")] = None,
+) -> None:
+    """Convert a network's weights from any framework's file to any other's.
+
+    safetensors is the canonical file, which alone has metadata; torch the file of a state_dict;
+    paddle that of paddle.save; flax an Orbax folder of an NNX state's pure dict, and linen one of
+    the variables {"params": ...}. Either of the last two reads both.
+
+    Nothing that is read can run code. So a .pdparams file must be one that paddle.save wrote with
+    safetensors=True; the error says how to make it one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is not finite is told of below
+            weights = convert.convert(
+                source,
+                target,
+                network,
+                source_format=source_format,
+                target_format=target_format,
+            )
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        raise _fail(str(error)) from error
+    strange = [name for name, array in weights.items() if not np.isfinite(array).all()]
+    if strange:
+        told = f"[yellow]warning:[/] NaN or infinity in {', '.join(strange)}"
+        Console(stderr=True).print(told, soft_wrap=True)
+    count = sum(array.size for array in weights.values())
+    name = weights.metadata["network"]
+    console.print(f"{name}, {count:,} parameters: {_plain(str(target))}", soft_wrap=True)
+
+
 @app.command()
 def parity(
     wanted: Annotated[
@@ -199,7 +288,7 @@ def parity(
         raise typer.Exit(1)
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: CaseReport) -> None:
     table = Table(title="largest error in units of the bound", title_justify="left")
     for column in ("backend", "layers", "networks", "bitwise", "forward", "gradients", "failed"):
         table.add_column(column, justify="left" if column == "backend" else "right")
@@ -232,6 +321,121 @@ def _print_report(report: Report) -> None:
     for tally in report.tallies:
         for failure in tally.failures:
             console.print(f"[red]failed[/] in {tally.backend}: {escape(failure)}", soft_wrap=True)
+
+
+_Wanted = Annotated[
+    str | None, typer.Option("--backends", help="Comma-separated; all installed by default.")
+]
+_JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report here.")]
+
+
+@app.command()
+def training(
+    wanted: _Wanted = None,
+    steps: Annotated[
+        int, typer.Option(min=training_check.EVERY, help="Steps; every tenth is compared.")
+    ] = training_check.STEPS,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("training.png"),
+    json_file: _JsonFile = None,
+) -> None:
+    """Train the same networks on the same batches in every backend, and in float64 beside them.
+
+    Exits with 1 if a weight is farther from the float64 run's than rounding may have led it.
+    """
+    names = _installed(wanted)
+    for file in filter(None, (out, json_file)):
+        _writable(file.parent)
+    tasks = training_check.TASKS
+    with _progress() as progress:
+        task = progress.add_task("steps", total=len(tasks) * (1 + len(names)) * steps)
+        report = training_check.check(tasks, names, steps, lambda: progress.advance(task))
+    console.print("largest deviation of a weight in units of the bound, after so many steps")
+    for name in report.references:
+        outcomes = [outcome for outcome in report.outcomes if outcome.task == name]
+        table = Table("backend", title=name, title_justify="left")
+        for count in outcomes[0].errors:
+            table.add_column(str(count), justify="right")
+        for outcome in outcomes:
+            errors = outcome.errors.values()
+            cells = (f"[{'green' if error <= 1 else 'red'}]{error:.2g}[/]" for error in errors)
+            table.add_row(outcome.backend, *cells)
+        console.print(table)
+    for outcome in report.outcomes:
+        for count, error in outcome.errors.items():
+            if error > 1:
+                console.print(
+                    f"[red]failed[/] in {outcome.backend}: {outcome.task}: {outcome.worst[count]} "
+                    f"after {count} steps: {error:.3g} times the bound",
+                    soft_wrap=True,
+                )
+    training_check.draw(out, report)
+    console.print(f"picture: {out}")
+    _finish(report, json_file)
+
+
+@app.command()
+def exchange(
+    wanted: _Wanted = None,
+    network: Annotated[str, typer.Option(help="Comma-separated names of networks.")] = ",".join(
+        exchange_check.NETWORKS
+    ),
+    inputs: Annotated[int, typer.Option(min=1, help="Random inputs.")] = 1000,
+    seed: Annotated[int, typer.Option(help="What weights and inputs are drawn with.")] = 0,
+    json_file: _JsonFile = None,
+) -> None:
+    """Save a network in each backend, load the file in every other, and compare their answers.
+
+    Exits with 1 if two do not give every input the same answer, or if an output is farther from
+    the float64 reference than its bound, or than rounding makes likely.
+    """
+    names = _installed(wanted)
+    chosen = network.split(",")
+    try:
+        total = sum(exchange_check.units(networks.get(name), names, inputs) for name in chosen)
+    except ValueError as error:
+        raise _fail(str(error)) from error
+    if json_file is not None:
+        _writable(json_file.parent)
+    with _progress() as progress:
+        task = progress.add_task("batches", total=total)
+        report = exchange_check.check(
+            chosen, names, inputs, seed, advance=lambda: progress.advance(task)
+        )
+    for name in dict.fromkeys(pair.network for pair in report.pairs):
+        title = f"{name}: largest error in units of what is likely, same answers"
+        table = Table("saved in \\ loaded in", *names, title=title, title_justify="left")
+        pairs = {(p.saved, p.loaded): p for p in report.pairs if p.network == name}
+        for saved in names:
+            table.add_row(saved, *(_cell(pairs[saved, loaded]) for loaded in names))
+        console.print(table)
+        largest = max(pair.error for pair in pairs.values())
+        console.print(f"largest error in units of the proven bound: {largest:.1e}")
+    _finish(report, json_file)
+
+
+def _cell(pair: exchange_check.Pair) -> str:
+    return f"[{'green' if pair.ok else 'red'}]{pair.likely:.2g}, {pair.same:,}[/]"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _finish(
+    report: training_check.TrainingReport | exchange_check.ExchangeReport, json_file: Path | None
+) -> None:
+    """Write the report if it is asked for; exit with 1 if it is not good."""
+    if json_file is not None:
+        json_file.write_text(report.to_json())
+        console.print(f"report: {json_file}")
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command("demo")

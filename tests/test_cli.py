@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from coordconv import available_backends, backends, cli, demo, load_weights, networks
+from coordconv.parity import training
 
 installed = pytest.mark.skipif(not available_backends(), reason="no framework is installed")
 
@@ -35,7 +37,8 @@ def no_framework(monkeypatch):
 
 def test_help_lists_the_commands(run):
     shown = run("--help").output
-    assert all(command in shown for command in ("info", "summary", "parity", "demo"))
+    commands = "info summary weights convert parity exchange training demo"
+    assert all(command in shown for command in commands.split())
 
 
 def test_python_m_coordconv_is_the_same_command():
@@ -142,6 +145,72 @@ class TestParity:
         shown = run("parity", "--json", tmp_path / "file" / "parity.json")
         assert shown.exit_code == 2
         assert "cannot write to" in shown.output
+
+
+class TestExchange:
+    @installed
+    def test_table_and_report(self, run, tmp_path):
+        report = tmp_path / "new folder" / "exchange.json"
+        shown = run("exchange", "--network", "coord_cnn", "--inputs", 3, "--json", report)
+        assert shown.exit_code == 0, shown.output
+        found = json.loads(report.read_text())
+        assert found["ok"] is True
+        assert len(found["pairs"]) == len(available_backends()) ** 2
+        for name in available_backends():
+            assert re.search(rf"{name} .* 0\.\d+, 3 ", shown.output)
+        assert max(map(len, shown.output.splitlines())) <= 80
+
+    @installed
+    def test_exits_with_1_if_an_answer_differs(self, run, monkeypatch):
+        name = available_backends()[0]
+        module = backends.load(name)
+        evaluate = module.evaluate
+        monkeypatch.setattr(module, "evaluate", lambda *a: (evaluate(*a)[0] + 1, None))
+        shown = run("exchange", "--backends", name, "--network", "coord_cnn", "--inputs", 1)
+        assert shown.exit_code == 1
+
+    @installed
+    def test_unknown_network(self, run):
+        shown = run("exchange", "--network", "coord_cnn,no_such_network")
+        assert shown.exit_code == 2
+        assert "network must be one of plain_cnn" in shown.output
+
+
+class TestTraining:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        network = dataclasses.replace(networks.get("coord_classifier"), input_shape=(2, 9, 9))
+        task = training.Task(network, "adam", 0.001, epsilon=1e-4)
+        monkeypatch.setattr(training, "TASKS", (task,))
+
+    @installed
+    def test_table_picture_and_report(self, run, tmp_path):
+        name = available_backends()[0]
+        picture, report = tmp_path / "new folder" / "losses.png", tmp_path / "training.json"
+        asked = ("--steps", 20, "--out", picture, "--json", report)
+        shown = run("training", "--backends", name, *asked)
+        assert shown.exit_code == 0, shown.output
+        assert "coord_classifier 9x9, adam" in shown.output
+        assert re.search(rf"{name} .* [\d.]+ .* [\d.e-]+ ", shown.output)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert list(json.loads(report.read_text())["outcomes"][0]["errors"]) == ["10", "20"]
+
+    @installed
+    def test_exits_with_1_and_names_the_weight(self, run, monkeypatch, tmp_path):
+        name = available_backends()[0]
+        module = backends.load(name)
+        trainer = module.trainer
+
+        def wrong(*arguments):
+            step, export = trainer(*arguments)
+            return lambda x, target, rate: step(x, target, 1.01 * rate), export
+
+        monkeypatch.setattr(module, "trainer", wrong)
+        picture = tmp_path / "losses.png"
+        shown = run("training", "--backends", name, "--steps", 10, "--out", picture)
+        assert shown.exit_code == 1
+        assert f"failed in {name}: coord_classifier 9x9, adam: conv" in shown.output
+        assert picture.exists()
 
 
 class TestDemo:

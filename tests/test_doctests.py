@@ -24,8 +24,9 @@ MODULES = sorted(
 
 # Modules with a public face, which must show how it is used.
 MUST_HAVE = {
+    *(f"coordconv.{name}" for name in ("recording", "parity.models")),
     *(f"coordconv.{name}" for name in ("coordinates", "grid", "geometry", "position_bias")),
-    *(f"coordconv.{name}" for name in ("reference", "weights", "networks", "backends")),
+    *(f"coordconv.{name}" for name in ("reference", "weights", "networks", "backends", "convert")),
     *(f"coordconv.backends.{name}" for name in BACKENDS),
 }
 

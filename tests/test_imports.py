@@ -25,20 +25,23 @@ HOME = {
     "jaxlib": {"backends/jax.py"},
     "flax": {"backends/flax.py", "backends/linen.py"},
     "optax": {"backends/jax.py", "backends/flax.py", "backends/linen.py"},
+    "orbax": {"backends/jax.py"},
     "typer": {"cli.py", "demo.py"},
     "rich": {"cli.py", "demo.py", "parity/report.py"},
-    "matplotlib": {"cli.py", "demo.py"},
+    "matplotlib": {"cli.py", "demo.py", "parity/models.py", "parity/training.py"},
     "hypothesis": {"parity/strategies.py"},
 }
 FRAMEWORKS = ("torch", "paddle", "jax", "jaxlib", "flax", "optax")
 
 # The modules that everything else stands on, and that stand on nothing but each other.
 CORE = (
+    "convert.py",
     "coordinates.py",
     "geometry.py",
     "grid.py",
     "networks.py",
     "position_bias.py",
+    "recording.py",
     "reference.py",
     "weights.py",
 )

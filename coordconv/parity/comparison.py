@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Precision:
             return (bits & np.uint32(0xFFFF0000)).view(np.float32)
         return array
 
-    def error(self, size: Array, terms: int, roundings: int) -> Array:
+    def error(self, size: Array, terms: float, roundings: int) -> Array:
         """A bound on the error of a sum.
 
         Args:
@@ -107,10 +107,10 @@ def expected(
     network: Network,
     weights: Mapping[str, Array],
     x: Array,
-    dy: Array,
+    dy: Array | None,
     precision: Precision = PRECISIONS["float32"],
 ) -> dict[str, Expected]:
-    """The output ``"y"`` and the gradients, by name: of ``"x"`` and of every weight.
+    """The output ``"y"`` and, for its gradient ``dy``, those of ``"x"`` and of every weight.
 
     Each sum's error is bounded as :meth:`Precision.error` says; what a layer's input is off by
     already goes through the layer's absolute weights, and a ReLU's gradient counts as unknown
@@ -133,6 +133,8 @@ def expected(
         steps.append((value, error))
         value, error = _forward(layer, weights, value, error, precision)
     found = {"y": Expected(value, error)}
+    if dy is None:
+        return found
     grad, grad_error = dy.astype(np.float64), np.zeros(dy.shape)
     for layer, (value, error) in reversed(list(zip(network.layers, steps, strict=True))):
         gradients, (grad, grad_error) = _backward(
@@ -140,6 +142,64 @@ def expected(
         )
         found |= {f"{layer.name}.{name}": gradient for name, gradient in gradients.items()}
     return found | {"x": Expected(grad, grad_error)}
+
+
+def simulated(
+    network: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    loss: Callable[[Array], tuple[float, Expected]],
+    rng: np.random.Generator | None = None,
+    precision: Precision = PRECISIONS["float32"],
+) -> tuple[float, dict[str, Expected]]:
+    """One outcome that arithmetic of a precision may have, where :func:`expected` bounds them all.
+
+    Through many layers the sum of the worst of each is far from anything that happens. Here every
+    sum is off by as much as its own rounding allows, upwards or downwards at random, and the next
+    layer takes it as it is: so errors cancel as they do, and a ReLU's sign changes where it does.
+
+    Args:
+        network: what is run.
+        weights: its weights, in float64 as they are.
+        x: the input.
+        loss: for an output, the loss and its gradient, with what that may be off by.
+        rng: what the signs are drawn with; None for no error at all.
+        precision: of the arithmetic.
+
+    Returns:
+        The loss, and the gradient of each weight, with a bound of its own last sum alone: that
+        is not in the value yet.
+
+    Example:
+        >>> from coordconv.networks import get, initial_weights
+        >>> network = get("plain_cnn")
+        >>> square = lambda y: (float((y**2).sum()), Expected(2 * y, np.zeros_like(y)))
+        >>> x = np.ones((1, 3, 32, 32))
+        >>> _, gradients = simulated(network, initial_weights(network), x, square)
+        >>> gradients.keys() == network.weight_shapes().keys()
+        True
+    """
+
+    def drawn(value: Array, bound: Array) -> Array:
+        if rng is None or not bound.any():
+            return value
+        return value + np.where(rng.random(value.shape) < 0.5, -bound, bound)
+
+    inputs = []
+    value = x.astype(np.float64)
+    for layer in network.layers:
+        inputs.append(value)
+        value = drawn(*_forward(layer, weights, value, np.zeros(value.shape), precision))
+    lost, wanted = loss(value)
+    grad = drawn(wanted.value, wanted.bound)
+    found: dict[str, Expected] = {}
+    for layer, value in reversed(list(zip(network.layers, inputs, strict=True))):
+        gradients, passed = _backward(
+            layer, weights, value, np.zeros(value.shape), grad, np.zeros(grad.shape), precision
+        )
+        found |= {f"{layer.name}.{name}": gradient for name, gradient in gradients.items()}
+        grad = drawn(*passed)
+    return lost, found
 
 
 def _weights(
@@ -170,7 +230,7 @@ def _forward(
         return x @ w + offset, precision.error(size, layer.in_features + 1, 2) + e @ np.abs(w)
     reference = Reference(layer.geometry, layer.coords)
     size = reference.forward(np.abs(x) + e, weight, coord_weight, bias, magnitudes=True)
-    passed_on = Reference(layer.geometry).forward(e, weight, magnitudes=True)
+    passed_on = Reference(layer.geometry).forward(e, weight, magnitudes=True) if e.any() else 0
     y = reference.forward(x, weight, coord_weight, bias)
     roundings = 4 + (layer.geometry.taps - 1 if layer.geometry.transposed else 0)
     return y, precision.error(size, layer.fan_in + 1, roundings) + passed_on
@@ -204,17 +264,21 @@ def _backward(
         reference = Reference(layer.geometry, layer.coords)
         shape = x.shape[2:]
         # Not taps times outputs: padding that copies has one sample read several times.
-        ones = np.ones_like(dy), np.ones_like(weight)
+        ones = np.ones_like(dy[:1]), np.ones_like(weight)
         terms_x = int(reference.input_gradient(*ones, shape).max())
         roundings_x = layer.geometry.taps * _copies(layer.geometry, shape)
         # two more for the coordinates: their own rounding and the product with them
         terms_w = len(x) * int(np.prod(dy.shape[2:])) + 2
         dx = reference.input_gradient(dy, weight, shape)
         dx_size = reference.input_gradient(larger_dy, weight, shape, magnitudes=True)
-        dx_passed = reference.input_gradient(f, weight, shape, magnitudes=True)
+        dx_passed = np.zeros_like(dx)
+        if f.any():
+            dx_passed = reference.input_gradient(f, weight, shape, magnitudes=True)
         values = reference.weight_gradients(x, dy)
-        exact = reference.weight_gradients(x, dy, magnitudes=True)
         sizes = reference.weight_gradients(larger_x, larger_dy, magnitudes=True)
+        exact = sizes
+        if e.any() or f.any():
+            exact = reference.weight_gradients(x, dy, magnitudes=True)
     gradients = {
         name: Expected(
             value,

@@ -1,0 +1,148 @@
+"""One file of weights in every backend: each saves it, and every other one gives its answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordconv import backends, networks
+from coordconv.grid import Array
+from coordconv.parity.comparison import PRECISIONS, expected
+from coordconv.parity.models import likely_error
+from coordconv.weights import load_weights, save_weights
+
+NETWORKS = ("coord_cnn", "coord_classifier")
+_BATCH = 50
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What ``loaded`` made of a file of ``saved``.
+
+    ``error`` is the outputs' largest from the float64 reference, in units of the bound that
+    :func:`expected` proves. Through many layers that is far from what happens; so ``likely`` is the
+    same in units of what rounding makes likely, by the rule of :func:`compare`. ``same`` counts the
+    inputs, of all ``inputs``, that both give the same answer: the largest logit, or the sign of a
+    single one.
+    """
+
+    network: str
+    saved: str
+    loaded: str
+    inputs: int
+    error: float
+    likely: float
+    same: int
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= 1 and self.likely <= 1 and self.same == self.inputs
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """A pair for each two backends, in each network; ``ok`` says that nothing failed."""
+
+    pairs: list[Pair]
+
+    @property
+    def ok(self) -> bool:
+        return all(pair.ok for pair in self.pairs)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        pairs = [asdict(pair) | {"ok": pair.ok} for pair in self.pairs]
+        return json.dumps({"ok": self.ok, "pairs": pairs}, indent=2)
+
+
+def check(
+    chosen: Iterable[str | networks.Network],
+    names: Iterable[str],
+    inputs: int = 1000,
+    seed: int = 0,
+    *,
+    advance: Callable[[], Any] = lambda: None,
+) -> ExchangeReport:
+    """Build networks in each backend, save them, load them in every one, and run the same inputs.
+
+    Args:
+        chosen: the networks, or their names.
+        names: the backends.
+        inputs: the number of inputs, drawn from the normal distribution.
+        seed: what weights and inputs are drawn with.
+        advance: called ``units`` times for a network.
+
+    Raises:
+        ValueError, ImportError: a network or a backend is unknown, or one is not installed.
+
+    Example:
+        >>> report = check(["coord_cnn"], backends.available_backends()[:1], inputs=1)
+        >>> report.ok
+        True
+    """
+    names, pairs = tuple(dict.fromkeys(names)), []
+    for network in map(networks.get, chosen):
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder) / f"{name}.safetensors" for name in names}
+            pairs += _pairs(network, files, inputs, seed, advance)
+    return ExchangeReport(pairs)
+
+
+def units(network: networks.Network, names: Sequence[str], inputs: int) -> int:
+    """How often ``check`` calls ``advance`` for a network."""
+    return -(-inputs // _BATCH) * (1 + len(names) ** 2)
+
+
+def _pairs(
+    network: networks.Network,
+    files: dict[str, Path],
+    inputs: int,
+    seed: int,
+    advance: Callable[[], Any],
+) -> list[Pair]:
+    start = networks.initial_weights(network, seed)
+    modules = {}
+    for name, file in files.items():
+        backend = backends.load(name)
+        _, export = backend.trainer(backend.build(network, start), start)
+        save_weights(file, export())
+        # Of other weights, which those of a file are to replace.
+        other = networks.initial_weights(network, seed + 1)
+        modules[name] = backend, backend.build(network, other)
+    loaded = {name: load_weights(file) for name, file in files.items()}
+    error = dict.fromkeys([(a, b) for a in files for b in files], 0.0)
+    likely, same = error.copy(), dict.fromkeys(error, 0)
+    largest = max(math.prod(shape) for _, *shapes in network.shapes() for shape in shapes)
+    roundings = len(network.layers) * largest
+    rng = np.random.default_rng(seed)
+    for first in range(0, inputs, _BATCH):
+        # All batches are as long, so that a compiler meets one shape; the rest is not counted.
+        x = rng.standard_normal((_BATCH, *network.input_shape)).astype(np.float32)
+        counted = min(_BATCH, inputs - first)
+        wanted = expected(network, start, x, None)["y"]
+        usual = likely_error(wanted.value, roundings, PRECISIONS["float32"].unit)
+        advance()
+        found = {}
+        for saved, name in error:
+            backend, module = modules[name]
+            found[saved, name], _ = backend.evaluate(module, loaded[saved], x)
+            advance()
+        for pair, y in found.items():
+            own = found[pair[0], pair[0]]
+            error[pair] = max(error[pair], wanted.error(y))
+            likely[pair] = max(likely[pair], float(np.abs(y - wanted.value).max()) / usual)
+            same[pair] += int((_answers(y) == _answers(own))[:counted].sum())
+    return [
+        Pair(network.name, *pair, inputs, error[pair], likely[pair], same[pair]) for pair in error
+    ]
+
+
+def _answers(y: Array) -> Array:
+    return y[:, 0] > 0 if y.shape[1] == 1 else y.argmax(axis=1)

@@ -1,0 +1,404 @@
+"""Training in every backend: the same start, batches and optimiser must give the same weights.
+
+How far float32 may lead a weight astray in so many steps is part derived and part measured, all in
+float64 NumPy and without any framework:
+
+- Derived, for each element: what rounding the last sum of a gradient may do, and an optimiser's own
+  arithmetic. Adam's moments carry intervals, so an element whose gradient may be of either sign may
+  move by the whole learning rate in either direction. All steps add up, and nothing cancels.
+- Measured: what the sums before the last one, and the weights' own straying so far, do to a
+  gradient. Beside the exact run some others have every sum in them off, at random up or down, by
+  the size that rounding errors are expected to reach, and each goes where that takes it. Their
+  gradients' largest distance from the exact ones in an array counts for all of the array: a ReLU
+  that changes its sign by rounding is another one in every run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordconv import backends, networks
+from coordconv.grid import Array, coordinate_grid
+from coordconv.parity.comparison import PRECISIONS, Expected, Precision, simulated
+
+STEPS = 50
+EVERY = 10  # steps between two comparisons
+BETAS = (0.9, 0.999)
+_UNIT = PRECISIONS["float32"].unit
+_BATCHES = 4
+_HALF = 4  # of a square, which is 9 pixels wide as the paper's
+_ASTRAY = 2  # runs beside the exact one
+
+
+class _Probable(Precision):
+    """Rounding errors that are up as often as down: a sum's grows as the root of its terms.
+
+    Source:
+        Higham and Mary, *A new approach to probabilistic rounding error analysis*, 2019.
+    """
+
+    def error(self, size: Array, terms: float, roundings: int) -> Array:
+        return super().error(size, math.sqrt(terms), roundings)
+
+
+_PROBABLE = _Probable("float32", _UNIT, 0, 0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how.
+
+    The pictures have one white square on a black canvas. A network of one output learns the x of
+    its centre by the squared error; one with an output per pixel is given the centre's x and y,
+    tiled over the canvas, and learns to name its pixel by the cross-entropy.
+
+    Args:
+        network: what is trained.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        learning_rate: the same in every step.
+        batch: the number of samples; four batches take turns.
+        seed: what the initial weights and the batches are drawn with.
+        epsilon: Adam's.
+    """
+
+    network: networks.Network
+    optimizer: str
+    learning_rate: float
+    batch: int = 4
+    seed: int = 0
+    epsilon: float = 1e-8
+
+    @property
+    def name(self) -> str:
+        """The network, its canvas and the optimiser."""
+        canvas = "x".join(map(str, self.network.input_shape[1:]))
+        return f"{self.network.name} {canvas}, {self.optimizer}"
+
+    def rule(self) -> _Sgd | _Adam:
+        """The optimiser, of one array."""
+        return _Adam(self.epsilon) if self.optimizer == "adam" else _Sgd()
+
+    @property
+    def start(self) -> dict[str, Array]:
+        """The initial weights, float32."""
+        return networks.initial_weights(self.network, self.seed)
+
+    def batches(self, steps: int) -> Iterator[tuple[Array, Array]]:
+        """The input and target of each step."""
+        channels, *shape = self.network.input_shape
+        grid = coordinate_grid(tuple(shape))
+        rng = np.random.default_rng(self.seed)
+        least, most = _HALF, np.array(shape)[:, None, None] - _HALF
+        centres = rng.integers(least, most, (2, _BATCHES, self.batch))
+        for step in range(steps):
+            rows, columns = centres[:, step % _BATCHES]
+            x = np.zeros((self.batch, channels, *shape), np.float32)
+            if self._regresses:
+                for image, row, column in zip(x, rows, columns, strict=True):
+                    image[:, row - _HALF : row + _HALF + 1, column - _HALF : column + _HALF + 1] = 1
+                yield x, grid[0, rows, columns][:, None]
+            else:
+                x += grid[:, rows, columns].T[:, :, None, None]
+                yield x, rows * shape[1] + columns
+
+    def loss(self, y: Array, target: Array) -> tuple[float, Expected]:
+        """The loss, and its gradient with a bound on what float32 makes of the same ``y``.
+
+        A framework's ``exp`` and ``log`` are taken to be within four roundings.
+        """
+        if self._regresses:
+            difference = y - target
+            gradient = 2 * difference / difference.size
+            return float((difference**2).mean()), Expected(gradient, 4 * _UNIT * np.abs(gradient))
+        logits = y - y.max(axis=1, keepdims=True)
+        total = np.exp(logits).sum(axis=1, keepdims=True)
+        gradient = np.exp(logits) / total
+        # The argument of exp, perhaps less the sum's logarithm; the sum; exp, log and the rest.
+        roundings = np.abs(logits) + np.log(total) + y.shape[1] + 12
+        error = gradient * roundings * _UNIT
+        chosen = np.arange(len(y)), target
+        loss = float((np.log(total)[:, 0] - logits[chosen]).mean())
+        gradient[chosen] -= 1
+        error += 4 * _UNIT * np.abs(gradient)
+        return loss, Expected(gradient / len(y), error / len(y))
+
+    @property
+    def _regresses(self) -> bool:
+        *_, (_, _, output_shape) = self.network.shapes()
+        return output_shape == (1,)
+
+
+class _Sgd:
+    """The move that a gradient makes of one array, for a learning rate of 1."""
+
+    def update(self, gradient: Expected) -> Expected:
+        # the learning rate is rounded, and so is its product
+        rounding = 3 * _UNIT * (np.abs(gradient.value) + gradient.bound)
+        return Expected(gradient.value, gradient.bound + rounding)
+
+
+class _Adam:
+    """The same, from what it keeps of the gradients before."""
+
+    def __init__(self, epsilon: float) -> None:
+        self._epsilon = epsilon
+        nothing = Expected(np.zeros(()), np.zeros(()))
+        self._steps, self._moments = 0, [nothing, nothing]
+
+    def update(self, gradient: Expected) -> Expected:
+        self._steps += 1
+        size = np.abs(gradient.value)
+        square = Expected(gradient.value**2, (2 * size + gradient.bound) * gradient.bound)
+        first = self._moment(0, gradient)
+        second = self._moment(1, square)
+        largest = np.sqrt(second.value + second.bound) + self._epsilon
+        least = np.sqrt(np.maximum(second.value - second.bound, 0)) + self._epsilon
+        high, low = first.value + first.bound, first.value - first.bound
+        high = np.where(high > 0, high / least, high / largest)
+        low = np.where(low < 0, low / least, low / largest)
+        move = first.value / (np.sqrt(second.value) + self._epsilon)
+        limit = self._limit()
+        bound = np.maximum(np.minimum(high, limit) - move, move - np.maximum(low, -limit))
+        return Expected(move, np.maximum(bound, 0) + 8 * _UNIT * np.abs(move))
+
+    def _moment(self, which: int, given: Expected) -> Expected:
+        """The corrected mean; what its coefficients lose by ``1 - beta`` in float32 is the most."""
+        beta, old = BETAS[which], self._moments[which]
+        kept = beta * (np.abs(old.value) + old.bound)
+        added = (1 - beta) * (
+            np.abs(given.value) + given.bound + np.abs(old.value) + old.bound
+        )  # or the difference of the two, as some write it
+        mean = Expected(
+            beta * old.value + (1 - beta) * given.value,
+            beta * old.bound
+            + (1 - beta) * given.bound
+            + _UNIT * (4 * kept + (4 + 1 / (1 - beta)) * added),
+        )
+        self._moments[which] = mean
+        power = beta**self._steps
+        correction = 1 - power
+        # beta is rounded, and then multiplied by itself, step by step
+        rounding = ((2 * self._steps + 2) * power / correction + 2) * _UNIT
+        off = mean.bound + (np.abs(mean.value) + mean.bound) * rounding
+        return Expected(mean.value / correction, off / correction)
+
+    def _limit(self) -> float:
+        """What no move is beyond, by Cauchy and Schwarz, whatever the gradients were."""
+        ages = np.arange(self._steps)
+        first, second = ((1 - b) * b**ages / (1 - b**self._steps) for b in BETAS)
+        return float(np.sqrt((first**2 / second).sum()))
+
+
+_CNN = networks.get("coord_cnn")
+_CLASSIFIER = replace(networks.get("coord_classifier"), input_shape=(2, 16, 16))
+TASKS = (
+    Task(_CNN, "sgd", 0.05),
+    Task(_CNN, "adam", 0.001),
+    Task(_CLASSIFIER, "sgd", 0.2),
+    # Many of its gradients are 0 but for rounding, since softmax ignores what all logits share.
+    # With the usual epsilon Adam would divide that noise by its own size, and two runs of the same
+    # framework would part.
+    Task(_CLASSIFIER, "adam", 0.001, epsilon=1e-4),
+)
+
+
+class _Run:
+    """Training in float64, with every sum off by its probable error if there is a seed."""
+
+    def __init__(self, task: Task, seed: int | None = None) -> None:
+        self.task = task
+        self.weights = {name: array.astype(np.float64) for name, array in task.start.items()}
+        self.rules = {name: task.rule() for name in self.weights}
+        self.rng = None if seed is None else np.random.default_rng((task.seed, seed))
+        # The same in every step: errors that push one way lead the farthest.
+        self.signs = {
+            name: 0 if self.rng is None else self.rng.choice((-1.0, 1.0), array.shape)
+            for name, array in self.weights.items()
+        }
+
+    def gradients(self, x: Array, target: Array) -> tuple[float, dict[str, Expected]]:
+        precision = PRECISIONS["float32"] if self.rng is None else _PROBABLE
+        return simulated(
+            self.task.network,
+            self.weights,
+            x,
+            lambda y: self.task.loss(y, target),
+            self.rng,
+            precision,
+        )
+
+    def step(self, gradients: Mapping[str, Expected]) -> None:
+        for name, gradient in gradients.items():
+            sign = self.signs[name]
+            moved = Expected(gradient.value + sign * gradient.bound, np.zeros_like(gradient.value))
+            move = self.rules[name].update(moved)
+            array = self.weights[name]
+            array = array - self.task.learning_rate * (move.value + sign * move.bound)
+            self.weights[name] = array + sign * _UNIT * np.abs(array)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one backend made of one task.
+
+    ``errors`` are the largest deviations in units of the bound after so many steps, ``worst`` the
+    weights where they are, and ``losses`` those of every step.
+    """
+
+    task: str
+    backend: str
+    errors: dict[int, float]
+    worst: dict[int, str]
+    losses: list[float]
+
+    @property
+    def ok(self) -> bool:
+        return all(error <= 1 for error in self.errors.values())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The exact run of a task: losses, and after every tenth step the weights with their bound."""
+
+    task: Task
+    losses: list[float]
+    weights: dict[int, dict[str, Expected]]
+
+    def check(self, name: str, advance: Callable[[], Any] = lambda: None) -> Outcome:
+        """Train in a backend, and compare.
+
+        Raises:
+            ValueError, ImportError: the backend is unknown or not installed.
+        """
+        backend, start = backends.load(name), self.task.start
+        module = backend.build(self.task.network, start)
+        step, export = backend.trainer(module, start, self.task.optimizer, self.task.epsilon)
+        outcome = Outcome(self.task.name, name, {}, {}, [])
+        for count, (x, target) in enumerate(self.task.batches(len(self.losses)), 1):
+            outcome.losses.append(step(x, target, self.task.learning_rate))
+            if count in self.weights:
+                found = export()
+                errors = {n: w.error(found[n]) for n, w in self.weights[count].items()}
+                outcome.worst[count] = max(errors, key=errors.__getitem__)
+                outcome.errors[count] = max(errors.values())
+            advance()
+        return outcome
+
+
+def reference(
+    task: Task, steps: int = STEPS, advance: Callable[[], Any] = lambda: None
+) -> Reference:
+    """Train in float64, with a bound on where float32 may end; see the module.
+
+    Args:
+        task: what to train.
+        steps: the number of steps.
+        advance: called after each.
+
+    Example:
+        >>> small = replace(TASKS[2].network, input_shape=(2, 9, 9))
+        >>> found = reference(Task(small, "sgd", 0.1, batch=1), 10)
+        >>> weights = found.weights[10]["conv1.coord_weight"]
+        >>> weights.value.shape, bool((weights.bound < 1e-5).all())
+        ((32, 2, 1, 1), True)
+    """
+    exact, others = _Run(task), [_Run(task, seed) for seed in range(_ASTRAY)]
+    rules = {name: task.rule() for name in exact.weights}
+    bounds = {name: np.zeros(array.shape) for name, array in exact.weights.items()}
+    found = Reference(task, [], {})
+    for count, batch in enumerate(task.batches(steps), 1):
+        loss, gradients = exact.gradients(*batch)
+        astray = [run.gradients(*batch)[1] for run in others]
+        found.losses.append(loss)
+        for name, gradient in gradients.items():
+            distance = max(np.abs(other[name].value - gradient.value).max() for other in astray)
+            move = rules[name].update(Expected(gradient.value, gradient.bound + distance))
+            bounds[name] = bounds[name] + task.learning_rate * move.bound
+        exact.step(gradients)
+        for run, other in zip(others, astray, strict=True):
+            run.step(other)
+        for name, array in exact.weights.items():
+            bounds[name] += _UNIT * (np.abs(array) + bounds[name])
+        if count % EVERY == 0:
+            found.weights[count] = {
+                name: Expected(array, bounds[name]) for name, array in exact.weights.items()
+            }
+        advance()
+    return found
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What came of all tasks in all backends; ``references`` are the exact losses by task."""
+
+    references: dict[str, list[float]]
+    outcomes: list[Outcome]
+
+    @property
+    def ok(self) -> bool:
+        return all(outcome.ok for outcome in self.outcomes)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
+
+
+def check(
+    tasks: Iterable[Task],
+    names: Iterable[str],
+    steps: int = STEPS,
+    advance: Callable[[], Any] = lambda: None,
+) -> TrainingReport:
+    """Train every task in every backend, and compare with the exact run.
+
+    Args:
+        tasks: what to train.
+        names: the backends.
+        steps: the number of steps.
+        advance: called after each step, of the exact run too.
+
+    Raises:
+        ValueError, ImportError: a backend is unknown or not installed.
+    """
+    report, names = TrainingReport({}, []), tuple(names)
+    for task in tasks:
+        exact = reference(task, steps, advance)
+        report.references[task.name] = exact.losses
+        report.outcomes.extend(exact.check(name, advance) for name in names)
+    return report
+
+
+def draw(path: Path, report: TrainingReport) -> None:
+    """Write the picture: for each task the loss curves, and beneath them the deviations.
+
+    Args:
+        path: a file that matplotlib can write.
+        report: what to draw.
+    """
+    from matplotlib.figure import Figure  # only the picture needs it
+
+    figure = Figure(figsize=(4 * len(report.references), 6), layout="constrained")
+    axes = figure.subplots(2, len(report.references), squeeze=False, sharex="col")
+    for (above, below), (task, losses) in zip(axes.T, report.references.items(), strict=True):
+        steps = range(1, len(losses) + 1)
+        above.plot(steps, losses, color="0.8", linewidth=7, label="float64")
+        outcomes = [outcome for outcome in report.outcomes if outcome.task == task]
+        for i, outcome in enumerate(outcomes):
+            style: dict[str, Any] = {"color": f"C{i}", "label": outcome.backend}
+            dashes = (3 * i, (3, 3 * (len(outcomes) - 1))) if len(outcomes) > 1 else "-"
+            above.plot(steps, outcome.losses, linestyle=dashes, linewidth=2, **style)
+            below.plot(outcome.errors.keys(), outcome.errors.values(), marker="o", **style)
+        below.axhline(1, color="black", linewidth=1, linestyle="--")
+        above.set(title=task)
+        below.set(yscale="log", xlabel="step")
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("largest deviation of a weight,\nin units of the bound")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.savefig(path, dpi=110)
