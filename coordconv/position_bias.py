@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import groupby
+from operator import add, matmul
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,7 @@ def position_bias(
     einsum: Callable[..., Any],
     convolve: Callable[[Share, Any], Any],
     channels_last: bool = False,
+    multiply: Callable[[Any, Any], Any] = matmul,
 ) -> Any:
     """The position bias, in the framework whose functions are passed.
 
@@ -231,63 +233,62 @@ def position_bias(
             sample, channels first, no batch axis) with ``kernel``, as :class:`Share` says; returns
             shape ``(out, *output shape)``.
         channels_last: put the output channels last.
+        multiply: the product of two matrices; where a compiler fuses it with the sum that follows,
+            :func:`sum_of_products` may do.
 
     Returns:
         An array of shape ``(out, *output shape)``, or ``(*output shape, out)``.
     """
     total = None
     for share in arrays:
-        outs = "tuv"[: len(share.shape)]
-        if not share.tables:
+        if share.tables:
+            term = multiply(*factors(coord_weight, share, einsum, channels_last))
+            term = term.reshape((*share.shape, -1) if channels_last else (-1, *share.shape))
+        else:
             term = convolve(share, coord_weight[:, share.start : share.stop])
             if channels_last:
+                outs = "tuv"[: len(share.shape)]
                 term = einsum(f"o{outs}->{outs}o", term)
-        elif channels_last and len(share.tables) > 1:
-            rows, table = _contracted(coord_weight, share, einsum, True), share.tables[-1]
-            term = einsum(f"ck{outs[:-1]}o,ck{outs[-1]}->{outs}o", rows, table)
-        elif channels_last:
-            left, right = factors(coord_weight, share, einsum)
-            term = einsum("ok,ks->so", left, right).reshape((*share.shape, -1))
-        else:
-            left, right = factors(coord_weight, share, einsum)
-            term = (left @ right).reshape((-1, *share.shape))
         total = term if total is None else total + term
     return total
 
 
-def factors(coord_weight: Any, share: Share, einsum: Callable[..., Any]) -> tuple[Any, Any]:
+def sum_of_products(left: Any, right: Any) -> Any:
+    """The product of two matrices as a sum of elementwise ones, one for each term.
+
+    Example:
+        >>> left, right = np.arange(6.0).reshape(3, 2), np.arange(8.0).reshape(2, 4)
+        >>> np.array_equal(sum_of_products(left, right), left @ right)
+        True
+    """
+    return reduce(add, (left[:, j, None] * right[j] for j in range(len(right))))
+
+
+def factors(
+    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool = False
+) -> tuple[Any, Any]:
     """The two matrices whose product is the map of a separable share.
 
-    Returns:
-        Matrices of shapes ``(out * outputs of the other axes, terms)`` and
-        ``(terms, outputs of the last axis)``; of a table for all axes these are the last.
-    """
-    table = share.tables[-1]
-    right = table.reshape((-1, table.shape[-1]))
-    if len(share.tables) == 1:
-        return coord_weight[:, share.start : share.stop].reshape((coord_weight.shape[0], -1)), right
-    rows = _contracted(coord_weight, share, einsum)
-    return rows.reshape((right.shape[0], -1)).T, right
-
-
-def _contracted(
-    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool = False
-) -> Any:
-    """A kernel contracted with the tables of all axes but the last.
-
-    The channels and the last axis' taps come first, so that the last contraction, the one with the
-    most to do, is a product of two matrices as they lie in memory.
+    One is the table of the axis that is farthest from the channels in memory, so that the product,
+    which has the most to do, is as it lies there; the other axes are contracted before.
 
     Returns:
-        An array of shape ``(channels, last kernel, out, *output shape but the last axis)``, or with
-        the ``out`` at the end.
+        Matrices of shapes ``(out * other outputs, terms)`` and ``(terms, last outputs)``, or
+        ``(first outputs, terms)`` and ``(terms, other outputs * out)``; of a table for all axes
+        these are the last or the first.
     """
-    term = coord_weight[:, share.start : share.stop]
-    taps, outs = "klm"[: len(share.tables)], "tuv"
+    count, term = len(share.tables), coord_weight[:, share.start : share.stop]
+    taps, outs = "klm"[:count], "tuv"
+    kept, *others = range(count) if channels_last else (count - 1, *range(count - 1))
     indices = f"oc{taps}"
-    for axis, table in enumerate(share.tables[:-1]):
-        rest = f"{taps[axis + 1 : -1]}{outs[: axis + 1]}"
-        result = f"c{taps[-1]}{rest}o" if channels_last else f"c{taps[-1]}o{rest}"
-        term = einsum(f"{indices},c{taps[axis]}{outs[axis]}->{result}", term, table)
+    for i, axis in enumerate(others):
+        rest = "".join([*(taps[a] for a in others[i + 1 :]), *(outs[a] for a in others[: i + 1])])
+        result = f"c{taps[kept]}{rest}o" if channels_last else f"c{taps[kept]}o{rest}"
+        term = einsum(f"{indices},c{taps[axis]}{outs[axis]}->{result}", term, share.tables[axis])
         indices = result
-    return term
+    table = share.tables[kept].reshape((-1, share.tables[kept].shape[-1]))
+    if not others:
+        rows = term.reshape((term.shape[0], -1))
+        return (table.T, rows.T) if channels_last else (rows, table)
+    rows = term.reshape((table.shape[0], -1))
+    return (table.T, rows) if channels_last else (rows.T, table)

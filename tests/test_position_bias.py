@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import coordinate_grid
-from coordconv.position_bias import MOST_TOGETHER, Share, by_axis, position_bias, shares
+from coordconv.position_bias import (
+    MOST_TOGETHER,
+    Share,
+    by_axis,
+    position_bias,
+    shares,
+    sum_of_products,
+)
 from coordconv.reference import Reference
 from definition import Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
 
@@ -103,11 +110,13 @@ def test_float32_is_as_close_as_float32_can_be(make: Any, case: Case, seed: int)
     assert np.all(np.abs(computed - expected) <= gamma(count, 2.0**-24) * size)
 
 
+@pytest.mark.parametrize("multiply", [np.matmul, sum_of_products])
 @pytest.mark.parametrize("make", [shares, by_axis])
 @settings(max_examples=100, deadline=None)
 @given(cases())
-def test_channels_last_is_the_same_map(make: Any, case: Case) -> None:
-    last = np.moveaxis(bias_of(case, make=make, channels_last=True), -1, 0)
+def test_channels_last_is_the_same_map(make: Any, multiply: Any, case: Case) -> None:
+    options = {"channels_last": True, "multiply": multiply}
+    last = np.moveaxis(bias_of(case, make=make, **options), -1, 0)
     bound = 2 * gamma(case.count + len(case.shape)) * by_definition(case)[1]
     assert np.all(np.abs(last - bias_of(case)) <= bound)
 

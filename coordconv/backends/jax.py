@@ -42,6 +42,8 @@ See: TypeAlias = Callable[[str, Any], Any]  # what goes on in place of what a mo
 
 _NAMES = {"weight": "kernel", "coord_weight": "coord_kernel", "bias": "bias"}
 _PADDING_MODES = {"CIRCULAR": "circular", "REFLECT": "reflect"}
+# Terms of the position bias' last product, up to which it is written as sums: docs/performance.md.
+MOST_SUMS = 9
 _HIGHEST = lax.Precision.HIGHEST  # else accelerators multiply float32 in bfloat16 or TF32
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
 
@@ -192,7 +194,7 @@ def add_position_bias(
         # As a product, since the gradient of that is one, too: XLA takes many times as long to sum
         # over the batch, on a CPU. Forward it sees through the product, and just adds.
         ones = jnp.ones((batch, 1), bias.dtype)
-        repeated = jnp.matmul(ones, bias.reshape(1, -1), precision=_HIGHEST)
+        repeated = _product(ones, bias.reshape(1, -1))
         bias = repeated.reshape(output.shape)
     return (output + bias).astype(output.dtype)
 
@@ -227,7 +229,26 @@ def position_bias(
         einsum=partial(jnp.einsum, precision=_HIGHEST),
         convolve=_convolve,
         channels_last=True,
+        multiply=_multiply,
     )
+
+
+@jax.custom_jvp
+def _multiply(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """The product, as sums for XLA to fuse with what they are added to."""
+    multiply = core.sum_of_products if len(rows) <= MOST_SUMS else _product
+    return multiply(table, rows)  # type: ignore[no-any-return]
+
+
+@_multiply.defjvp
+def _multiply_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    # The gradient is a product, which XLA leaves to a library. The table is a constant.
+    return _multiply(*primals), _product(primals[0], tangents[1])
+
+
+_product = partial(jnp.matmul, precision=_HIGHEST)
 
 
 def _convolve(share: core.Share, kernel: jax.Array) -> jax.Array:
