@@ -70,7 +70,9 @@ class PositionBias(nn.Module):
         shapes = tuple(x.shape[2:]), self.output_shape
         kernel = layer.coord_weight
         if torch.compiler.is_compiling():
-            return adapter._traced_position_bias(kernel, options, layer.coords.to_dict(), shapes)
+            grad = torch.is_grad_enabled()
+            made_for = options, layer.coords.to_dict(), shapes
+            return adapter._traced_position_bias(kernel, *made_for, not grad)
         arrays = adapter._constants(options, layer.coords, *shapes, kernel.dtype, kernel.device)
         return adapter._position_bias(kernel, arrays)
 

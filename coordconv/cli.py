@@ -59,7 +59,9 @@ class Mode(StrEnum):
 
 def _fail(message: str) -> typer.Exit:
     """Say what is wrong on standard error; to be raised."""
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    # what a terminal would obey, in the name of a file or of an array, is shown as an escape
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(shown)}", soft_wrap=True)
     return typer.Exit(2)
 
 
@@ -152,7 +154,8 @@ def weights_command(
 ) -> None:
     """Show what is in a file of weights, of whatever network.
 
-    Names and shapes are the file's own; smallest and largest are of the finite values.
+    Names and shapes are the file's own; bfloat16 shows as the float32 that it is
+    read as; smallest and largest are of the finite values.
     """
     try:
         found = convert.describe(file, format=form)
@@ -161,9 +164,12 @@ def weights_command(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
-    table = Table("name", "shape", "dtype", title=_plain(f"{file}, {found.format}"))
+    table = Table(title=_plain(f"{file}, {found.format}"))
+    for column in ("name", "shape"):
+        table.add_column(column, overflow="fold")  # whole: rows may differ in the last letter only
+    table.add_column("dtype", no_wrap=True)
     for column in ("parameters", "smallest", "largest"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found.arrays:
         bounds = ("" if b is None else f"{b:.4g}" for b in (row.smallest, row.largest))
         shape = "x".join(map(str, row.shape))
@@ -196,17 +202,26 @@ def convert_command(
             "name, or the only one that its arrays fit."
         ),
     ] = None,
-    source_format: Annotated[str | None, typer.Option("--from", help=f"Of IN: {_FORMAT}")] = None,
-    target_format: Annotated[str | None, typer.Option("--to", help=f"Of OUT: {_FORMAT}")] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help=f"The format of IN. {_FORMAT}")
+    ] = None,
+    target_format: Annotated[
+        str | None, typer.Option("--to", help=f"The format of OUT. {_FORMAT}")
+    ] = None,
 ) -> None:
     """Convert a network's weights from any framework's file to any other's.
 
-    safetensors is the canonical file, which alone has metadata; torch the file of a state_dict;
-    paddle that of paddle.save; flax an Orbax folder of an NNX state's pure dict, and linen one of
-    the variables {"params": ...}. Either of the last two reads both.
+    The formats, of which either of the last two reads both:
+    safetensors, the canonical file, which alone has metadata;
+    torch, the file of a state_dict;
+    paddle, that of paddle.save;
+    flax, an Orbax folder of an NNX state's pure dict;
+    linen, an Orbax folder of the variables {"params": ...}.
 
-    Nothing that is read can run code. So a .pdparams file must be one that paddle.save wrote with
-    safetensors=True; the error says how to make it one.
+    Nothing that is read can run code. So a .pdparams file must be one that
+    paddle.save wrote with safetensors=True; the error says how to make it one.
+    What is written as .pdparams is Paddle's usual pickle, for paddle.load, and
+    is not read back here.
     """
     try:
         with warnings.catch_warnings():

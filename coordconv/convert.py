@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,18 @@ import numpy as np
 from coordconv import backends, networks
 from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
-from coordconv.weights import Weights, fitted, read_weights, save_weights, warn_of_strange
+from coordconv.weights import (
+    Weights,
+    fitted,
+    permissions,
+    read_weights,
+    save_weights,
+    warn_of_strange,
+)
 
 CANONICAL = "safetensors"
 FORMATS = (CANONICAL, *backends.BACKENDS)
+_DTYPES = ("float16", "float32", "float64")
 
 
 def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
@@ -40,7 +49,7 @@ def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
     suffixes = {f".{CANONICAL}": CANONICAL}
     for backend in backends.BACKENDS.values():
         suffixes |= dict.fromkeys(backend.suffixes, backend.name)
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     suffix = os.path.splitext(path.rstrip("/" + os.sep))[1].lower()
     if suffix not in suffixes and (os.path.isdir(path) or path.endswith(("/", os.sep))):
         suffix = "/"
@@ -95,7 +104,7 @@ def _load(
     try:
         weights = _fitted(arrays, networks.get(network), format)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from error
+        raise ValueError(f"{os.fsdecode(path)}: {error}") from error
     weights.metadata = {**arrays.metadata, **weights.metadata}
     return weights
 
@@ -119,7 +128,8 @@ def save(
             the canonical format alone.
 
     Raises:
-        ValueError: an unknown network or format, or weights that are not the network's.
+        ValueError: an unknown network or format, weights that are not the network's, or of another
+            type than float16, float32 and float64.
         ImportError: the format's framework is not installed.
         OSError: the file cannot be written, or the folder exists.
 
@@ -134,10 +144,15 @@ def save(
     metadata = dict(getattr(weights, "metadata", {}))
     network = networks.get(network or metadata.get("network", ""))
     weights = fitted(weights, network)
+    for name, array in weights.items():
+        if array.dtype.name not in _DTYPES:
+            raise ValueError(f"weights must be {', '.join(_DTYPES)}, got {name!r}: {array.dtype}")
+        # Frameworks take neither another machine's order of bytes nor every view.
+        weights[name] = np.array(array, array.dtype.newbyteorder("="), order="C")
     if format == CANONICAL:
         save_weights(path, weights, {**metadata, **weights.metadata})
     else:
-        backends.load(format).write_state(os.fspath(path), network, weights)
+        backends.load(format).write_state(os.fsdecode(path), network, weights)
 
 
 def convert(
@@ -164,8 +179,9 @@ def convert(
         as both do; and ValueError if ``source`` and ``target`` are the same file.
     """
     target_format = format_of(target, target_format)
+    source, target = os.fsdecode(source), os.fsdecode(target)
     if os.path.realpath(source) == os.path.realpath(target):
-        raise ValueError(f"source and target are the same file, {os.fspath(source)}")
+        raise ValueError(f"source and target are the same file, {source}")
     if target_format != CANONICAL:
         backends.load(target_format)  # it is there: say so before anything is read
     weights = _load(source, network, source_format)
@@ -212,6 +228,8 @@ class Description:
 def describe(path: str | os.PathLike[str], *, format: str | None = None) -> Description:
     """What is in a file of weights, of whatever network, under its own names and in its own layout.
 
+    What is bfloat16, which NumPy lacks, is described as the float32 that it is read as.
+
     Args:
         path: a file, or a folder where that is what the framework saves.
         format: one of ``FORMATS``; by default what the suffix says.
@@ -249,9 +267,13 @@ def _row(name: str, array: Array) -> ArrayRow:
 
 def _read(path: str | os.PathLike[str], format: str) -> Weights:
     """What is in a file, under its own names and in its own layout."""
+    path = os.fsdecode(path)
     if format == CANONICAL:
         return read_weights(path)
-    return Weights(backends.load(format).read_state(os.fspath(path)))
+    backend = backends.load(format)
+    if not os.path.isdir(path):
+        permissions(path)
+    return Weights(backend.read_state(path))
 
 
 def _fitted(arrays: Weights, network: networks.Network, format: str) -> Weights:
@@ -272,7 +294,19 @@ def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networ
     if len(fitting) != 1:
         found = ", ".join(network.name for network in fitting) or "none"
         raise ValueError(
-            f"{os.fspath(path)} does not say whose weights it holds, and of "
+            f"{os.fsdecode(path)} does not say whose weights it holds, and of "
             f"{', '.join(networks.NETWORKS)} they fit {found}: name the network (--network)"
+            + ("" if fitting else f"\n{_found(arrays)}")
         )
     return fitting[0]
+
+
+def _found(arrays: Weights) -> str:
+    """What is in a file whose weights are no known network's."""
+    shown = [f"{name} {array.shape}" for name, array in arrays.items()]
+    told = f"it holds {len(shown)} arrays: {', '.join(shown[:4])}{', ...' * (len(shown) > 4)}"
+    parts = zip(*(name.split(".")[:-1] for name in arrays), strict=False)
+    prefix = ".".join(part[0] for part in takewhile(lambda part: len({*part}) == 1, parts))
+    if prefix and prefix != "params":  # which is read with Linen's and without
+        told += f"; all begin with {prefix + '.'!r}: if a wrapper added that, save what it wraps"
+    return told

@@ -31,6 +31,10 @@ from coordconv.grid import Array, evaluate, frozen, ramp
 # core's cache; up to there one product takes less than the several steps that it replaces.
 MOST_TOGETHER = 2**16
 
+# Terms of the last product, up to which a compiler is given it as sums, to fuse with what follows:
+# more of them, for each sample, cost more than to write a map once and to read it again.
+MOST_SUMS = 9
+
 
 @dataclass(frozen=True, eq=False)
 class Share:
@@ -233,8 +237,7 @@ def position_bias(
             sample, channels first, no batch axis) with ``kernel``, as :class:`Share` says; returns
             shape ``(out, *output shape)``.
         channels_last: put the output channels last.
-        multiply: the product of two matrices; where a compiler fuses it with the sum that follows,
-            :func:`sum_of_products` may do.
+        multiply: the product of two matrices; see :func:`fusible_product`.
 
     Returns:
         An array of shape ``(out, *output shape)``, or ``(*output shape, out)``.
@@ -253,14 +256,19 @@ def position_bias(
     return total
 
 
-def sum_of_products(left: Any, right: Any) -> Any:
-    """The product of two matrices as a sum of elementwise ones, one for each term.
+def fusible_product(left: Any, right: Any, product: Callable[[Any, Any], Any]) -> Any:
+    """A ``multiply`` for a compiler that fuses elementwise operations, and no ``product``.
+
+    Up to :data:`MOST_SUMS` terms it is written as elementwise products and their sum, so that
+    there is no map in memory.
 
     Example:
         >>> left, right = np.arange(6.0).reshape(3, 2), np.arange(8.0).reshape(2, 4)
-        >>> np.array_equal(sum_of_products(left, right), left @ right)
+        >>> np.array_equal(fusible_product(left, right, np.matmul), left @ right)
         True
     """
+    if len(right) > MOST_SUMS:
+        return product(left, right)
     return reduce(add, (left[:, j, None] * right[j] for j in range(len(right))))
 
 
@@ -283,8 +291,13 @@ def factors(
     indices = f"oc{taps}"
     for i, axis in enumerate(others):
         rest = "".join([*(taps[a] for a in others[i + 1 :]), *(outs[a] for a in others[: i + 1])])
-        result = f"c{taps[kept]}{rest}o" if channels_last else f"c{taps[kept]}o{rest}"
-        term = einsum(f"{indices},c{taps[axis]}{outs[axis]}->{result}", term, share.tables[axis])
+        table, tapped = share.tables[axis], f"c{taps[axis]}{outs[axis]}"
+        if channels_last:
+            result = f"c{taps[kept]}{rest}o"
+            term = einsum(f"{tapped},{indices}->{result}", table, term)
+        else:
+            result = f"c{taps[kept]}o{rest}"
+            term = einsum(f"{indices},{tapped}->{result}", term, table)
         indices = result
     table = share.tables[kept].reshape((-1, share.tables[kept].shape[-1]))
     if not others:

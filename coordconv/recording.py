@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeAlias
@@ -24,7 +25,8 @@ class Recording:
     """Names for what modules return, in the order in which they return it.
 
     A module's later calls are numbered, as in ``relu#2``; where it returns a tuple, a list or a
-    mapping, the parts have names of their own, as in ``lstm.0`` or ``head.logits``.
+    mapping or a dataclass, the parts have their place, key or field in brackets, as in ``lstm[0]``
+    or ``head[logits]``: behind a dot, a submodule has such a name.
 
     Args:
         names: another name for a module by its own, in a mapping or from a function. Modules of
@@ -35,7 +37,7 @@ class Recording:
         >>> for _ in range(2):
         ...     _ = recording.visit("act", (1.0, 2.0), recording.keep)
         >>> recording.found()
-        {'relu.0': 1.0, 'relu.1': 2.0, 'relu#2.0': 1.0, 'relu#2.1': 2.0}
+        {'relu[0]': 1.0, 'relu[1]': 2.0, 'relu#2[0]': 1.0, 'relu#2[1]': 2.0}
     """
 
     def __init__(self, names: Names = None) -> None:
@@ -55,6 +57,20 @@ class Recording:
         count = self._calls[module]
         return mapped(leaf, module if count == 1 else f"{module}#{count}", output)
 
+    def end(self, output: Any, leaf: Callable[[str, Any], Any]) -> None:
+        """Visit what the model itself returned; ``leaf`` keeps its arrays.
+
+        Raises:
+            TypeError: there is none.
+        """
+        before = len(self._found)
+        mapped(leaf, OUTPUT, output)
+        if len(self._found) == before:
+            raise TypeError(
+                "the model must return an array of its framework, or a tuple, list, mapping or "
+                f"dataclass with one in it, got {type(output).__name__}"
+            )
+
     def keep(self, name: str, part: Any) -> Any:
         """Keep a part under its name."""
         self._found[name] = part
@@ -64,27 +80,41 @@ class Recording:
         """What was kept.
 
         Raises:
-            ValueError: the mapping of names has a module that was not called.
+            ValueError: the mapping of names has a module that was not seen.
         """
         if isinstance(self._names, Mapping):
             unknown = sorted(set(self._names) - self._called)
             if unknown:
                 called = ", ".join(sorted(self._called))
-                raise ValueError(f"names has {unknown}, but the modules called are: {called}")
+                raise ValueError(f"names has {unknown}, but the modules seen are: {called}")
         return self._found
 
 
 def mapped(leaf: Callable[[str, Any], Any], name: str, value: Any) -> Any:
-    """The same tuples, lists and mappings with ``leaf(name, part)`` in place of their parts."""
+    """The same tuples, lists, mappings and dataclasses with ``leaf(name, part)`` for their parts.
+
+    Example:
+        >>> mapped(lambda name, part: name, "lstm", (1, {"h": 2, "c": 3}))
+        ('lstm[0]', {'h': 'lstm[1][h]', 'c': 'lstm[1][c]'})
+    """
     if isinstance(value, Mapping):
         # A copy is of its own kind, which may have attributes.
         made: Any = copy.copy(value) if isinstance(value, MutableMapping) else {}
         for key, part in value.items():
-            made[key] = mapped(leaf, f"{name}.{key}", part)
+            made[key] = mapped(leaf, f"{name}[{key}]", part)
         return made
     if isinstance(value, (tuple, list)):
-        parts = [mapped(leaf, f"{name}.{i}", part) for i, part in enumerate(value)]
+        parts = [mapped(leaf, f"{name}[{i}]", part) for i, part in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                part = mapped(leaf, f"{name}[{field.name}]", getattr(value, field.name))
+                # Not replace(), which has no place for every kind of field, nor setattr, which a
+                # frozen one refuses.
+                object.__setattr__(made, field.name, part)
+        return made
     return leaf(name, value)
 
 
@@ -115,7 +145,7 @@ def given_gradients(
 
 def input_names(count: int) -> list[str]:
     """What the inputs are called."""
-    return [INPUT] if count == 1 else [f"{INPUT}.{i}" for i in range(count)]
+    return [INPUT] if count == 1 else [f"{INPUT}[{i}]" for i in range(count)]
 
 
 def in_order(

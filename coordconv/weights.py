@@ -10,11 +10,13 @@ splits one, and ``adopt`` takes all the arrays of such a network.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import safetensors
@@ -70,7 +72,7 @@ def save_weights(
     meets half a file and a failure leaves the old one as it was.
 
     Args:
-        path: the file to write.
+        path: the file to write. If it exists, it keeps its permissions, and a link stays a link.
         weights: arrays by name, as ``export_weights()`` returns them; their Coordinates go along.
         metadata: further text entries, which ``load_weights`` returns as ``.metadata``.
 
@@ -88,7 +90,7 @@ def save_weights(
     """
     import json  # here and in load_weights, for the sake of the package's import time
 
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     entries = {**getattr(weights, "metadata", {}), **(metadata or {})}
     for name, text in entries.items():
         if not isinstance(name, str) or not isinstance(text, str):
@@ -115,20 +117,37 @@ def replace_file(path: str, content: bytes) -> None:
     """Write a file of weights, whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or there is something else than a file.
     """
-    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.tmp")
+    target = os.path.realpath(path)  # so that a link stays, and leads to what is new
+    temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
     try:
+        mode = permissions(target) if os.path.lexists(target) else None
         with open(temporary, "xb") as file:
+            if mode is not None:
+                os.chmod(temporary, mode)  # before there is anything to be read in it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, f"cannot write weights: {error.strerror}", path) from error
     finally:
         with suppress(OSError):  # renamed, or never made
             os.unlink(temporary)
+
+
+def permissions(path: str) -> int:
+    """The permission bits of a regular file.
+
+    Raises:
+        OSError: there is none; or a pipe, which would have a reader wait, or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, "it is not a regular file", path)
+    return stat.S_IMODE(mode)
 
 
 def load_weights(path: str | os.PathLike[str]) -> Weights:
@@ -138,7 +157,8 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
         path: a file that ``save_weights`` wrote, or any other safetensors file.
 
     Returns:
-        The arrays by name, with ``.coordinates`` and ``.metadata``.
+        The arrays by name, with ``.coordinates`` and ``.metadata``. What is bfloat16, which NumPy
+        lacks, becomes float32, which holds every value of it.
 
     Warns:
         UserWarning: an array holds NaN or infinity.
@@ -157,7 +177,7 @@ def warn_of_strange(path: str | os.PathLike[str], weights: Mapping[str, Array]) 
     """Warn the caller's caller of arrays from a file that hold NaN or infinity."""
     strange = [name for name, array in weights.items() if not np.isfinite(array).all()]
     if strange:
-        message = f"{os.fspath(path)} holds NaN or infinity in {', '.join(strange)}"
+        message = f"{os.fsdecode(path)} holds NaN or infinity in {', '.join(strange)}"
         warnings.warn(message, stacklevel=3)
 
 
@@ -165,32 +185,49 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     """As :func:`load_weights`, but without its warning."""
     import json
 
-    path = os.fspath(path)
+    path = os.fsdecode(path)
+    permissions(path)
     with open(path, "rb") as raw:  # the system's own error, in its own words, if it cannot be read
         size = raw.read(8)
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 names: list[str] = file.keys()
-                arrays = {name: file.get_tensor(name) for name in names}
-            header = raw.read(int.from_bytes(size, "little"))
-            json.loads(header, object_pairs_hook=_without_repetition)  # safetensors lets it pass
+                text = raw.read(int.from_bytes(size, "little"))
+                # safetensors lets a repetition pass
+                header = json.loads(text, object_pairs_hook=_without_repetition)
+                start = raw.tell()
+                arrays = {
+                    name: _widened(raw, start, header[name])
+                    if header[name]["dtype"] == "BF16"
+                    else file.get_tensor(name)
+                    for name in names
+                }
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
         except (AttributeError, TypeError, ValueError) as error:  # NumPy lacks such a dtype or rank
             raise ValueError(f"{path} holds what NumPy arrays by name cannot: {error}") from error
     version = metadata.pop("format_version", str(FORMAT_VERSION))
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+    # Python reads no number of thousands of digits, and nobody a message with one.
+    if not version.isdecimal() or len(version) > 9 or int(version) > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}; this coordconv reads up to {FORMAT_VERSION}: "
-            "install a newer one"
+            f"{path} has format version {version:.20}; this coordconv reads up to "
+            f"{FORMAT_VERSION}: install a newer one"
         )
     try:
         described = json.loads(metadata.pop("coordinates", "{}"))
         coordinates = {name: Coordinates.from_dict(d) for name, d in described.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged coordinates metadata: {error}") from error
     return Weights(arrays, coordinates, metadata)
+
+
+def _widened(raw: BinaryIO, start: int, entry: dict[str, Any]) -> Array:
+    """An array of bfloat16, the first half of a float32, as float32."""
+    first, end = entry["data_offsets"]
+    raw.seek(start + first)
+    bits = np.frombuffer(raw.read(end - first), "<u2").astype(np.uint32)
+    return (bits << 16).view(np.float32).reshape(entry["shape"])
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import itertools
 import json
 import os
@@ -200,14 +201,13 @@ def test_the_type_is_kept(backend: str, dtype: Any, tmp_path: Path) -> None:
 
 def test_bfloat16_is_read_as_float32(backend: str, tmp_path: Path) -> None:
     path, weights = named(tmp_path, backend), networks.initial_weights("plain_cnn")
-    if backend == "paddle":  # in a safetensors file it is more than NumPy has
+    if backend == "paddle":
         import paddle
 
-        paddle.save({"w": paddle.ones([2], "bfloat16")}, str(path), safetensors=True)
-        with pytest.raises(ValueError, match="bfloat16"):
-            load(path, "plain_cnn")
-        return
-    if backend == "torch":
+        swapped = {n: a.T if n.startswith("linear") else a for n, a in weights.items()}
+        halves = {n: paddle.to_tensor(a).astype("bfloat16") for n, a in swapped.items()}
+        paddle.save(halves, str(path), safetensors=True)
+    elif backend == "torch":
         import torch
 
         module = backends.load(backend).build(networks.get("plain_cnn"), weights)
@@ -221,6 +221,73 @@ def test_bfloat16_is_read_as_float32(backend: str, tmp_path: Path) -> None:
     for name, array in weights.items():
         assert found[name].dtype == np.float32
         assert np.allclose(found[name], array, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("backend", [name for name in FOLDERS if name in INSTALLED])
+def test_what_jax_has_in_8_bits_is_not_taken_for_weights(
+    backend: str, dtype: str, tmp_path: Path
+) -> None:
+    """Quantized, that is, with a scale elsewhere."""
+    import jax
+
+    path, weights = named(tmp_path, backend), networks.initial_weights("plain_cnn")
+    params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+    params["conv1"]["kernel"] = jax.numpy.asarray(params["conv1"]["kernel"], dtype)
+    orbax(path, params)
+    for reader in (load, describe):
+        with pytest.raises(ValueError, match="not floating-point of 16 bits") as caught:
+            reader(path, format=backend)
+        assert str(path) in str(caught.value)
+        assert f"conv1.kernel is {dtype}" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", [name for name in FOLDERS if name in INSTALLED])
+def test_text_beside_the_weights_of_a_checkpoint(backend: str, tmp_path: Path) -> None:
+    path, weights = named(tmp_path, backend), networks.initial_weights("plain_cnn")
+    params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+    orbax(path, {"params": params, "note": "squares"}, "PyTreeCheckpointer")
+    assert_same(load(path, format=backend), weights)
+    rows = {row.name: row for row in describe(path, format=backend).arrays}
+    assert (rows["note"].shape, rows["note"].largest) == ((), None)
+
+
+@pytest.mark.parametrize("change", ["bytes", "strides", "view"])
+@pytest.mark.parametrize("format", INSTALLED)
+def test_arrays_of_any_layout_are_written(format: str, change: str, tmp_path: Path) -> None:
+    weights = networks.initial_weights("coord_cnn")
+    changed = {
+        "bytes": lambda a: a.astype(a.dtype.newbyteorder()),
+        "strides": lambda a: np.flip(np.flip(a).copy()),
+        "view": lambda a: np.repeat(a, 2, axis=0)[::2],
+    }[change]
+    path = named(tmp_path, format)
+    save(path, {name: changed(a) for name, a in weights.items()}, "coord_cnn", format=format)
+    assert_same(load(without_pickle(path)), weights)
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is double here")
+@pytest.mark.parametrize("format", INSTALLED)
+def test_a_type_that_no_file_has(format: str, tmp_path: Path) -> None:
+    weights = networks.initial_weights("plain_cnn")
+    weights["conv1.bias"] = weights["conv1.bias"].astype(np.longdouble)
+    with pytest.raises(ValueError, match="float16, float32, float64, got 'conv1.bias': float"):
+        save(named(tmp_path, format), weights, format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", INSTALLED)
+def test_paths_of_bytes(format: str, tmp_path: Path) -> None:
+    weights = networks.initial_weights("plain_cnn")
+    path, copy = os.fsencode(named(tmp_path, format)), os.fsencode(tmp_path / "copy.safetensors")
+    save(path, weights, format=format)
+    if format == "paddle":
+        path = os.fsencode(without_pickle(named(tmp_path, format)))
+    convert(path, copy)
+    assert_same(load(copy), weights)
+    assert describe(path).parameters == describe(copy).parameters
+    with pytest.raises(ValueError, match="are the same file"):
+        convert(copy, tmp_path / "copy.safetensors")
 
 
 def test_metadata_goes_from_canonical_to_canonical(tmp_path: Path) -> None:
@@ -357,6 +424,23 @@ def test_arrays_that_do_not_fit(format: str, problem: str, tmp_path: Path) -> No
             load(path)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "params.", ""])
+@pytest.mark.parametrize("format", [f for f in INSTALLED if f not in FOLDERS])
+def test_arrays_that_fit_no_network_are_named(format: str, prefix: str, tmp_path: Path) -> None:
+    weights = networks.initial_weights("coord_cnn")
+    changed = {f"{prefix}{name}": array for name, array in weights.items()}
+    changed[f"{prefix}conv9.bias"] = np.ones(1, np.float32)
+    path = named(tmp_path, format)
+    save_unchecked(format, path, changed)
+    with pytest.raises(ValueError, match="they fit none") as caught:
+        load(path)
+    told = str(caught.value).splitlines()[-1]
+    assert told.startswith(f"it holds {len(changed)} arrays: {prefix}conv")
+    assert f"{prefix}conv1.bias (32,)" in told
+    expected = prefix.removeprefix("params.")
+    assert told.partition("; ")[2].startswith(f"all begin with {expected!r}: " if expected else "")
+
+
 @pytest.mark.parametrize("format", INSTALLED)
 def test_another_network(format: str, tmp_path: Path) -> None:
     path = named(tmp_path, format)
@@ -413,8 +497,23 @@ def test_a_damaged_folder(backend: str, tmp_path: Path) -> None:
     assert {"_METADATA", "manifest.ocdbt"} <= told
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="empty is not an Orbax checkpoint"):
+    with pytest.raises(ValueError, match="empty is not an Orbax checkpoint.* _METADATA$"):
         load(empty, format=backend)
+
+
+@pytest.mark.parametrize("backend", [name for name in FOLDERS if name in INSTALLED])
+def test_a_folder_of_checkpoints(backend: str, tmp_path: Path) -> None:
+    """As an Orbax CheckpointManager leaves it: the error says what to name."""
+    import orbax.checkpoint as ocp
+
+    weights = networks.initial_weights("plain_cnn")
+    params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(7, args=ocp.args.StandardSave(params))
+    for folder, inside in (("run", "7/default"), ("run/7", "default")):
+        with pytest.raises(ValueError, match=f"there is one in it: name {inside}$"):
+            load(tmp_path / folder, format=backend)
+        assert_same(load(tmp_path / folder / inside, format=backend), weights)
 
 
 def test_files_of_torch_that_hold_no_state(tmp_path: Path) -> None:
@@ -423,9 +522,16 @@ def test_files_of_torch_that_hold_no_state(tmp_path: Path) -> None:
         torch.save(what, tmp_path / "w.pt")
         with pytest.raises(ValueError, match="w.pt holds no weights by name"):
             load(tmp_path / "w.pt")
-    torch.save({"w": torch.eye(2).to_sparse()}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="w.pt holds what NumPy arrays by name cannot"):
+    torch.save({"epoch": 3, "model": {"w": torch.ones(2)}, "ema": {}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"but mappings, 'model', 'ema': .*w.pt'\)\['model'\]"):
         load(tmp_path / "w.pt")
+    for tensor in (torch.eye(2).to_sparse(), torch.ones(1).expand(10**12)):
+        torch.save({"v": torch.ones(2), "w": tensor}, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match="w.pt holds what NumPy arrays by name cannot: w: "):
+            load(tmp_path / "w.pt")
+    views = dict(zip("vw", torch.ones(2, 2).T, strict=True))  # of one storage, which is none
+    torch.save(views, tmp_path / "w.pt")
+    assert [row.shape for row in describe(tmp_path / "w.pt").arrays] == [(2,), (2,)]
     torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pt")  # the module itself, which is code
     with pytest.raises(ValueError, match="w.pt is damaged, or holds other things than weights"):
         load(tmp_path / "w.pt")
@@ -676,6 +782,40 @@ def test_command_weights_shows_what_a_terminal_would_obey(run: Any, tmp_path: Pa
     assert "\x1b" not in shown.output
     assert "\x07" not in shown.output
     assert "[bold]" in shown.output
+
+
+def test_command_weights_shows_whole_names(run: Any, tmp_path: Path) -> None:
+    names = [f"backbone.blocks.{'inner.' * 9}conv{i}.weight" for i in range(2)]
+    shape = (1,) * 12 + (1234567,)
+    path = tmp_path / "w.safetensors"
+    save_weights(path, {name: np.zeros(shape, np.float16) for name in names})
+    rows = [line.split("│")[1:-1] for line in run("weights", path).output.splitlines()]
+    columns = ["".join(map(str.strip, column)) for column in zip(*filter(None, rows), strict=True)]
+    assert columns[:3] == ["".join(names), "x".join(map(str, shape)) * 2, "float16" * 2]
+    assert "…" not in "".join(columns)
+
+
+@pytest.mark.parametrize("command", ["weights_command", "convert_command"])
+def test_command_help_keeps_its_lines(run: Any, command: str) -> None:
+    from coordconv import cli
+
+    shown = run(command.partition("_")[0], "--help").output
+    for line in inspect.getdoc(getattr(cli, command)).splitlines():  # type: ignore[union-attr]
+        assert f" {line} " in shown
+    assert not re.search(r"Of (IN|OUT): One", shown)
+
+
+def test_command_says_what_is_wrong_without_what_a_terminal_would_obey(
+    run: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "\x1b[2J.safetensors"
+    save_weights(path, {"\x1b]0;title\x07\u202e[bold]": np.ones(1)})
+    shown = run("convert", path, tmp_path / "out.safetensors", "--network", "coord_cnn")
+    assert shown.exit_code == 2
+    assert all(c.isprintable() or c == "\n" for c in shown.stderr)
+    assert r"\x1b]0;title\x07\u202e[bold], shape (1,)" in shown.stderr
+    assert r"\x1b[2J.safetensors: cannot import weights:" in shown.stderr
+    assert len(shown.stderr.splitlines()) > 10
 
 
 def test_command_convert(run: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -165,10 +166,18 @@ def test_a_newer_format(version: str, path: Path) -> None:
         load_weights(path)
 
 
+def test_a_version_of_more_digits_than_python_reads(path: Path) -> None:
+    safetensors.numpy.save_file(WEIGHTS, path, metadata={"format_version": "9" * 5000})
+    with pytest.raises(ValueError, match="w.safetensors has format version 9{20}; this"):
+        load_weights(path)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "nonsense",
+        "[" * 100_000,
+        '{"": ' * 100_000,
         "[]",
         "null",
         '{"": 3}',
@@ -375,11 +384,57 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
 def test_a_path_that_is_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
-    with pytest.raises(OSError, match="cannot write weights"):
+    with pytest.raises(IsADirectoryError, match="cannot write weights: it is not a regular file"):
         save_weights(path, WEIGHTS)
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(IsADirectoryError if os.name == "posix" else OSError, match="folder"):
         load_weights(path)
+
+
+@posix
+def test_a_path_that_is_a_pipe(tmp_path: Path) -> None:
+    """It is not replaced, and not waited on."""
+    path = tmp_path / "w"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="cannot write weights: it is not a regular file") as caught:
+        save_weights(path, WEIGHTS)
+    assert caught.value.filename == str(path)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+    for loader in LOADERS:
+        with pytest.raises(OSError, match="it is not a regular file") as caught:
+            loader(path)
+        assert caught.value.filename == str(path)
+
+
+@posix
+@pytest.mark.parametrize("there", [True, False])
+def test_a_path_that_is_a_link(there: bool, tmp_path: Path) -> None:
+    """It stays, and leads to what was written."""
+    (tmp_path / "folder").mkdir()
+    file, link, twice = tmp_path / "folder" / "file", tmp_path / "link", tmp_path / "twice"
+    link.symlink_to(Path("folder") / "file")
+    twice.symlink_to(link)
+    if there:
+        save_weights(file, {"w": np.ones(1)})
+    save_weights(twice, WEIGHTS)
+    assert (link.readlink(), twice.readlink()) == (Path("folder") / "file", link)
+    assert_same(load_weights(file), WEIGHTS)
+    assert list(file.parent.iterdir()) == [file]
+    link.unlink()
+    link.symlink_to(twice)
+    with pytest.raises(OSError, match="cannot write weights: .*symbolic links"):
+        save_weights(link, WEIGHTS)
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_a_file_keeps_its_permissions(mode: int, path: Path) -> None:
+    save_weights(path, {"w": np.ones(1)})
+    path.chmod(mode)
+    save_weights(path, WEIGHTS)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert_same(load_weights(path), WEIGHTS)
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
@@ -420,6 +475,18 @@ def test_a_file_that_may_not_be_read(foreign_folder: Path) -> None:
     path.chmod(0)
     with unprivileged(), pytest.raises(PermissionError, match="w.safetensors"):
         load_weights(path)
+
+
+@posix
+@pytest.mark.parametrize("mode", [0, 0o444])
+@pytest.mark.parametrize("backend", [n for n in ("flax", "linen") if n in available_backends()])
+def test_a_checkpoint_that_may_not_be_read(backend: str, mode: int, foreign_folder: Path) -> None:
+    path = foreign_folder / "w"
+    convert.save(path, WEIGHTS, NETWORK, format=backend)
+    path.chmod(mode)
+    with unprivileged(), pytest.raises(PermissionError, match=f"{path}/_METADATA"):
+        convert.load(path, NETWORK, format=backend)
+    path.chmod(0o755)
 
 
 @posix

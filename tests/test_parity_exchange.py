@@ -51,12 +51,17 @@ def pretender(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("network", "name"),
-    [("coord_classifier", "conv1.coord_weight"), ("coord_cnn", "conv4.coord_weight")],
+    ("network", "name", "wrong"),
+    [
+        ("coord_classifier", "conv1.coord_weight", lambda kernel: kernel[:, ::-1]),
+        ("coord_cnn", "conv4.coord_weight", lambda kernel: kernel[:, ::-1]),
+        ("coord_cnn", "conv4.coord_weight", lambda kernel: kernel.swapaxes(2, 3)),
+    ],
+    ids=["coordinates", "coordinates of a later layer", "axes of a later layer"],
 )
-def test_a_wrong_export_fails_wherever_it_is_loaded(pretender, network, name):
+def test_a_wrong_export_fails_wherever_it_is_loaded(pretender, network, name, wrong):
     def swapped(weights):
-        weights[name] = weights[name][:, ::-1].copy()
+        weights[name] = wrong(weights[name]).copy()
         return weights
 
     report = pretender(network, export=swapped)

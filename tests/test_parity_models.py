@@ -1,6 +1,11 @@
 """Models of any kind side by side: what is recorded of each, and where they part."""
 
+import collections
+import copy
+import dataclasses
+import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from coordconv import available_backends, backends, networks
 from coordconv.parity import Report, compare
 from coordconv.parity.models import ulp_distance
+from coordconv.recording import Recording, mapped
 
 X = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
 
@@ -141,7 +147,7 @@ class TestBound:
         """The one that the docstring states, at the second array."""
         x = np.full((2, 8, 2), 3, dtype)
         unit = float(np.finfo(dtype).eps) / 2
-        by = factor * 2 * np.sqrt(2 * 16) * unit * 3
+        by = factor * min(2 * np.sqrt(2 * 9 * 8) * unit, 1 / 32) * 3
         report = compare(
             {
                 "a": lambda x: {"one": x, "two": x},
@@ -152,6 +158,53 @@ class TestBound:
         # Not closer, since there are few steps of float64 between the two.
         assert report.rows[1].of_bound == pytest.approx(factor, rel=0.1)
         assert report.parts == {"b": "two" if factor > 1 else None}
+
+    @pytest.mark.parametrize("size", [1, 100])
+    def test_default_counts_no_samples_and_no_elements(self, size):
+        """Of 9 and of 900 terms."""
+        for shape in ((7, size), (1000, size, 1), (7, size, size)):
+            (row,) = compare(
+                {"a": lambda x: x, "b": lambda x: x + 2**-20}, np.ones(shape, "f4")
+            ).rows
+            assert row.of_bound == pytest.approx(2**4 / (2 * 3 * np.sqrt(size)))
+
+    def test_default_is_never_much_of_the_array(self):
+        """In float16 a long axis would allow all of it."""
+        x = np.random.default_rng(0).standard_normal((2, 3, 4096)).astype("f2")
+        (row,) = compare({"a": lambda x: x, "b": np.zeros_like}, x).rows
+        assert row.of_bound == 32
+
+    def test_default_tells_two_gelus_apart_behind_a_large_image(self):
+        torch = pytest.importorskip("torch")
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 64, 4, stride=4)
+        exact, tanh = (
+            recorded("torch", torch.nn.Sequential(conv, torch.nn.GELU(each)))
+            for each in ("none", "tanh")
+        )
+        images = np.random.default_rng(0).standard_normal((1, 3, 512, 512)).astype("f4")
+        assert compare({"exact": exact, "tanh": tanh}, images).parts == {"tanh": "1"}
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("size", [8, 64])
+    def test_default_is_no_hard_one_for_a_right_model(self, size, training):
+        torch = pytest.importorskip("torch")
+        nn = torch.nn
+        torch.manual_seed(0)
+        channels = (3, 8, 16, 16)
+        blocks = (
+            (nn.Conv2d(*pair, 3, padding=1), nn.BatchNorm2d(pair[1]), nn.SiLU())
+            for pair in itertools.pairwise(channels)
+        )
+        net = nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(16 * size**2, 10))
+        net.train(training)
+        rng = np.random.default_rng(0)
+        x, dy = (rng.standard_normal(s).astype("f4") for s in ((4, 3, size, size), (4, 10)))
+        models = {
+            "f8": recorded("torch", copy.deepcopy(net).double(), output_gradient=dy),
+            "f4": recorded("torch", net, output_gradient=dy),
+        }
+        assert max(row.of_bound for row in compare(models, x).rows) < 0.5
 
     @pytest.mark.parametrize(
         ("bound", "message"),
@@ -183,11 +236,25 @@ class TestBound:
         ),
         ({"a": doubled, "b": lambda x: x.astype("U")}, {}, TypeError, "got ndarray of <U"),
         ({"a": doubled, "b": lambda x: {"c": x}}, {}, ValueError, "b and a have no array of one"),
+        ({"a": doubled, "b": lambda x: {0: x}}, {}, TypeError, "from strings, got the key 0"),
     ],
 )
 def test_bad_arguments(models, options, error, message):
     with pytest.raises(error, match=message):
         compare(models, X, **options)
+
+
+@pytest.mark.parametrize("inputs", [X.tolist(), 1.0, [X, 1.0], "x", {"x": X}, iter([X])])
+def test_inputs_are_numpy_arrays(inputs):
+    with pytest.raises(TypeError, match="inputs must be a NumPy array, or a list .* got builtins"):
+        compare({"a": doubled, "b": doubled}, inputs)
+
+
+def test_inputs_are_no_tensors():
+    torch = pytest.importorskip("torch")
+    for inputs in (torch.ones(2), [torch.ones(2)]):
+        with pytest.raises(TypeError, match="inputs must be a NumPy array.* got torch.Tensor"):
+            compare({"a": doubled, "b": doubled}, inputs)
 
 
 def test_a_model_that_raises_is_named():
@@ -217,12 +284,68 @@ def test_json_and_the_picture(tmp_path):
     assert (tmp_path / "report.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("first", range(6))
+def test_the_picture_has_room_for_what_is_written(first, monkeypatch):
+    """Names with dollars, of any length, and a difference anywhere."""
+    figure = pytest.importorskip("matplotlib.figure")
+    names = [f"$x${i}" + ".encoder" * 12 * (i % 2) for i in range(6)]
+
+    def model(size):
+        return lambda x: {name: x + size * (i >= first) for i, name in enumerate(names)}
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    compare({"$a$": model(0), "$b$": model(1e9)}, X).draw("report.png")
+    drawn[0].draw_without_rendering()
+    axes = drawn[0].axes[0]
+    box = axes.get_window_extent()
+    (text,) = (text for text in axes.texts if text.get_text().startswith("parts at"))
+    at = text.get_window_extent()
+    assert box.x0 <= at.x0 < at.x1 <= box.x1
+    assert at.y1 < box.y1
+    assert box.height > 200
+    ticks = axes.get_xticklabels()
+    assert all(tick.get_window_extent().y0 >= 0 for tick in ticks)
+    texts = (text, axes.title, *ticks, *axes.get_legend().get_texts())
+    assert not any(each._preprocess_math(each.get_text())[1] for each in texts)
+
+
 def test_long_names_are_cut_on_the_left():
     name = "encoder." * 12 + "attention"
-    report = compare(dict.fromkeys("ab", lambda x: {name: x}), X)
-    line = str(report).splitlines()[2]
-    assert len(line) <= 100
-    assert "er.attention  2x3x2" in line
+    report = compare(dict.fromkeys("ab", lambda x: {name: x, f"gradient of {name}": x}), X)
+    lines = str(report).splitlines()[2:]
+    assert max(map(len, lines)) <= 100
+    assert "er.attention  2x3x2" in lines[0]
+    assert lines[1].startswith("  gradient of …")
+    assert "er.attention  2x3x2" in lines[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    logits: Any
+    rest: Any = None
+    count: int = dataclasses.field(default=0, init=False)
+
+
+class TestNames:
+    def test_a_part_is_no_child(self):
+        recording = Recording()
+        for name, output in (("enc.0", 1), ("enc", (2, {"0": 3})), ("enc.1.0", 4)):
+            recording.visit(name, output, recording.keep)
+        recording.end([5, Parts(6)], recording.keep)
+        found = recording.found()
+        assert list(found)[:4] == ["enc.0", "enc[0]", "enc[1][0]", "enc.1.0"]
+        assert list(found)[4:6] == ["model output[0]", "model output[1][logits]"]
+        assert [*found.values()][:6] == [1, 2, 3, 4, 5, 6]
+
+    def test_what_holds_the_parts_is_kept(self):
+        pair = collections.namedtuple("pair", "x y")
+        value = [pair(1, (2,)), collections.OrderedDict(a=3), Parts(4, [5])]
+        made = mapped(lambda name, part: -part, "it", value)
+        assert made == [pair(-1, (-2,)), {"a": -3}, Parts(-4, [-5])]
+        assert [*map(type, made)] == [*map(type, value)]
+        assert value[2] == Parts(4, [5])
+        assert mapped(lambda name, part: part, "it", Parts) is Parts
 
 
 floats = hnp.arrays(np.float32, 8, elements=st.floats(width=32))
@@ -398,7 +521,8 @@ def recorded(backend, net, **options):
 
 
 IMAGES = np.random.default_rng(1).standard_normal((2, 2, 5, 6)).astype(np.float32)
-FORWARD = ["conv1", "norm", "relu", "relu#2", "conv2", "model output.logits", "model output.rest.0"]
+OUTPUTS = ["model output[logits]", "model output[rest][0]"]
+FORWARD = ["conv1", "norm", "relu", "relu#2", "conv2", *OUTPUTS]
 
 
 class TestRecorded:
@@ -406,8 +530,8 @@ class TestRecorded:
         found = recorded(backend, net)(IMAGES)
         assert list(found) == FORWARD
         assert found["conv1"].shape == (2, 4, 5, 6)
-        assert found["conv2"].shape == found["model output.rest.0"].shape == (2, 3, 5, 6)
-        assert found["model output.logits"].shape == (2, 3)
+        assert found["conv2"].shape == found["model output[rest][0]"].shape == (2, 3, 5, 6)
+        assert found["model output[logits]"].shape == (2, 3)
         assert all(array.dtype == np.float32 for array in found.values())
         # What a module wrote to later is recorded as it was.
         assert (found["norm"] < 0).any()
@@ -415,7 +539,7 @@ class TestRecorded:
 
     def test_the_model_is_left_as_it_was(self, backend, net):
         before = state(backend, net)
-        dy = {"model output.logits": np.ones((2, 3), np.float32)}
+        dy = {"model output[logits]": np.ones((2, 3), np.float32)}
         first = recorded(backend, net, output_gradient=dy)(IMAGES)
         assert same(state(backend, net), before)
         again = recorded(backend, net)(IMAGES)
@@ -426,7 +550,7 @@ class TestRecorded:
 
     def test_arguments_go_to_the_model(self, backend, net):
         once, twice = (recorded(backend, net, scale=scale)(IMAGES) for scale in (1.0, 2.0))
-        name = "model output.logits"
+        name = "model output[logits]"
         assert np.array_equal(twice[name], 2 * once[name])
 
     def test_other_names(self, backend, net):
@@ -438,7 +562,7 @@ class TestRecorded:
 
     def test_gradients_are_those_of_finite_differences(self, backend, net):
         """In the direction of the gradient itself, the slope is its length, squared."""
-        name = "model output.logits"
+        name = "model output[logits]"
         dy = np.random.default_rng(2).standard_normal((2, 3)).astype(np.float32)
         found = recorded(backend, net, output_gradient={name: dy})(IMAGES)
         backward = ["conv2", "relu#2", "relu", "norm", "conv1", "model input"]
@@ -459,7 +583,7 @@ class TestRecorded:
         assert np.array_equal(found["gradient of norm"], np.where(open_gate, after_relu, 0))
 
     def test_a_gradient_that_does_not_fit(self, backend, net):
-        for dy in (np.ones((2, 3)), {"model output.logits": np.ones((2, 4))}, {"norm": 1}):
+        for dy in (np.ones((2, 3)), {"model output[logits]": np.ones((2, 4))}, {"norm": 1}):
             with pytest.raises(ValueError, match="output_gradient must fit .*logits.*got"):
                 recorded(backend, net, output_gradient=dy)(IMAGES)
 
@@ -508,7 +632,7 @@ def test_all_frameworks_agree_and_the_wrong_one_is_found(swapped):
     names = available_backends()
     if len(names) < 2:
         pytest.skip("there are not two frameworks")
-    dy = np.ones((2, 1), np.float32)
+    dy = np.array([[1.5], [-0.5]], np.float32)
     weights = networks.initial_weights(NETWORK)
     models = {name: built(name, weights, output_gradient=dy) for name in names}
     report = compare(models, BATCH)
@@ -555,6 +679,90 @@ def test_whole_numbers_have_no_gradient(backend):
     assert found["gradient of embed"].shape == found["embed"].shape == (2, 3, 4)
 
 
+def test_an_embedding_alone_has_no_gradients(backend):
+    kept = {}
+    if backend == "torch":
+        import torch
+
+        net = torch.nn.Embedding(5, 4)
+    elif backend == "paddle":
+        import paddle
+
+        net = paddle.nn.Embedding(5, 4)
+    elif backend == "flax":
+        from flax import nnx
+
+        net = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
+        kept["channels_last"] = False
+    else:
+        import jax
+        from flax import linen as nn
+
+        module = nn.Embed(5, 4)
+        net = module, module.init(jax.random.key(0), np.zeros(1, np.int32))
+        kept["channels_last"] = False
+    run = recorded(backend, net, output_gradient=np.ones((2, 4), "f4"), **kept)
+    assert list(run(np.array([0, 3], np.int32))) == ["model output"]
+
+
+def returning(backend, make):
+    """A network whose output is ``make`` of its input, which it may write to."""
+    if backend == "torch":
+        import torch
+
+        kind = torch.nn.Module
+    elif backend == "paddle":
+        import paddle
+
+        kind = paddle.nn.Layer
+    elif backend == "flax":
+        from flax import nnx
+
+        kind = nnx.Module
+    else:
+        from flax import linen
+
+        class Linen(linen.Module):
+            def __call__(self, x):
+                return make(x)
+
+        return Linen(), {}
+    call = "__call__" if backend == "flax" else "forward"
+    return type("Net", (kind,), {call: lambda self, x: make(x)})()
+
+
+def test_an_output_that_is_a_dataclass(backend):
+    net = returning(backend, lambda x: Parts(2 * x, [x + 1]))
+    dy = np.random.default_rng(0).standard_normal(X.shape).astype("f4")
+    found = recorded(backend, net, output_gradient={"model output[logits]": dy})(X)
+    assert list(found)[:2] == ["model output[logits]", "model output[rest][0]"]
+    assert np.array_equal(found["gradient of model input"], 2 * dy)
+
+
+@pytest.mark.parametrize("made", [None, {"loss": 1.0}, ()])
+def test_an_output_without_arrays(backend, made):
+    run = recorded(backend, returning(backend, lambda x: made))
+    with pytest.raises(TypeError, match=f"must return an array .* got {type(made).__name__}"):
+        run(X)
+
+
+def test_a_model_that_writes_to_its_input(backend):
+    if backend in ("flax", "linen"):
+        pytest.skip("JAX's arrays cannot be written to")
+
+    def make(x):
+        x[:, 0] = 0
+        x *= 3
+        return x
+
+    run = recorded(backend, returning(backend, make), output_gradient=np.ones_like(X))
+    found = run(X)
+    wanted = np.full_like(X, 3)
+    wanted[:, 0] = 0
+    assert np.array_equal(found["model output"], X * wanted)
+    assert np.array_equal(found["gradient of model input"], wanted)
+
+
 def test_sixteen_bits_are_recorded_as_float32():
     torch = pytest.importorskip("torch")
     net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1)).bfloat16()
@@ -587,6 +795,124 @@ def test_what_a_model_transforms_itself_is_not_recorded():
         found = recorded(backend, net, output_gradient=x)(x)
         assert list(found)[:2] == ["outer", "model output"]
         assert list(found)[-2:] == ["gradient of outer", "gradient of model input"]
+
+
+def test_what_is_traced_is_not_counted_as_a_call():
+    nn = pytest.importorskip("flax.linen")
+    import jax
+
+    class Inner(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(4)
+
+        def __call__(self, x):
+            return self.dense(x)
+
+        @nn.jit
+        def jitted(self, x):
+            return self.dense(x)
+
+    class Net(nn.Module):
+        def setup(self):
+            self.inner = Inner()
+
+        def __call__(self, x):
+            return self.inner(self.inner.jitted(x))
+
+    x = np.ones((2, 4), np.float32)
+    net = Net()
+    variables = net.init(jax.random.key(0), x)
+    run = recorded("linen", (net, variables), output_gradient=x)
+    names = ["inner.dense", "inner", "model output"]
+    backward = [f"gradient of {name}" for name in ("inner", "inner.dense", "model input")]
+    for _ in range(2):  # JAX traces it the first time only
+        found = run(x)
+        assert list(found) == names + backward
+        assert found["gradient of inner.dense"].any()
+
+
+def test_what_only_gradients_trace_has_no_gradient_of_zero():
+    nn = pytest.importorskip("flax.linen")
+    import jax
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            call = nn.custom_vjp(
+                lambda module, x: module(x),
+                forward_fn=lambda module, x: nn.vjp(lambda m, x: m(x), module, x),
+                backward_fn=lambda pull_back, dy: pull_back(dy),
+            )
+            return nn.Dense(4, name="after")(call(nn.Dense(4, name="within"), x))
+
+    x = np.ones((2, 4), np.float32)
+    net = Net()
+    run = recorded("linen", (net, net.init(jax.random.key(0), x)), output_gradient=x)
+    found = run(x)
+    assert all(found[name].any() for name in found if name.startswith("gradient of "))
+    assert "gradient of after" in found
+
+
+class TestTorchOnly:
+    @pytest.fixture(autouse=True)
+    def nn(self):
+        return pytest.importorskip("torch").nn
+
+    def test_tensors_without_values_for_numpy_are_skipped(self, nn):
+        import torch
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.outer, self.same = nn.Linear(4, 4), nn.Linear(4, 4), nn.Identity()
+
+            def forward(self, x):
+                for layout in (torch.strided, torch.jagged):
+                    parts = [torch.ones(2), torch.ones(3)]
+                    self.same(torch.nested.nested_tensor(parts, layout=layout))
+                self.same(x.to_sparse())
+                return self.outer(torch.vmap(self.inner)(x))
+
+        x = np.ones((2, 4), np.float32)
+        found = recorded("torch", Net(), output_gradient=x)(x)
+        assert list(found)[:2] == ["outer", "model output"]
+        assert list(found)[2:] == ["gradient of outer", "gradient of model input"]
+
+    def test_a_scripted_module_is_not_recorded(self, nn):
+        import torch
+
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+        x = np.ones((2, 4), np.float32)
+        found = recorded("torch", nn.Sequential(scripted, nn.Linear(4, 4)))(x)
+        assert list(found) == ["1", "model output"]
+        assert list(recorded("torch", scripted)(x)) == ["model output"]
+
+    def test_what_is_not_trained_is_left_as_it_was(self, nn):
+        import torch
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("late", None)
+                self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+            def forward(self, x):
+                if self.late is None:
+                    self.late = x.mean(0)
+                self.frozen += 1
+                return x + self.frozen
+
+        net = Net()
+        x = np.ones((2, 4), np.float32)
+        first = recorded("torch", net)(x)["model output"]
+        assert net.late is None
+        assert not net.frozen.any()
+        assert np.array_equal(recorded("torch", net)(x)["model output"], first)
+
+    def test_a_lazy_module(self, nn):
+        x = np.ones((2, 4), np.float32)
+        found = recorded("torch", nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()))(x)
+        assert list(found) == ["0", "1", "model output"]
 
 
 def test_the_report_is_data():

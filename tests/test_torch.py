@@ -10,7 +10,14 @@ torch = pytest.importorskip("torch")
 
 from torch import nn
 
-from coordconv import Coordinates, coordinate_grid, load_weights, networks, save_weights
+from coordconv import (
+    Coordinates,
+    coordinate_grid,
+    load_weights,
+    networks,
+    position_bias,
+    save_weights,
+)
 from coordconv.backends import torch as backend
 from coordconv.backends.torch import AddCoords, CoordConv1d, CoordConv2d, CoordConvTranspose2d
 from coordconv.geometry import ConvGeometry
@@ -697,6 +704,15 @@ class TestCompile:
         gradients = {key: parameter.grad for key, parameter in layer.named_parameters()}
         found = {"y": y.detach(), "x": x.grad, **gradients}
         assert same({key: tensor.double().numpy() for key, tensor in found.items()}, wanted)
+
+    def test_in_inference_as_eager(self, name, monkeypatch):
+        monkeypatch.setattr(position_bias, "MOST_TOGETHER", 0)  # else all of these maps are small
+        for cache in (position_bias.shares, backend._kept):
+            cache.cache_clear()
+        layer, x, _ = exact(name, None)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x))
 
     @pytest.mark.parametrize("dynamic", [None, True])
     def test_another_batch_compiles_nothing_anew(self, dynamic):

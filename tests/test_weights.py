@@ -1,6 +1,7 @@
 """Weights: what is in the file, and an import that tells every problem at once."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,33 @@ def test_any_safetensors_file_can_be_read(tmp_path: Path) -> None:
     assert_same(load_weights(path), ARRAYS)
     safetensors.numpy.save_file(ARRAYS, path, metadata={"format": "pt"})
     assert load_weights(path).metadata == {"format": "pt"}
+
+
+def test_bfloat16_is_read_as_float32(tmp_path: Path) -> None:
+    """Every value of it, and exactly."""
+    path, bits = tmp_path / "w.safetensors", np.arange(2**16, dtype=np.uint32)
+    entries = {
+        "v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        "w": {"dtype": "BF16", "shape": [2, 2**15], "data_offsets": [4, 4 + 2**17]},
+        "x": {"dtype": "BF16", "shape": [], "data_offsets": [4 + 2**17, 6 + 2**17]},
+        "y": {"dtype": "BF16", "shape": [0, 3], "data_offsets": [6 + 2**17, 6 + 2**17]},
+    }
+    header = json.dumps(entries).encode()
+    data = np.float32(1.5).tobytes() + bits.astype("<u2").tobytes() + b"\x80\x3f"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.warns(UserWarning, match="NaN or infinity in w$"):
+        found = load_weights(path)
+    assert {name: (a.dtype, a.shape) for name, a in found.items()} == {
+        name: (np.float32, tuple(entry["shape"])) for name, entry in entries.items()
+    }
+    np.testing.assert_array_equal(found["w"].view(np.uint32).ravel(), bits << 16)
+    assert (found["v"][0], found["x"]) == (1.5, 1.0)
+
+
+def test_a_path_of_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(os.fsencode(path), ARRAYS)
+    assert_same(load_weights(os.fsencode(path)), ARRAYS)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ With this one for modules of any kind, as :func:`coordconv.parity.compare` takes
 - ``recorded(module, *, names=None, output_gradient=None, **kwargs) -> run``: ``run(*arrays)``
   returns, by dotted names and in the order of the calls, what each module inside returned, and then
   ``"model output"``. A module's later calls are numbered, as in ``relu#2``; the parts of a tuple, a
-  list or a mapping have their place or key behind a dot. ``names`` gives modules other names, so
-  that those of two models meet; ``kwargs`` go to the call. With an ``output_gradient``, an array or
-  arrays by name, there follow in backward order ``"gradient of NAME"`` of each, and of
-  ``"model input"`` (``"model input.0"`` and so on where there are several). The module is left as
-  it was; 16 bits become float32 where NumPy has no such type. Those of Flax also take
+  list, a mapping or a dataclass have their place, key or field in brackets, as in ``lstm[0]``.
+  ``names`` gives modules other names, so that those of two models meet; ``kwargs`` go to the call.
+  With an ``output_gradient``, an array or arrays by name, there follow in backward order
+  ``"gradient of NAME"`` of each, and of ``"model input"`` (``"model input[0]"`` and so on where
+  there are several). TypeError says that there is no array in what the module returned. The module
+  is left as it was; bfloat16, which NumPy lacks, becomes float32. Those of Flax also take
   ``channels_last``, and Linen's the variables behind the module.
 
 And with these, for the files that the framework's users save:

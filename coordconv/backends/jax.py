@@ -6,6 +6,7 @@ Flax keeps channels last, in arrays ``(N, *S, C)`` and in kernels ``(*kernel_siz
 from __future__ import annotations
 
 import errno
+import glob
 import math
 import os
 import tempfile
@@ -19,6 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 
 from coordconv import networks
 from coordconv import position_bias as core
@@ -33,6 +35,7 @@ from coordconv.recording import (
     given_gradients,
     in_order,
     input_names,
+    mapped,
 )
 from coordconv.weights import Weights, checked
 
@@ -42,8 +45,6 @@ See: TypeAlias = Callable[[str, Any], Any]  # what goes on in place of what a mo
 
 _NAMES = {"weight": "kernel", "coord_weight": "coord_kernel", "bias": "bias"}
 _PADDING_MODES = {"CIRCULAR": "circular", "REFLECT": "reflect"}
-# Terms of the position bias' last product, up to which it is written as sums: docs/performance.md.
-MOST_SUMS = 9
 _HIGHEST = lax.Precision.HIGHEST  # else accelerators multiply float32 in bfloat16 or TF32
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
 
@@ -235,9 +236,7 @@ def position_bias(
 
 @jax.custom_jvp
 def _multiply(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """The product, as sums for XLA to fuse with what they are added to."""
-    multiply = core.sum_of_products if len(rows) <= MOST_SUMS else _product
-    return multiply(table, rows)  # type: ignore[no-any-return]
+    return core.fusible_product(table, rows, _product)  # type: ignore[no-any-return]
 
 
 @_multiply.defjvp
@@ -338,21 +337,43 @@ def read_state(path: str) -> dict[str, Array]:
     import orbax.checkpoint as ocp  # slow to import, and only these files need it
 
     path = os.path.abspath(path)
-    if not os.path.isfile(os.path.join(path, "_METADATA")):
+    try:
+        os.stat(os.path.join(path, "_METADATA"))
+    except (FileNotFoundError, NotADirectoryError):
         os.stat(path)  # the system's own error, in its own words, if there is nothing at all
-        raise ValueError(f"{path} is not an Orbax checkpoint, a folder with a file _METADATA")
+        patterns = "*/_METADATA", "*/*/_METADATA"  # a CheckpointManager's items, and of its steps
+        inside = [os.path.dirname(f) for p in patterns for f in sorted(glob.glob(p, root_dir=path))]
+        raise ValueError(
+            f"{path} is not an Orbax checkpoint, a folder with a file _METADATA"
+            + (f"; but there is one in it: name {' or '.join(inside[-3:])}" if inside else "")
+        ) from None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             listed = checkpointer.metadata(path).item_metadata
             if listed is None:
                 raise ValueError("what it holds is not to be found out")
             # As NumPy, which is on no device, and has float64 whatever JAX is told.
-            kind = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), listed.tree)
+            text = ocp.metadata.StringMetadata
+            kind = jax.tree.map(
+                lambda leaf: ocp.RestoreArgs(
+                    restore_type=str if isinstance(leaf, text) else np.ndarray
+                ),
+                listed.tree,
+            )
             tree = checkpointer.restore(path, restore_args=kind)
+    except PermissionError:
+        raise
     except Exception as error:  # Orbax and TensorStore have no error of their own for it
         raise ValueError(f"{path} is a damaged Orbax checkpoint: {error}") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): _array(a) for p, a in leaves}
+    arrays = {jax.tree_util.keystr(p, simple=True, separator="."): _array(a) for p, a in leaves}
+    for name, array in arrays.items():
+        if array.dtype.isbuiltin == 2:  # a type that JAX adds to NumPy's: of 8 bits, or fewer
+            raise ValueError(
+                f"{path} holds what NumPy arrays by name cannot: not floating-point of 16 bits or "
+                f"more: {name} is {array.dtype}"
+            )
+    return arrays
 
 
 def from_state(network: networks.Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -561,21 +582,21 @@ def recorded(
         kept: dict[str, jax.Array] = {}
 
         def keep(name: str, part: Any) -> Any:
-            # Inside a scan or a jitted function of the model there are no values to be kept.
-            if _is_array(part) and not isinstance(part, jax.core.Tracer):
+            if _is_array(part):
                 kept[name] = part
                 recording.keep(name, to_numpy(part))
             return part
 
-        output = run(lambda name, output: recording.visit(name, output, keep), *given)
+        output = run(_untraced(lambda name, part: recording.visit(name, part, keep)), *given)
         intermediates = {name: part for name, part in kept.items() if _is_floating(part)}
-        recording.visit(OUTPUT, output, keep)
+        recording.end(output, keep)
         found = recording.found()
         if output_gradient is None:
             return in_order(found)
         ends = [name for name in kept if name not in intermediates and _is_floating(kept[name])]
         gradients = given_gradients(output_gradient, {name: found[name].shape for name in ends})
         points = {i: x for i, x in enumerate(given) if _is_floating(x)}
+        reached: set[str] = set()  # not what is traced only where gradients are taken
 
         def perturbed(
             perturbations: dict[str, jax.Array], points: dict[int, jax.Array]
@@ -583,15 +604,18 @@ def recorded(
             again, outputs = Recording(names), {}
 
             def add(name: str, part: Any) -> Any:
-                return part + perturbations[name] if name in perturbations else part
+                if name not in perturbations:
+                    return part
+                reached.add(name)
+                return part + perturbations[name]
 
             def end(name: str, part: Any) -> None:
                 if name in gradients:
                     outputs[name] = part
 
             inputs = [points.get(i, x) for i, x in enumerate(given)]
-            output = run(lambda name, output: again.visit(name, output, add), *inputs)
-            again.visit(OUTPUT, output, end)
+            output = run(_untraced(lambda name, part: again.visit(name, part, add)), *inputs)
+            mapped(end, OUTPUT, output)
             return outputs
 
         zeros = {name: jnp.zeros_like(part) for name, part in intermediates.items()}
@@ -602,10 +626,24 @@ def recorded(
         of_all = {
             name: of_inputs[i] for i, name in enumerate(input_names(len(given))) if i in points
         }
-        of_all |= {name: of_intermediates[name] for name in intermediates}
+        of_all |= {name: of_intermediates[name] for name in intermediates if name in reached}
         return in_order(found, ((name, to_numpy(g)) for name, g in of_all.items()))
 
     return recording_run
+
+
+def _untraced(see: See) -> See:
+    """``see``, but not inside a scan or a jitted function of the model's own.
+
+    There are no values there, and whether a call is traced once more depends on JAX's caches.
+    """
+    state = get_opaque_trace_state(convention="flax")  # as Flax itself tells where it runs
+
+    def seen(name: str, output: Any) -> Any:
+        here = get_opaque_trace_state(convention="flax") == state
+        return see(name, output) if here else output
+
+    return seen
 
 
 def see_once(running: set[int], module: Any, name: str, see: See, call: Callable[[], Any]) -> Any:
@@ -645,7 +683,7 @@ def _numpy(x: jax.Array) -> Array:
 def _array(x: Any) -> Array:
     array = np.asarray(x)
     # NumPy has no bfloat16; float32 holds every value of it
-    return array.astype(np.float32) if array.dtype.kind == "V" else array
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def _channels_last(x: Array, dtype: str) -> jax.Array:

@@ -22,7 +22,6 @@ from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
 from coordconv.position_bias import Share, factors, position_bias, shares
 from coordconv.recording import (
-    OUTPUT,
     Model,
     Names,
     Recording,
@@ -731,9 +730,10 @@ def recorded(
                 stack.callback(each.register_forward_post_hook(hook(name)).remove)
             if output_gradient is not None:
                 given = [_leaf_of_graph(x) if paddle.is_floating_point(x) else x for x in given]
-            output = layer(*given, **kwargs)
+            # Clones, since no leaf of a graph can be written to.
+            output = layer(*(x.clone() for x in given), **kwargs)
             intermediates = dict(graph)
-            recording.visit(OUTPUT, output, leaf)
+            recording.end(output, leaf)
             if output_gradient is None:
                 return in_order(recording.found())
             outputs = {name: graph[name] for name in graph if name not in intermediates}
@@ -741,6 +741,8 @@ def recorded(
             gradients = given_gradients(output_gradient, shapes)
             wanted = dict(zip(input_names(len(given)), given, strict=True)) | intermediates
             wanted = {name: tensor for name, tensor in wanted.items() if not tensor.stop_gradient}
+            if not wanted:
+                return in_order(recording.found())
             found = paddle.grad(
                 [*outputs.values()],
                 [*wanted.values()],

@@ -23,9 +23,8 @@ from coordconv import networks
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
-from coordconv.position_bias import Share, factors, position_bias, shares
+from coordconv.position_bias import Share, factors, fusible_product, position_bias, shares
 from coordconv.recording import (
-    OUTPUT,
     Model,
     Names,
     Recording,
@@ -157,7 +156,11 @@ class _CoordConv(nn.modules.conv._ConvNd):
         if torch.compiler.is_compiling():
             output = super().forward(input, *args, **kwargs)
             shapes = shape, output.shape[-self.rank :]
-            bias = _traced_position_bias(self.coord_weight, options, self.coords.to_dict(), shapes)
+            # The gradient of a product is a product, which takes less than that of its sums.
+            fused = not (torch.is_grad_enabled() and self.coord_weight.requires_grad)
+            bias = _traced_position_bias(
+                self.coord_weight, options, self.coords.to_dict(), shapes, fused
+            )
             return (output + bias).to(output.dtype)
         kernel = _at_least_float32(self.coord_weight)
         like = kernel.dtype, kernel.device
@@ -287,12 +290,24 @@ def _traced_position_bias(
     options: tuple[Any, ...],
     coords: dict[str, Any],
     shapes: tuple[Sequence[int], Sequence[int]],
+    fused: bool,
 ) -> Tensor:
     kernel = _at_least_float32(coord_weight)
     shape, output_shape = (tuple(map(int, s)) for s in shapes)  # compiled anew for each
     made_for = options, Coordinates.from_dict(coords), shape, output_shape
     with _no_autocast(kernel.device.type):
-        return _position_bias(kernel, _constants(*made_for, kernel.dtype, kernel.device))
+        arrays = _constants(*made_for, kernel.dtype, kernel.device)
+        if not fused:
+            return _position_bias(kernel, arrays)
+        bias = position_bias(
+            kernel,
+            arrays,
+            einsum=torch.einsum,
+            convolve=_convolve,
+            channels_last=True,
+            multiply=partial(fusible_product, product=torch.matmul),
+        )
+        return bias.movedim(-1, 0)  # type: ignore[no-any-return]
 
 
 def _constants(*made_for: Any) -> tuple[Share, ...]:
@@ -684,13 +699,25 @@ def read_state(path: str) -> dict[str, Array]:
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
+        parts = state.items() if isinstance(state, Mapping) else ()
+        inner = [repr(name) for name, part in parts if isinstance(part, Mapping)]
         raise ValueError(
             f"{path} holds no weights by name: write it by torch.save(module.state_dict(), path)"
+            if not inner
+            else f"{path} holds no weights by name, but mappings, {', '.join(inner[:5])}: write "
+            f"the one with the weights by torch.save(torch.load({path!r})[{inner[0]}], 'model.pt')"
         )
-    try:
-        return {name: _numpy(tensor) for name, tensor in state.items()}
-    except (RuntimeError, TypeError) as error:  # sparse, quantized, of 8 bits
-        raise ValueError(f"{path} holds what NumPy arrays by name cannot: {error}") from error
+    arrays = {}
+    for name, tensor in state.items():
+        try:
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise TypeError("it is expanded from fewer elements: save a clone() of it")
+            arrays[name] = _numpy(tensor)
+        except (RuntimeError, TypeError) as error:  # sparse, quantized, of 8 bits
+            raise ValueError(
+                f"{path} holds what NumPy arrays by name cannot: {name}: {error}"
+            ) from error
+    return arrays
 
 
 def from_state(network: networks.Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -715,8 +742,10 @@ def recorded(
     """The module as a function on NumPy arrays that returns what each module in it returned.
 
     It makes models for :func:`coordconv.parity.compare`; see :mod:`coordconv.backends`. The module
-    runs as it is, in training or in evaluation, and is left as it was, its buffers too. Inputs
-    that are floating-point get the type and the device of its first floating-point parameter.
+    runs as it is, in training or in evaluation, and is left as it was, its buffers too; what it
+    draws moves torch's generator on, as in any call. Inputs that are floating-point get the type
+    and the device of its first floating-point parameter. Nested, sparse and quantized tensors, and
+    what runs inside a ``torch.func`` transformation or a scripted module, are not recorded.
 
     Args:
         module: any module.
@@ -741,7 +770,7 @@ def recorded(
         graph: dict[str, Tensor] = {}  # what gradients are wanted of
 
         def leaf(name: str, part: Any) -> Any:
-            if not isinstance(part, Tensor):
+            if not isinstance(part, Tensor) or not _is_dense(part):
                 return part
             recording.keep(name, _numpy(part))
             if output_gradient is None or not part.is_floating_point():
@@ -758,14 +787,15 @@ def recorded(
 
         with ExitStack() as stack, torch.set_grad_enabled(output_gradient is not None):
             stack.callback(_restorer(module))
-            for name, each in module.named_modules():
+            for name, each in _unscripted(module).items():
                 if name:
                     stack.callback(each.register_forward_hook(hook(name)).remove)
             if output_gradient is not None:
                 given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
-            output = module(*given, **kwargs)
+            # Clones, since no leaf of a graph can be written to.
+            output = module(*(x.clone() for x in given), **kwargs)
             intermediates = dict(graph)
-            recording.visit(OUTPUT, output, leaf)
+            recording.end(output, leaf)
             if output_gradient is None:
                 return in_order(recording.found())
             outputs = {name: graph[name] for name in graph if name not in intermediates}
@@ -773,6 +803,8 @@ def recorded(
             gradients = given_gradients(output_gradient, shapes)
             wanted = dict(zip(input_names(len(given)), given, strict=True)) | intermediates
             wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
+            if not wanted:
+                return in_order(recording.found())
             found = torch.autograd.grad(
                 [*outputs.values()],
                 [*wanted.values()],
@@ -785,22 +817,36 @@ def recorded(
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:
-    """What gives a module's buffers, as batch statistics, the values that they have now."""
-    saved = [
-        (each, name, buffer, buffer.clone())
-        for each in module.modules()
-        for name, buffer in each._buffers.items()
-        if buffer is not None
-    ]
+    """What gives a module's state but for what is trained, as batch statistics, its values of now.
+
+    A lazy module keeps what its first call has made of it.
+    """
+    buffers = [(each, dict(each._buffers)) for each in _unscripted(module).values()]
+    state = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
+    saved = [(tensor, tensor.clone()) for tensor in state if not nn.parameter.is_lazy(tensor)]
 
     def restore() -> None:
         with torch.no_grad():
-            for each, name, buffer, value in saved:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-                each._buffers[name] = buffer
+            for tensor, value in saved:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for each, own in buffers:
+            each._buffers.clear()
+            each._buffers.update(own)
 
     return restore
+
+
+def _unscripted(module: nn.Module) -> dict[str, nn.Module]:
+    """Its modules by name but for scripted ones, which take no hooks."""
+    return {n: m for n, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it has values such as NumPy's: inside ``torch.vmap`` there are none."""
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _layer(layer: networks.Layer) -> nn.Module:

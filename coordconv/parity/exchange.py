@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from coordconv import backends, networks
 from coordconv.grid import Array
 from coordconv.parity.comparison import PRECISIONS, expected
-from coordconv.parity.models import likely_error
+from coordconv.parity.models import likely_error, longest_axis
 from coordconv.weights import load_weights, save_weights
 
 NETWORKS = ("coord_cnn", "coord_classifier")
@@ -119,15 +118,14 @@ def _pairs(
     loaded = {name: load_weights(file) for name, file in files.items()}
     error = dict.fromkeys([(a, b) for a in files for b in files], 0.0)
     likely, same = error.copy(), dict.fromkeys(error, 0)
-    largest = max(math.prod(shape) for _, *shapes in network.shapes() for shape in shapes)
-    roundings = len(network.layers) * largest
+    longest = longest_axis(shape for _, *shapes in network.shapes() for shape in shapes)
     rng = np.random.default_rng(seed)
     for first in range(0, inputs, _BATCH):
         # All batches are as long, so that a compiler meets one shape; the rest is not counted.
         x = rng.standard_normal((_BATCH, *network.input_shape)).astype(np.float32)
         counted = min(_BATCH, inputs - first)
         wanted = expected(network, start, x, None)["y"]
-        usual = likely_error(wanted.value, roundings, PRECISIONS["float32"].unit)
+        usual = likely_error(wanted.value, len(network.layers), longest, PRECISIONS["float32"].unit)
         advance()
         found = {}
         for saved, name in error:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any, TypeAlias
@@ -23,6 +23,8 @@ Bound: TypeAlias = (
 
 _WIDTH = 100
 _NAME_WIDTH = 40
+_TAPS = 9  # a 3x3 convolution sums so many times its channels
+_LARGEST_SHARE = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -126,32 +128,43 @@ class Report:
         shares = [row.of_bound for row in self.rows if 0 < row.of_bound < math.inf]
         # A logarithmic axis has no place for equality, nor for what is beyond all bounds.
         low, high = min([0.1, *shares]) / 3, max([10.0, *shares]) * 3
-        figure = Figure(figsize=(2.5 + max(5.0, 0.28 * len(names)), 4.8), layout="constrained")
+        ticks = [_literal(_cut(name)) for name in names]
+        # In inches: a place for each array, and below the axes one for the longest name.
+        size = 2.5 + max(6.0, 0.28 * len(names)), 4.0 + 0.08 * max(map(len, ticks))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for model, marker in zip(self.models, cycle("osD^v"), strict=False):
             rows = self._of(model)
             x, y = zip(*[(names.index(r.name), r.of_bound) for r in rows], strict=True)
             drawn = np.clip(y, low, high)
             (line,) = axes.plot(
-                x, drawn, marker=marker, markersize=5, fillstyle="none", linewidth=1, label=model
+                x,
+                drawn,
+                marker=marker,
+                markersize=5,
+                fillstyle="none",
+                linewidth=1,
+                label=_literal(model),
             )
             if (first := self.parts[model]) is not None:
                 at = names.index(first)
                 axes.annotate(
-                    f"parts at {first}",
+                    f"parts at {ticks[at]}",
                     (at, drawn[x.index(at)]),
                     (0, 8),
                     textcoords="offset points",
                     color=line.get_color(),
-                    ha="center" if 0 < at < len(names) - 1 else "right" if at else "left",
+                    fontsize=9,
+                    ha="left" if 2 * at < len(names) else "right",
                 )
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="bound")
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_xticks(range(len(names)), ticks, rotation=90, fontsize=8)
         axes.set(
-            title=f"error against {self.reference}",
+            title=f"error against {_literal(self.reference)}",
             ylabel="error / bound",
             yscale="log",
-            ylim=(low / 1.5, high * 3),
+            # A share of the height on top, for what is written over the highest point.
+            ylim=(low / 1.5, high * (high / low) ** 0.12),
         )
         axes.axhline(low, color="grey", linewidth=0.5)
         axes.text(
@@ -184,7 +197,7 @@ class Report:
             f"{'of bound':>8}  {'argmax':>6}",
         ]
         for row, shape in zip(rows, shapes, strict=True):
-            name = row.name if len(row.name) <= width else f"…{row.name[1 - width :]}"
+            name = _cut(row.name)
             argmax = "" if row.argmax is None else f"{math.floor(row.argmax * 1000) / 10:g}%"
             lines.append(
                 f"{' ' if row.ok else '*'} {name:{width}}  {shape:{shape_width}}  "
@@ -228,26 +241,28 @@ def compare(
             all, a mapping from names to them, with the default for the names that it lacks, or a
             function of an array's name and the reference's values. 0 asks for equality.
 
-            The default is for what rounding does: ``2 * sqrt(k * n) * u * m``, with ``u`` the
-            unit roundoff of the coarser of the two types, ``m`` the largest magnitude in the
-            reference's array, ``k`` the number of arrays so far, and ``n`` the most elements that
-            a sample, an index of the first axis, has in any of these or of the inputs.
+            The default is for what rounding does: ``2 * sqrt(k * n) * u * m``, but at most
+            ``m / 32``, with ``u`` the unit roundoff of the coarser of the two types, ``m`` the
+            largest magnitude in the reference's array, ``k`` the number of arrays so far, and ``n``
+            nine times the longest axis, but for the first, that one of these or of the inputs has.
+            bfloat16, which comes as float32, needs a bound of its own, as
+            ``lambda name, reference: 2**-5 * abs(reference).max()``.
 
     Returns:
         A report. NaN agrees with NaN, and an infinity with the same infinity.
 
     Raises:
-        TypeError: a model returns something else than arrays.
+        TypeError: the inputs are no NumPy arrays, or a model returns something else.
         ValueError: there are no models, or none to compare; there is no model called
             ``reference``; a bound is negative, of no array that is compared or of another shape;
             a model and the reference have no array in common.
 
     Source:
-        The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, and of
-        ``s`` roundings in a row the errors amount to ``sqrt(s)`` times one rather than ``s`` times
-        (Higham and Mary, *A New Approach to Probabilistic Rounding Error Analysis*, 2019); twice,
-        since both are rounded. It is no proof: where large numbers cancel, as where a
-        normalisation subtracts a mean far from zero, more may be right, and then say how much.
+        The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, as a 3x3
+        convolution over ``n / 9`` channels does, and of ``s`` roundings in a row the errors amount
+        to ``sqrt(s)`` times one rather than ``s`` times (Higham and Mary, *A New Approach to
+        Probabilistic Rounding Error Analysis*, 2019); twice, since both are rounded. It is no
+        proof; ``docs/parity.md`` has what was measured, what it misses and what it takes amiss.
 
     Example:
         >>> x = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
@@ -259,15 +274,15 @@ def compare(
         >>> report.ok, report.parts
         (False, {'wrong': 'model output'})
         >>> print(report)
-        wrong parts from right at model output: error 0.584, 2.07e+06 times the bound
+        wrong parts from right at model output: error 0.584, 6.92e+05 times the bound
                         shape     error      ULPs  of bound  argmax
           doubled       2x3           0         0         0    100%
-        * model output  2x3       0.584  1.18e+07  2.07e+06      0%
+        * model output  2x3       0.584  1.18e+07  6.92e+05      0%
     """
-    arrays = [np.asarray(x) for x in ([inputs] if isinstance(inputs, np.ndarray) else inputs)]
+    arrays = _arrays(inputs)
     name, function, others = _reference(models, reference)
     wanted = _run(name, function, arrays)
-    roundings = _roundings(wanted, arrays)
+    passed = _passed(wanted, arrays)
     rows: list[Row] = []
     missing, extra = {}, {}
     for model, function in others.items():
@@ -279,7 +294,7 @@ def compare(
                 f"{', '.join(wanted)}"
             )
         for each in common:
-            allowed = _allowed(bound, each, found[each], wanted[each], roundings[each])
+            allowed = _allowed(bound, each, found[each], wanted[each], *passed[each])
             rows.append(_row(model, each, found[each], wanted[each], allowed))
         missing[model] = tuple(each for each in wanted if each not in found)
         extra[model] = tuple(each for each in found if each not in wanted)
@@ -290,20 +305,27 @@ def compare(
     return Report(name, tuple(others), tuple(rows), missing, extra)
 
 
-def likely_error(wanted: Array, roundings: int, unit: float) -> float:
+def likely_error(wanted: Array, layers: int, longest: int, unit: float) -> float:
     """What rounding makes likely, as :func:`compare` says.
 
     Args:
         wanted: the reference's array.
-        roundings: how often its elements were rounded in a row, ``k * n``.
+        layers: how many layers it has passed, ``k``.
+        longest: the longest axis that it has met, see :func:`longest_axis`.
         unit: the unit roundoff.
 
     Example:
-        >>> likely_error(np.array([1.0, -3.0, np.inf]), 4, 0.5)
-        6.0
+        >>> likely_error(np.array([1.0, -3.0, np.inf]), 4, 16, 2**-11)
+        0.0703125
     """
     finite = np.abs(wanted[np.isfinite(wanted)].astype(np.float64))
-    return 2 * math.sqrt(roundings) * unit * float(finite.max(initial=0))
+    share = 2 * math.sqrt(layers * _TAPS * longest) * unit
+    return min(share, _LARGEST_SHARE) * float(finite.max(initial=0))
+
+
+def longest_axis(shapes: Iterable[tuple[int, ...]]) -> int:
+    """The longest axis of some samples, at least 1."""
+    return max([1, *(length for shape in shapes for length in shape)])
 
 
 def ulp_distance(a: Array, b: Array) -> Array:
@@ -347,6 +369,19 @@ def _coarser(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     return min([np.dtype(np.float64), *floating], key=lambda dtype: dtype.itemsize)
 
 
+def _arrays(inputs: Array | Sequence[Array]) -> list[Array]:
+    """The inputs as a list."""
+    arrays = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    for array in arrays:
+        if not isinstance(array, (np.ndarray, np.generic)):
+            within = f" in a {type(inputs).__name__}" if array is not inputs else ""
+            raise TypeError(
+                "inputs must be a NumPy array, or a list or tuple of such arrays, got "
+                f"{type(array).__module__}.{type(array).__qualname__}{within}"
+            )
+    return [np.asarray(array) for array in arrays]
+
+
 def _reference(
     models: Mapping[str, Model], reference: str | Model | None
 ) -> tuple[str, Model, dict[str, Model]]:
@@ -378,6 +413,8 @@ def _run(model: str, function: Model, inputs: list[Array]) -> dict[str, Array]:
         raise
     found = dict(made) if isinstance(made, Mapping) else {OUTPUT: made}
     for name, array in found.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{model} must return a mapping from strings, got the key {name!r}")
         if not isinstance(array, (np.ndarray, np.generic)) or array.dtype.kind not in "fiub":
             kind = f" of {array.dtype}" if isinstance(array, np.ndarray) else ""
             raise TypeError(
@@ -387,21 +424,23 @@ def _run(model: str, function: Model, inputs: list[Array]) -> dict[str, Array]:
     return {name: np.asarray(array) for name, array in found.items()}
 
 
-def _roundings(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, int]:
-    """How often each of the reference's arrays may have been rounded in a row."""
+def _passed(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, tuple[int, int]]:
+    """How many of the reference's arrays there are up to each, and their longest axis so far."""
 
-    def elements(array: Array) -> int:
-        return array.size // len(array) if array.ndim > 1 and len(array) else array.size
+    def longest_of(*arrays: Array) -> int:
+        # An only axis may be that of samples or of one sample's numbers.
+        return longest_axis(array.shape[array.ndim > 1 :] for array in arrays)
 
-    terms = max(map(elements, inputs), default=1)
-    found = {}
+    longest, found = longest_of(*inputs), {}
     for count, (name, array) in enumerate(wanted.items(), 1):
-        terms = max(terms, elements(array))
-        found[name] = count * terms
+        longest = max(longest, longest_of(array))
+        found[name] = count, longest
     return found
 
 
-def _allowed(bound: Bound, name: str, found: Array, wanted: Array, roundings: int) -> Array:
+def _allowed(
+    bound: Bound, name: str, found: Array, wanted: Array, layers: int, longest: int
+) -> Array:
     """By how much each element of ``wanted`` may be missed."""
     if isinstance(bound, Mapping):
         bound = bound.get(name)
@@ -410,7 +449,7 @@ def _allowed(bound: Bound, name: str, found: Array, wanted: Array, roundings: in
     if bound is None:
         floating = [array.dtype for array in (found, wanted) if array.dtype.kind == "f"]
         unit = float(np.finfo(_coarser(*floating)).eps) / 2 if floating else 0.0
-        bound = likely_error(wanted, roundings, unit)
+        bound = likely_error(wanted, layers, longest, unit)
     allowed = np.asarray(bound, np.float64)
     if not (allowed >= 0).all():
         raise ValueError(f"a bound must not be negative or NaN, got {bound} for {name!r}")
@@ -454,6 +493,18 @@ def _not_finite(found: Array, wanted: Array) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def _cut(name: str) -> str:
+    """The name, or of a long one the end, behind what says that it is a gradient's."""
+    prefix = GRADIENT if name.startswith(GRADIENT) else ""
+    room = _NAME_WIDTH - len(prefix) - 1
+    return name if len(name) <= _NAME_WIDTH else f"{prefix}…{name[-room:]}"
+
+
+def _literal(text: str) -> str:
+    """What matplotlib shows as this text, with no dollars that start a formula."""
+    return text.replace("$", r"\$")
 
 
 def _short(number: float) -> str:

@@ -39,6 +39,9 @@ class Outcome:
     problems: tuple[str, ...] = ()
 
 
+_ALONE = "y without gradients"
+
+
 @dataclass
 class Tally:
     """What one backend did.
@@ -209,12 +212,15 @@ def _outcome(
     try:
         module = backend.build(case.network, weights, case.dtype)
         y, gradients = backend.evaluate(module, weights, x, dy, compiled=compiled)
+        # Where no gradient is wanted, a layer may take another way.
+        alone, _ = backend.evaluate(module, weights, x, compiled=compiled)
     except NotImplementedError as reason:
         return Outcome(excluded=str(reason))
     except Exception as error:  # noqa: BLE001  # whatever it is, the case reproduces it
         message = str(error).strip().partition("\n")[0]
         return Outcome(compiled=compiled, problems=(f"{type(error).__name__}: {message}",))
-    found = {"y": y, **gradients}
+    found = {"y": y, _ALONE: alone, **gradients}
+    wanted = {_ALONE: wanted["y"], **wanted}
     errors = {name: value.error(found[name]) for name, value in wanted.items()}
     unequal = [name for name, value in wanted.items() if not value.equals(found[name])]
     problems = [
@@ -230,7 +236,7 @@ def _outcome(
         problems += [f"{name}: not bitwise equal" for name in unequal if errors[name] <= 1]
     return Outcome(
         compiled=compiled,
-        forward=errors["y"],
+        forward=max(errors["y"], errors[_ALONE]),
         gradient=max(errors.values()),
         bitwise=not unequal,
         problems=tuple(problems),
