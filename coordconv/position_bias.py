@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import groupby
-from operator import add, matmul
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def position_bias(
     einsum: Callable[..., Any],
     convolve: Callable[[Share, Any], Any],
     channels_last: bool = False,
-    multiply: Callable[[Any, Any], Any] = matmul,
+    fused: bool = False,
 ) -> Any:
     """The position bias, in the framework whose functions are passed.
 
@@ -237,7 +237,8 @@ def position_bias(
             sample, channels first, no batch axis) with ``kernel``, as :class:`Share` says; returns
             shape ``(out, *output shape)``.
         channels_last: put the output channels last.
-        multiply: the product of two matrices; see :func:`fusible_product`.
+        fused: a compiler fuses elementwise operations with what follows: leave it the last
+            contraction as such, up to :data:`MOST_SUMS` terms, so that there is no map in memory.
 
     Returns:
         An array of shape ``(out, *output shape)``, or ``(*output shape, out)``.
@@ -245,7 +246,9 @@ def position_bias(
     total = None
     for share in arrays:
         if share.tables:
-            term = multiply(*factors(coord_weight, share, einsum, channels_last))
+            small = math.prod(share.tables[-1].shape[:-1]) <= MOST_SUMS
+            make = _sum_of_products if fused and small else _product
+            term = make(coord_weight, share, einsum, channels_last)
             term = term.reshape((*share.shape, -1) if channels_last else (-1, *share.shape))
         else:
             term = convolve(share, coord_weight[:, share.start : share.stop])
@@ -256,20 +259,22 @@ def position_bias(
     return total
 
 
-def fusible_product(left: Any, right: Any, product: Callable[[Any, Any], Any]) -> Any:
-    """A ``multiply`` for a compiler that fuses elementwise operations, and no ``product``.
+def _product(
+    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool
+) -> Any:
+    left, right = factors(coord_weight, share, einsum, channels_last)
+    return left @ right
 
-    Up to :data:`MOST_SUMS` terms it is written as elementwise products and their sum, so that
-    there is no map in memory.
 
-    Example:
-        >>> left, right = np.arange(6.0).reshape(3, 2), np.arange(8.0).reshape(2, 4)
-        >>> np.array_equal(fusible_product(left, right, np.matmul), left @ right)
-        True
-    """
-    if len(right) > MOST_SUMS:
-        return product(left, right)
-    return reduce(add, (left[:, j, None] * right[j] for j in range(len(right))))
+def _sum_of_products(
+    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool
+) -> Any:
+    rows, table = _contracted(coord_weight, share, einsum, channels_last, len(share.tables) - 1)
+    if channels_last:
+        products = (rows[j][..., None, :] * table[j][:, None] for j in range(len(table)))
+    else:
+        products = (rows[j][..., None] * table[j] for j in range(len(table)))
+    return reduce(add, products)
 
 
 def factors(
@@ -278,30 +283,49 @@ def factors(
     """The two matrices whose product is the map of a separable share.
 
     One is the table of the axis that is farthest from the channels in memory, so that the product,
-    which has the most to do, is as it lies there; the other axes are contracted before.
+    which has the most to do, is as it lies there, and its gradient, too.
 
     Returns:
         Matrices of shapes ``(out * other outputs, terms)`` and ``(terms, last outputs)``, or
         ``(first outputs, terms)`` and ``(terms, other outputs * out)``; of a table for all axes
         these are the last or the first.
     """
-    count, term = len(share.tables), coord_weight[:, share.start : share.stop]
-    taps, outs = "klm"[:count], "tuv"
-    kept, *others = range(count) if channels_last else (count - 1, *range(count - 1))
-    indices = f"oc{taps}"
-    for i, axis in enumerate(others):
-        rest = "".join([*(taps[a] for a in others[i + 1 :]), *(outs[a] for a in others[: i + 1])])
-        table, tapped = share.tables[axis], f"c{taps[axis]}{outs[axis]}"
-        if channels_last:
-            result = f"c{taps[kept]}{rest}o"
-            term = einsum(f"{tapped},{indices}->{result}", table, term)
-        else:
-            result = f"c{taps[kept]}o{rest}"
-            term = einsum(f"{indices},{tapped}->{result}", term, table)
-        indices = result
-    table = share.tables[kept].reshape((-1, share.tables[kept].shape[-1]))
-    if not others:
-        rows = term.reshape((term.shape[0], -1))
-        return (table.T, rows.T) if channels_last else (rows, table)
-    rows = term.reshape((table.shape[0], -1))
+    axis = 0 if channels_last else len(share.tables) - 1
+    rows, table = _contracted(coord_weight, share, einsum, channels_last, axis)
+    rows = rows.reshape((rows.shape[0], -1))
     return (table.T, rows) if channels_last else (rows.T, table)
+
+
+def _contracted(
+    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool, kept: int
+) -> tuple[Any, Any]:
+    """A kernel contracted with the tables of all axes but one, and that one's table.
+
+    Returns:
+        Arrays of shapes ``(terms, out, *other outputs)``, with the ``out`` at the end if
+        ``channels_last``, and ``(terms, kept outputs)``.
+    """
+    count, term = len(share.tables), coord_weight[:, share.start : share.stop]
+    table = share.tables[kept].reshape((-1, share.tables[kept].shape[-1]))
+    if count == 1:
+        return term.reshape((term.shape[0], -1)).T, table
+    taps, outs = "klm"[:count], "tuv"
+    others = [axis for axis in range(count) if axis != kept]
+    inner, outer = ("".join(names[axis] for axis in others) for names in (taps, outs))
+    if channels_last:
+        # As matrix products throughout, so that the channels are last in memory, too.
+        term = einsum(f"oc{taps}->c{inner}{taps[kept]}o", term)
+        for i, axis in enumerate(others):
+            along = einsum("ckt->ctk", share.tables[axis])
+            along = along.reshape((along.shape[0], *(1,) * i, *along.shape[1:]))
+            term = along @ term.reshape((*term.shape[: i + 1], along.shape[-1], -1))
+        shape = *term.shape[:count], -1, coord_weight.shape[0]
+        term = einsum(f"c{outer}{taps[kept]}o->c{taps[kept]}{outer}o", term.reshape(shape))
+    else:
+        indices = f"oc{taps}"
+        for i, axis in enumerate(others):
+            result = f"c{taps[kept]}o{inner[i + 1 :]}{outer[: i + 1]}"
+            along = f"c{taps[axis]}{outs[axis]}"
+            term = einsum(f"{indices},{along}->{result}", term, share.tables[axis])
+            indices = result
+    return term.reshape((table.shape[0], *term.shape[2:])), table

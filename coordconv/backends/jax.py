@@ -195,7 +195,7 @@ def add_position_bias(
         # As a product, since the gradient of that is one, too: XLA takes many times as long to sum
         # over the batch, on a CPU. Forward it sees through the product, and just adds.
         ones = jnp.ones((batch, 1), bias.dtype)
-        repeated = _product(ones, bias.reshape(1, -1))
+        repeated = jnp.matmul(ones, bias.reshape(1, -1), precision=_HIGHEST)
         bias = repeated.reshape(output.shape)
     return (output + bias).astype(output.dtype)
 
@@ -224,30 +224,33 @@ def position_bias(
     if reverse:
         kernel = jnp.flip(kernel, tuple(range(geometry.rank)))
     arrays = core.shares(geometry, coords, shape, np.float64 if info.bits == 64 else np.float32)
-    return core.position_bias(
-        jnp.moveaxis(kernel, (-1, -2), (0, 1)),
-        [share.converted(lambda a: jnp.asarray(a, kernel.dtype)) for share in arrays],
-        einsum=partial(jnp.einsum, precision=_HIGHEST),
-        convolve=_convolve,
-        channels_last=True,
-        multiply=_multiply,
-    )
+    return _fused_map(jnp.moveaxis(kernel, (-1, -2), (0, 1)), arrays)  # type: ignore[no-any-return]
 
 
-@jax.custom_jvp
-def _multiply(table: jax.Array, rows: jax.Array) -> jax.Array:
-    return core.fusible_product(table, rows, _product)  # type: ignore[no-any-return]
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _fused_map(kernel: jax.Array, arrays: tuple[core.Share, ...]) -> jax.Array:
+    return _map(kernel, arrays, fused=True)
 
 
-@_multiply.defjvp
-def _multiply_jvp(
-    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+@_fused_map.defjvp
+def _fused_map_jvp(
+    arrays: tuple[core.Share, ...], kernel: tuple[jax.Array], tangent: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    # The gradient is a product, which XLA leaves to a library. The table is a constant.
-    return _multiply(*primals), _product(primals[0], tangents[1])
+    # The map is linear in the kernel. The gradient of products is products, which XLA leaves to a
+    # library; the gradients of sums it would take one by one.
+    return _fused_map(*kernel, arrays), _map(*tangent, arrays, fused=False)
 
 
-_product = partial(jnp.matmul, precision=_HIGHEST)
+def _map(kernel: jax.Array, arrays: tuple[core.Share, ...], fused: bool) -> jax.Array:
+    with jax.default_matmul_precision("highest"):  # else accelerators multiply in fewer digits
+        return core.position_bias(  # type: ignore[no-any-return]
+            kernel,
+            [share.converted(lambda a: jnp.asarray(a, kernel.dtype)) for share in arrays],
+            einsum=jnp.einsum,
+            convolve=_convolve,
+            channels_last=True,
+            fused=fused,
+        )
 
 
 def _convolve(share: core.Share, kernel: jax.Array) -> jax.Array:
@@ -259,7 +262,6 @@ def _convolve(share: core.Share, kernel: jax.Array) -> jax.Array:
         share.stride,
         "VALID",
         rhs_dilation=share.dilation,
-        precision=_HIGHEST,
     )[0]
 
 

@@ -23,7 +23,7 @@ from coordconv import networks
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
-from coordconv.position_bias import Share, factors, fusible_product, position_bias, shares
+from coordconv.position_bias import Share, factors, position_bias, shares
 from coordconv.recording import (
     Model,
     Names,
@@ -276,9 +276,9 @@ class _AddProduct(torch.autograd.Function):
         return gradient, gradient.reshape(-1, right.shape[1]) @ right.T, None
 
 
-def _position_bias(kernel: Tensor, arrays: tuple[Share, ...]) -> Tensor:
+def _position_bias(kernel: Tensor, arrays: tuple[Share, ...], **options: bool) -> Tensor:
     """What the coordinates add to each sample, in the dtype of ``kernel``."""
-    return position_bias(kernel, arrays, einsum=torch.einsum, convolve=_convolve)
+    return position_bias(kernel, arrays, einsum=torch.einsum, convolve=_convolve, **options)  # type: ignore[no-any-return]
 
 
 # A compiler takes the graph of this from running it, so that the arrays become constants of the
@@ -297,17 +297,10 @@ def _traced_position_bias(
     made_for = options, Coordinates.from_dict(coords), shape, output_shape
     with _no_autocast(kernel.device.type):
         arrays = _constants(*made_for, kernel.dtype, kernel.device)
-        if not fused:
-            return _position_bias(kernel, arrays)
-        bias = position_bias(
-            kernel,
-            arrays,
-            einsum=torch.einsum,
-            convolve=_convolve,
-            channels_last=True,
-            multiply=partial(fusible_product, product=torch.matmul),
-        )
-        return bias.movedim(-1, 0)  # type: ignore[no-any-return]
+        # The compiler has a 2-D convolution's output channels last.
+        last = fused and len(shape) == 2
+        bias = _position_bias(kernel, arrays, channels_last=last, fused=fused)
+        return bias.movedim(-1, 0) if last else bias
 
 
 def _constants(*made_for: Any) -> tuple[Share, ...]:
