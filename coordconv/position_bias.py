@@ -58,6 +58,11 @@ class Share:
     dilation: tuple[int, ...] = ()
     flip: bool = False
 
+    @property
+    def fusible(self) -> bool:
+        """Whether a compiler is left the last contraction; see :func:`position_bias`."""
+        return bool(self.tables) and math.prod(self.tables[-1].shape[:-1]) <= MOST_SUMS
+
     def converted(self, asarray: Callable[[Array], Any]) -> Share:
         """The same with the arrays of a framework, which ``asarray`` makes."""
         padded = None if self.padded is None else asarray(self.padded)
@@ -246,8 +251,7 @@ def position_bias(
     total = None
     for share in arrays:
         if share.tables:
-            small = math.prod(share.tables[-1].shape[:-1]) <= MOST_SUMS
-            make = _sum_of_products if fused and small else _product
+            make = _sum_of_products if fused and share.fusible else _product
             term = make(coord_weight, share, einsum, channels_last)
             term = term.reshape((*share.shape, -1) if channels_last else (-1, *share.shape))
         else:
@@ -291,6 +295,9 @@ def factors(
         these are the last or the first.
     """
     axis = 0 if channels_last else len(share.tables) - 1
+    if axis == 0 and not channels_last:  # on small layers each call counts
+        kernel, (table,) = coord_weight[:, share.start : share.stop], share.tables
+        return kernel.reshape((kernel.shape[0], -1)), table.reshape((-1, table.shape[-1]))
     rows, table = _contracted(coord_weight, share, einsum, channels_last, axis)
     rows = rows.reshape((rows.shape[0], -1))
     return (table.T, rows) if channels_last else (rows.T, table)

@@ -297,8 +297,8 @@ def _traced_position_bias(
     made_for = options, Coordinates.from_dict(coords), shape, output_shape
     with _no_autocast(kernel.device.type):
         arrays = _constants(*made_for, kernel.dtype, kernel.device)
-        # The compiler has a 2-D convolution's output channels last.
-        last = fused and len(shape) == 2
+        # The compiler has a 2-D convolution's output channels last, and a product's as it is.
+        last = fused and len(shape) == 2 and any(share.fusible for share in arrays)
         bias = _position_bias(kernel, arrays, channels_last=last, fused=fused)
         return bias.movedim(-1, 0) if last else bias
 
