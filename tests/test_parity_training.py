@@ -11,7 +11,7 @@ from coordconv.parity import training
 from coordconv.parity.comparison import Expected, simulated
 from coordconv.parity.training import TASKS, Task, TrainingReport, reference
 
-STEPS = 20
+STEPS = 10  # of the 50 that the command takes
 CNN_SGD, CNN_ADAM, CLASSIFIER_SGD, CLASSIFIER_ADAM = TASKS
 
 
@@ -32,7 +32,7 @@ def exact():
 def test_weights_stay_within_the_bound(backend, exact, task):
     outcome = exact(task).check(backend)
     assert outcome.ok, (outcome.errors, outcome.worst)
-    assert list(outcome.errors) == [10, 20]
+    assert list(outcome.errors) == [10]
     assert max(outcome.errors.values()) > 0
     assert outcome.losses == pytest.approx(exact(task).losses, rel=1e-4)  # what is drawn
 
@@ -86,9 +86,7 @@ class Spoilt:
 
 def spoilt(monkeypatch, exact, task, mistake):
     monkeypatch.setattr(backends, "load", lambda name: Spoilt(mistake))
-    found = exact(task)
-    short = replace(found, losses=found.losses[:10])
-    return short.check("spoilt")
+    return exact(task).check("spoilt")
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -142,8 +140,11 @@ class TestBound:
         for weights in exact(CNN_SGD).weights.values():
             for wanted in weights.values():
                 assert (wanted.bound >= 2.0**-24 * np.abs(wanted.value)).all()
-        first, last = (exact(CNN_SGD).weights[count] for count in (10, 20))
-        assert all((last[name].bound > first[name].bound).all() for name in first)
+
+    def test_it_grows(self):
+        network = replace(CLASSIFIER_SGD.network, input_shape=(2, 9, 9))
+        found = reference(replace(CLASSIFIER_SGD, network=network, batch=1), 20).weights
+        assert all((found[20][name].bound > found[10][name].bound).all() for name in found[10])
 
     def test_the_losses_gradient_is_its_finite_difference(self):
         rng = np.random.default_rng(0)
