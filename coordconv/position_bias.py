@@ -109,13 +109,22 @@ def by_axis(
     shape: tuple[int, ...],
     dtype: type[np.floating[Any]],
 ) -> tuple[Share, ...]:
-    """As :func:`shares`, with a table for each axis and the radius apart, whatever the size."""
+    """As :func:`shares`, with a table for each axis and the radius apart, whatever the size.
+
+    But with one tap the radius is a table, too.
+    """
     runs = []
     start = 0
     for radial, tokens in groupby(coords.channels, key=lambda token: token == "r"):
         stop = start + len(list(tokens))
         make = _padded_share if radial else _separable_share
-        runs.append(make(geometry, coords, shape, dtype, start, stop))
+        share = make(geometry, coords, shape, dtype, start, stop)
+        if radial and geometry.taps == 1:
+            # What one tap reads is no longer than the channels, and a convolution with it is one
+            # whose gradient torch.compile gets the strides of wrong.
+            table = np.asarray(_together(share, geometry.kernel))
+            share = Share(start, stop, share.shape, (frozen(table),))
+        runs.append(share)
         start = stop
     return tuple(runs)
 

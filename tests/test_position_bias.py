@@ -312,3 +312,12 @@ def test_threads_share_the_cache() -> None:
 def test_errors(geometry: ConvGeometry, coords: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shares(geometry, Coordinates(coords), shape, np.float32)
+
+
+def test_with_one_tap_the_radius_is_a_table() -> None:
+    """Compiled by torch, the gradient of such a convolution with one channel fails."""
+    for geometry in (ConvGeometry((1, 1), stride=2), ConvGeometry((1, 1), transposed=True)):
+        runs = by_axis(geometry, Coordinates("rx"), (5, 7), np.float32)
+        assert all(share.tables and share.padded is None for share in runs)
+    (share, _) = by_axis(ConvGeometry((1, 3)), Coordinates("rx"), (5, 7), np.float32)
+    assert share.padded is not None
