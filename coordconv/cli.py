@@ -417,8 +417,8 @@ def exchange(
             chosen, names, inputs, seed, advance=lambda: progress.advance(task)
         )
     for name in dict.fromkeys(pair.network for pair in report.pairs):
-        title = f"{name}: largest error in units of what is likely, same answers"
-        table = Table("saved in \\ loaded in", *names, title=title, title_justify="left")
+        title = f"{name}, loaded in: largest error in units of what is likely, same answers"
+        table = Table("saved in", *names, title=title, title_justify="left")
         pairs = {(p.saved, p.loaded): p for p in report.pairs if p.network == name}
         for saved in names:
             table.add_row(saved, *(_cell(pairs[saved, loaded]) for loaded in names))
