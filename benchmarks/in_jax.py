@@ -84,6 +84,8 @@ class Jax:
             CONCAT: (concat.apply, {"conv": _params(given.fused)}),
             OURS: (ours.apply, _params(given.ours)),
         }
+        if mode == TRAINING and shape.groups > 1 and self.device.platform == "cpu":
+            del functions[CONCAT]  # XLA takes minutes for one gradient of such a kernel
         if mode == MAP:
             functions = {
                 PLAIN: functions[PLAIN],

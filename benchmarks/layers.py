@@ -74,7 +74,7 @@ def check(results: Iterable[Result], device: str) -> list[Check]:
             maps = found.get((name, MAP), [])
             each.append((f"map at batch {MAP_BATCH}", maps, MAP, MAP_SHARE))
         for label, of, key, limit in each:
-            medians = {r.shape: r.ratios[key].median for r in of}
+            medians = {r.shape: r.ratios[key].median for r in of if key in r.ratios}
             where = max(medians, key=medians.__getitem__, default="")
             value, over = medians.get(where, math.nan), sum(v > limit for v in medians.values())
             checks.append(Check(name, label, limit, value, where, over, len(of), expected))
@@ -117,10 +117,11 @@ def print_results(name: str, results: list[Result]) -> None:
         columns = "plain ms", "concat/plain", "ours/plain", AGAINST
         table = common.table(f"{name}, {mode}: median (quartiles)", "shape", *columns)
         for r in of:
-            table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *(str(r.ratios[k]) for k in keys))
+            found = (str(r.ratios[k]) if k in r.ratios else "minutes" for k in keys)
+            table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *found)
         table.add_section()
         table.add_row("geometric mean", "", *(f"{_mean(of, k):.3f}" for k in keys))
-        worst = (max(r.ratios[k].median for r in of) for k in keys)
+        worst = (max(r.ratios[k].median for r in of if k in r.ratios) for k in keys)
         table.add_row("worst", "", *(f"{value:.3f}" for value in worst))
         console.print(table)
     of = [r for r in results if (r.framework, r.mode) == (name, MAP)]
@@ -143,7 +144,7 @@ def _ms(spread: Spread) -> str:
 
 
 def _mean(results: list[Result], key: str) -> float:
-    return common.geometric_mean([r.ratios[key].median for r in results])
+    return common.geometric_mean([r.ratios[key].median for r in results if key in r.ratios])
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
@@ -177,11 +178,12 @@ def draw(path: Path, results: list[Result]) -> None:
             axis.axvline(1.0, color="black", linewidth=1)
             of = [r for r in results if (r.framework, r.mode) == (name, mode)]
             for variant, offset, marker in ((CONCAT, 0.15, "s"), (OURS, -0.15, "o")):
-                spreads = [r.ratios[variant] for r in of]
+                shown = [r for r in of if variant in r.ratios]
+                spreads = [r.ratios[variant] for r in shown]
                 medians = [min(s.median, _DRAWN_TO) for s in spreads]
                 axis.errorbar(
                     medians,
-                    [shapes.index(r.shape) - offset for r in of],
+                    [shapes.index(r.shape) - offset for r in shown],
                     xerr=(
                         [max(m - s.low, 0) for m, s in zip(medians, spreads, strict=True)],
                         [max(s.high - m, 0) for m, s in zip(medians, spreads, strict=True)],
