@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from io import BytesIO
@@ -241,28 +241,30 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
             geometry = _for_output(geometry, shape, chosen)
         return self._add(output, *self._map_arguments(geometry, shape))
 
-    def _add(self, output: Tensor, kernel: Tensor, arrays: list[Share]) -> Tensor:
+    def _add(self, output: Tensor, kernel: Tensor, arrays: Sequence[Share]) -> Tensor:
         """A convolution's ``output``, and what the coordinates add to it.
 
-        On a CPU it is added in place, since Paddle takes long to allocate a tensor. Where there is
-        no gradient, it is added as a product, which takes less time than a broadcast, and for one
-        sample is the product that makes the map; that of Paddle's has no second derivative.
+        On a CPU a product of two matrices is added in place: Paddle takes long to allocate a
+        tensor, and longer for a broadcast or for its gradient than for a product. For one sample it
+        is the product that makes the map, for several that of a column of ones with the map.
         """
         with paddle.amp.auto_cast(enable=False):
             traced = not paddle.in_dynamic_mode()
             trained = not traced and paddle.is_grad_enabled() and not kernel.stop_gradient
             if traced or not _is_plain(output) or (trained and output.stop_gradient):
                 return output + self._position_bias(kernel, arrays, output.dtype)
-            if trained or not output.stop_gradient:
-                return output.add_(self._position_bias(kernel, arrays, output.dtype))
             if len(output) == len(arrays) == 1 and arrays[0].tables and not self._channels_last:
                 left, right = factors(kernel, arrays[0], paddle.einsum)
             else:
                 left = paddle.ones([len(output), 1], output.dtype)
                 right = self._position_bias(kernel, arrays, output.dtype).reshape([1, -1])
-            return paddle.addmm_(output.reshape([len(left), -1]), left, right).reshape(output.shape)
+            if output.stop_gradient:
+                return _add_product(output, left, right)
+            return _AddProduct.apply([_anchor(), output, left, right])
 
-    def _position_bias(self, kernel: Tensor, arrays: list[Share], dtype: paddle.dtype) -> Tensor:
+    def _position_bias(
+        self, kernel: Tensor, arrays: Sequence[Share], dtype: paddle.dtype
+    ) -> Tensor:
         """What the coordinates add to each sample, computed in the dtype of ``kernel``."""
         return position_bias(
             kernel,
@@ -274,17 +276,15 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
 
     def _map_arguments(
         self, geometry: ConvGeometry, shape: tuple[int, ...]
-    ) -> tuple[Tensor, list[Share]]:
+    ) -> tuple[Tensor, tuple[Share, ...]]:
         """The coordinate kernel, in float32 at least, and the arrays that the map is made with."""
         kernel = self.coord_weight
         if kernel.dtype in (paddle.float16, paddle.bfloat16):
             kernel = kernel.astype(paddle.float32)
-        exact = np.float64 if kernel.dtype == paddle.float64 else np.float32
-        arrays = [
-            share.converted(lambda array: _constant(array, kernel))
-            for share in shares(geometry, self.coords, shape, exact)
-        ]
-        return kernel, arrays
+        made_for = geometry, self.coords, shape, kernel.dtype
+        if not paddle.in_dynamic_mode():  # a program would have its own tensors kept
+            return kernel, _convert(*made_for, None)
+        return kernel, _kept(*made_for, kernel.place)
 
     def _conv_geometry(self, shape: tuple[int, ...], sized: bool = False) -> ConvGeometry:
         """The geometry, from the attributes that the base class's ``forward`` reads.
@@ -352,6 +352,71 @@ def _is_plain(output: Tensor) -> bool:
     """Whether it is one of those that Paddle can add to in place on a CPU."""
     dtypes = paddle.float32, paddle.float64
     return output.place.is_cpu_place() and output.dtype in dtypes and output.size > 0
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``output + left @ right``, in place."""
+    return paddle.addmm_(output.reshape([len(left), -1]), left, right).reshape(output.shape)
+
+
+class _AddProduct(paddle.autograd.PyLayer):
+    """:func:`_add_product` where there are gradients.
+
+    Paddle's own would copy the output's gradient, and has no derivative. Takes one list: its first
+    tensor, of :func:`_anchor`, is always in need of a gradient. Of a first one that is not, as
+    where ``paddle.grad`` is asked for the others' alone, Paddle wants None in place of the list.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensors: list[Tensor]) -> Tensor:
+        _, output, left, right = tensors
+        ctx.needs = [not factor.stop_gradient for factor in (left, right)]
+        ctx.save_for_backward(left, right)
+        _add_product(output, left, right)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None]]:
+        left, right = ctx.saved_tensor()
+        of_left, of_right = ctx.needs
+        with paddle.amp.auto_cast(enable=False):
+            flat = gradient.reshape([len(left), -1])
+            return (
+                [
+                    None,
+                    gradient,
+                    paddle.matmul(flat, right, transpose_y=True) if of_left else None,
+                    paddle.matmul(left, flat, transpose_x=True) if of_right else None,
+                ],
+            )
+
+
+@lru_cache(maxsize=1)
+def _anchor() -> Tensor:
+    """A tensor that takes gradients, though it never gets one."""
+    anchor = paddle.zeros([1])
+    anchor.stop_gradient = False
+    return anchor
+
+
+@lru_cache(maxsize=64)
+def _kept(*made_for: Any) -> tuple[Share, ...]:
+    return _convert(*made_for)
+
+
+def _convert(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    dtype: paddle.dtype,
+    place: Any,
+) -> tuple[Share, ...]:
+    """The arrays of a position bias as tensors."""
+    exact = np.float64 if dtype == paddle.float64 else np.float32
+    return tuple(
+        share.converted(lambda array: paddle.to_tensor(array, place=place))
+        for share in shares(geometry, coords, shape, exact)
+    )
 
 
 def _constant(array: Array, beside: Tensor) -> Tensor:
