@@ -58,17 +58,8 @@ class PositionBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        options = (
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.transposed,
-            layer.padding_mode,
-        )
         shapes = tuple(x.shape[2:]), self.output_shape
-        kernel = layer.coord_weight
+        kernel, options = layer.coord_weight, layer._options
         if torch.compiler.is_compiling():
             grad = torch.is_grad_enabled()
             made_for = options, layer.coords.to_dict(), shapes

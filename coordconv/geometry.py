@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -116,7 +117,22 @@ class ConvGeometry:
     @property
     def taps(self) -> int:
         """The number of taps of the kernel."""
-        return int(np.prod(self.kernel))
+        return math.prod(self.kernel)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a product of matrices: each output sample is made of its own input sample.
+
+        Example:
+            >>> ConvGeometry((1, 1)).pointwise, ConvGeometry((1, 1), stride=2).pointwise
+            (True, False)
+        """
+        _, stride, _, _, holes = self.per_axis
+        return (
+            self.taps == self.groups == max(stride + holes) == 1
+            and not self.transposed
+            and (self.padding == "same" or not any(map(any, self.padding)))  # type: ignore[arg-type]
+        )
 
     def pads(self, shape: Sequence[int]) -> Pairs:
         """The ``(before, after)`` padding of each axis for an input of spatial ``shape``."""

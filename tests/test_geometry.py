@@ -33,6 +33,34 @@ def test_shapes_pads_and_taps(data: st.DataObject) -> None:
             assert found == taps
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pointwise(data: st.DataObject) -> None:
+    """Where it says so, each output sample reads its own input sample; elsewhere some do not.
+
+    But for strides that skip just the holes between spread samples: those it need not know.
+    """
+    rank = data.draw(st.integers(1, 3))
+    geometry = data.draw(
+        st.one_of(
+            geometries((5,) * rank),
+            st.builds(
+                ConvGeometry,
+                st.just((1,) * rank),
+                stride=st.integers(1, 2),
+                padding=st.sampled_from([0, 1, "same", ((0, 1),) * rank]),
+                dilation=st.integers(1, 2),
+                groups=st.integers(1, 2),
+                input_dilation=st.integers(1, 2),
+            ),
+        )
+    )
+    own = [[{0: i} for i in range(n)] for n in (5,) * rank]
+    same = geometry.taps == geometry.groups == 1 and reads(geometry, (5,) * rank) == own
+    same = same and not geometry.transposed
+    assert geometry.pointwise == (same and max(geometry.per_axis[4]) == 1)
+
+
 @pytest.mark.parametrize(
     ("options", "shape", "expected"),
     [

@@ -1,6 +1,7 @@
 """The Paddle layers: against the definition, against Paddle itself, and under its users' habits."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -765,6 +766,56 @@ class TestAddedInPlace:
         )
         reference = Reference(ConvGeometry((3, 3), padding=1), layer.coords)
         assert np.array_equal(found.numpy(), reference.weight_gradients(x, dy)["coord_weight"])
+
+    @pytest.mark.parametrize("kernel", [1, 3])
+    @pytest.mark.parametrize("coords", ["xy", "xyr"])
+    def test_gradients_of_any_of_the_inputs(self, batch, kernel, coords):
+        """Asked for alone, or with the others frozen: they are those of all, to the last bit."""
+        layer = CoordConv2D(2, 3, kernel, coords=coords)
+        fill(layer, integers)
+        x = paddle.to_tensor(integers(batch, 2, 5, 4))
+        tensors = [x, *layer.parameters()]
+
+        def gradients(*chosen):
+            outputs = layer(x)
+            return paddle.grad(outputs, list(chosen), 2 * paddle.ones_like(outputs))
+
+        x.stop_gradient = False
+        everything = gradients(*tensors)
+        for r in range(1, len(tensors)):
+            for some in itertools.combinations(range(len(tensors)), r):
+                for frozen in (False, True):
+                    for i, tensor in enumerate(tensors):
+                        tensor.stop_gradient = frozen and i not in some
+                    for i, found in zip(some, gradients(*(tensors[i] for i in some)), strict=True):
+                        assert np.array_equal(found.numpy(), everything[i].numpy()), (some, frozen)
+        for tensor in tensors:
+            tensor.stop_gradient = True
+        assert layer(x).stop_gradient
+
+    @pytest.mark.parametrize("kernel", [1, 3])
+    def test_penalty_on_the_gradient(self, batch, kernel):
+        """A quadratic in the coordinate kernel, so that its central differences are exact."""
+        layer = CoordConv2D(2, 3, kernel)
+        fill(layer, integers)
+        layer.to(dtype="float64")
+
+        def penalty():
+            x = paddle.to_tensor(integers(batch, 2, 5, 4), "float64", stop_gradient=False)
+            (slope,) = paddle.grad(layer(x).square().sum(), [x], create_graph=True)
+            return slope.square().sum()
+
+        (found,) = paddle.grad(penalty(), [layer.coord_weight])
+        k = layer.coord_weight.numpy()
+        for index in ((0, 0, 0, 0), (2, 1, kernel - 1, kernel - 1)):
+            values = []
+            for step in (1, -1):
+                moved = k.copy()
+                moved[index] += step
+                layer.coord_weight.set_value(moved)
+                values.append(float(penalty()))
+            layer.coord_weight.set_value(k)
+            assert found.numpy()[index] == pytest.approx((values[0] - values[1]) / 2, rel=1e-9)
 
     def test_second_derivatives(self, batch):
         """Of the sum of y * y in the coordinate kernel's direction d: twice that of P(d) ** 2."""

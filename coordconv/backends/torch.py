@@ -144,15 +144,7 @@ class _CoordConv(nn.modules.conv._ConvNd):
             channel_axis=-1 - self.rank,
             batched=0,
         )
-        options = (
-            self.kernel_size,
-            self.stride,
-            0 if self.padding == "valid" else self.padding,
-            self.dilation,
-            self.groups,
-            self.transposed,
-            self.padding_mode,
-        )
+        options = self._options
         if torch.compiler.is_compiling():
             output = super().forward(input, *args, **kwargs)
             shapes = shape, output.shape[-self.rank :]
@@ -171,18 +163,28 @@ class _CoordConv(nn.modules.conv._ConvNd):
         shapes = shape, output.shape[-self.rank :]
         return _add(output, kernel, _constants(options, self.coords, *shapes, *like))
 
-    def _is_product(self, input: Tensor) -> bool:
-        """Whether this is a product of matrices, and that is the faster way to compute it.
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        """What :func:`_geometry` takes."""
+        return (
+            self.kernel_size,
+            self.stride,
+            0 if self.padding == "valid" else self.padding,
+            self.dilation,
+            self.groups,
+            self.transposed,
+            self.padding_mode,
+        )
 
-        A convolution of one tap is. On a CPU, ``torch.baddbmm``, which adds the map as it goes, was
-        the faster for up to 64 channels and several samples: docs/performance.md.
+    def _is_product(self, input: Tensor) -> bool:
+        """Whether a pointwise convolution is faster as a product of matrices.
+
+        On a CPU, ``torch.baddbmm``, which adds the map as it goes, was the faster for up to 64
+        channels and several samples: docs/performance.md.
         """
         return (
-            self.kernel_size == self.stride == (1,) * self.rank
-            and self.padding in (0, (0,) * self.rank, "same", "valid")
-            and self.groups == 1
-            and self.in_channels <= 64
-            and not self.transposed
+            self.in_channels <= 64
+            and _geometry(*self._options).pointwise
             and input.device.type == "cpu"
             and input.dim() == self.rank + 2
             and len(input) > 1
@@ -332,6 +334,7 @@ def _convert(
     )
 
 
+@lru_cache(maxsize=256)
 def _geometry(
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
