@@ -398,7 +398,8 @@ class _AddProduct(paddle.autograd.PyLayer):
         return _add_product(output, left, right)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None]]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
         left, right = ctx.saved_tensor()
         of_left, of_right = ctx.needs
         with _no_autocast():
