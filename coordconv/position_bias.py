@@ -6,17 +6,19 @@ A convolution is linear in its channels and the coordinates do not depend on the
 
 An axis coordinate is a ramp along its own axis and constant along the others, so its share of P
 contracts axis by axis with small tables: ``T[k, t]`` is what tap ``k`` reads at output position
-``t``. The radius is not separable; it is convolved once, on a batch of one. Where the map is small,
-all axes are one: a table of what every tap reads at every output position, whatever the coordinate,
+``t``. Away from the borders the taps read one ramp, some steps apart, so that few functions of
+``t`` make all rows of a table: those of three taps are a constant, a ramp, and one at each border.
+The radius is not separable; it is convolved once, on a batch of one. Where the map is small, all
+axes are one: a table of what every tap reads at every output position, whatever the coordinate,
 makes P in a single product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from itertools import groupby
 from operator import add
 from typing import Any
@@ -33,18 +35,21 @@ MOST_TOGETHER = 2**16
 
 # Terms of the last product, up to which a compiler is given it as sums, to fuse with what follows:
 # more of them, for each sample, cost more than to write a map once and to read it again.
-MOST_SUMS = 9
+MOST_SUMS = 6
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """The arrays for a run of adjacent coordinate channels, all separable or all not.
+    """The arrays for a run of adjacent coordinate channels.
 
-    ``tables`` holds one array of shape ``(channels, kernel, output length)`` per axis, if the
-    channels are separable, or one for all axes together; otherwise ``padded`` holds the channels as
-    the convolution meets them, padded and dilated, of shape ``(channels, *padded shape)``, so that
-    a convolution without padding, at stride ``stride`` and dilation ``dilation`` (with the taps in
-    reverse order if ``flip``), gives their share. ``shape`` is the output's.
+    ``table`` is what each tap reads at each output position, ``(channels * taps, positions)``; or,
+    if there are ``bases``, how much of each product of their functions, one of each axis,
+    ``(channels * taps, products)``. A basis is of shape ``(functions, output length)``.
+
+    Where there is no table, ``padded`` holds the channels as the convolution meets them, padded and
+    dilated, of shape ``(channels, *padded shape)``, so that a convolution without padding, at
+    stride ``stride`` and dilation ``dilation`` (with the taps in reverse order if ``flip``), gives
+    their share. ``shape`` is the output's.
 
     The arrays are NumPy's, or a framework's: see :meth:`converted`.
     """
@@ -52,21 +57,31 @@ class Share:
     start: int
     stop: int
     shape: tuple[int, ...]
-    tables: tuple[Any, ...] = ()
+    table: Any = None
+    bases: tuple[Any, ...] = ()
     padded: Any = None
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     flip: bool = False
 
     @property
+    def last(self) -> Any:
+        """The right one of the last two matrices that are multiplied, of the last axis or of all.
+
+        None where there is no table.
+        """
+        return self.bases[-1] if self.bases else self.table
+
+    @property
     def fusible(self) -> bool:
         """Whether a compiler is left the last contraction; see :func:`position_bias`."""
-        return bool(self.tables) and math.prod(self.tables[-1].shape[:-1]) <= MOST_SUMS
+        return self.last is not None and self.last.shape[0] <= MOST_SUMS
 
     def converted(self, asarray: Callable[[Array], Any]) -> Share:
         """The same with the arrays of a framework, which ``asarray`` makes."""
-        padded = None if self.padded is None else asarray(self.padded)
-        return replace(self, tables=tuple(map(asarray, self.tables)), padded=padded)
+        if self.table is None:
+            return replace(self, padded=asarray(self.padded))
+        return replace(self, table=asarray(self.table), bases=tuple(map(asarray, self.bases)))
 
 
 @lru_cache(maxsize=64)
@@ -89,18 +104,18 @@ def shares(
 
     Example:
         >>> (share,) = shares(ConvGeometry((3,), padding=1), Coordinates("x"), (3,), np.float32)
-        >>> share.tables[0]
-        array([[[ 0., -1.,  0.],
-                [-1.,  0.,  1.],
-                [ 0.,  1.,  0.]]], dtype=float32)
+        >>> share.table
+        array([[ 0., -1.,  0.],
+               [-1.,  0.,  1.],
+               [ 0.,  1.,  0.]], dtype=float32)
     """
     coords.check_rank(geometry.rank)
-    apart = by_axis(geometry, coords, shape, dtype)
-    size = len(coords) * geometry.taps * math.prod(geometry.output_shape(shape))
-    if size > MOST_TOGETHER or (len(apart) == 1 and len(apart[0].tables) == 1):
-        return apart
-    table = np.concatenate([_together(share, geometry.kernel) for share in apart])
-    return (Share(0, len(coords), apart[0].shape, (frozen(table),)),)
+    output_shape = geometry.output_shape(shape)
+    if len(coords) * geometry.taps * math.prod(output_shape) > MOST_TOGETHER:
+        return by_axis(geometry, coords, shape, dtype)
+    tables = [_table(geometry, coords, shape, *run) for run in _runs(coords)]
+    share = Share(0, len(coords), output_shape, np.concatenate(tables))
+    return (share.converted(partial(_constant, dtype)),)
 
 
 def by_axis(
@@ -109,76 +124,145 @@ def by_axis(
     shape: tuple[int, ...],
     dtype: type[np.floating[Any]],
 ) -> tuple[Share, ...]:
-    """As :func:`shares`, with a table for each axis and the radius apart, whatever the size.
+    """As :func:`shares`, with a basis for each axis and the radius apart, whatever the size.
 
-    But with one tap the radius is a table, too.
+    But one axis needs none; and what one tap reads of the radius is a table, too: it is no longer
+    than the channel, and of a convolution with it torch.compile gets the strides wrong in training.
     """
-    runs = []
+    made = []
+    for start, stop in _runs(coords):
+        run = geometry, coords, shape, start, stop
+        if coords.channels[start] == "r" and geometry.taps > 1:
+            share = _padded_share(*run)
+        elif coords.channels[start] == "r" or geometry.rank == 1:
+            share = Share(start, stop, geometry.output_shape(shape), _table(*run))
+        else:
+            tables, bases = zip(*(axis.factors() for axis in _axes(*run)), strict=True)
+            share = Share(start, stop, geometry.output_shape(shape), _product(tables), bases)
+        made.append(share.converted(partial(_constant, dtype)))
+    return tuple(made)
+
+
+def _constant(dtype: type[np.floating[Any]], array: Array) -> Array:
+    return frozen(np.ascontiguousarray(array, dtype))
+
+
+def _runs(coords: Coordinates) -> Iterator[tuple[int, int]]:
+    """The first channel and the last, plus 1, of each run of separable ones or radii."""
     start = 0
-    for radial, tokens in groupby(coords.channels, key=lambda token: token == "r"):
+    for _, tokens in groupby(coords.channels, key=lambda token: token == "r"):
         stop = start + len(list(tokens))
-        make = _padded_share if radial else _separable_share
-        share = make(geometry, coords, shape, dtype, start, stop)
-        if radial and geometry.taps == 1:
-            # What one tap reads is no longer than the channels, and a convolution with it is one
-            # whose gradient torch.compile gets the strides of wrong.
-            table = np.asarray(_together(share, geometry.kernel))
-            share = Share(start, stop, share.shape, (frozen(table),))
-        runs.append(share)
+        yield start, stop
         start = stop
-    return tuple(runs)
 
 
-def _together(share: Share, kernel: tuple[int, ...]) -> Array:
-    """One table ``(channels, taps, outputs)`` for all axes of a share."""
-    if share.tables:
-        # Each product has at most one factor that is neither 0 nor 1: none of them rounds.
-        table = reduce(
-            lambda one, other: np.einsum("ckt,clu->ckltu", one, other).reshape(
-                len(one), one.shape[1] * other.shape[1], -1
-            ),
-            share.tables,
-        )
-        return np.asarray(table)
+def _table(
+    geometry: ConvGeometry, coords: Coordinates, shape: Sequence[int], start: int, stop: int
+) -> Array:
+    """What each tap reads at each output position, ``(channels * taps, positions)``."""
+    run = geometry, coords, shape, start, stop
+    if coords.channels[start] != "r":
+        return _product([axis.reads for axis in _axes(*run)])
+    share = _padded_share(*run)
     taps = []
-    for tap in np.ndindex(*kernel):
-        place = (k - 1 - i for k, i in zip(kernel, tap, strict=True)) if share.flip else tap
+    for tap in np.ndindex(*geometry.kernel):
+        place = (k - 1 - i for k, i in zip(geometry.kernel, tap, strict=True))
         window = (
             slice(i * d, i * d + (m - 1) * s + 1, s)
-            for i, d, m, s in zip(place, share.dilation, share.shape, share.stride, strict=True)
+            for i, d, m, s in zip(
+                place if share.flip else tap,
+                share.dilation,
+                share.shape,
+                share.stride,
+                strict=True,
+            )
         )
-        taps.append(share.padded[(slice(None), *window)].reshape(len(share.padded), -1))
-    return np.stack(taps, axis=1)
+        taps.append(share.padded[(slice(None), *window)].reshape(stop - start, -1))
+    return np.concatenate(np.stack(taps, axis=1))
 
 
-def _separable_share(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: Sequence[int],
-    dtype: Any,
-    start: int,
-    stop: int,
-) -> Share:
-    extend = coords.outside == "extend"
-    tables = []
+def _product(tables: Sequence[Array]) -> Array:
+    """Tables ``(channels, taps, columns)`` of all axes as one, ``(channels * taps, columns)``.
+
+    Each product has at most one factor that is neither 0 nor 1: none of them rounds.
+    """
+    table = reduce(
+        lambda one, other: np.einsum("ckt,clu->ckltu", one, other).reshape(
+            len(one), one.shape[1] * other.shape[1], -1
+        ),
+        tables,
+    )
+    return np.concatenate(table)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What each tap reads of each channel along an axis.
+
+    Args:
+        along: which channels are ramps along this axis; the others are one there.
+        index: the sample that a tap reads, shape ``(output length, kernel)``.
+        meets: whether there is one, likewise.
+        values: the ramp there, or 0, likewise.
+    """
+
+    along: Array
+    index: Array
+    meets: Array
+    values: Array
+
+    @property
+    def reads(self) -> Array:
+        """Shape ``(channels, kernel, output length)``."""
+        return np.where(self.along[:, None, None], self.values.T, self.meets.T)
+
+    def factors(self) -> tuple[Array, Array]:
+        """:attr:`reads` as a product, of as few functions of the position as there can be.
+
+        At most positions only the place of the kernel differs: each tap reads there what the one in
+        the middle reads, some steps on. Each of the others is a function by itself.
+
+        Returns:
+            Arrays of shapes ``(channels, kernel, functions)`` and ``(functions, output length)``.
+        """
+        reads = self.reads
+        rows, row = np.unique(np.concatenate(reads), axis=0, return_inverse=True)
+        middle = (reads.shape[1] - 1) // 2
+        steps = np.where(self.meets, self.index - self.index[:, [middle]], np.iinfo(np.int64).max)
+        _, kind, counts = np.unique(steps, axis=0, return_inverse=True, return_counts=True)
+        common = kind.reshape(-1) == counts.argmax()
+        first = common.argmax()
+        others = np.flatnonzero(~common & self.meets.any(axis=1))
+        ramps = self.along.any()
+        if not self.meets[first, middle] or 1 + ramps + len(others) >= len(rows):
+            each = np.eye(len(rows))[row.reshape(-1)]
+            return each.reshape(*reads.shape[:2], -1), rows
+        met, value = self.meets[first], self.values[first]
+        constant = np.where(self.along[:, None], np.where(met, value - value[middle], 0), met)
+        columns = [constant, *reads[:, :, others].transpose(2, 0, 1)]
+        basis = [common, *np.eye(len(common))[others]]
+        if ramps:
+            columns.append(self.along[:, None] & met)
+            basis.append(np.where(common, self.values[:, middle], 0))
+        return np.stack(columns, axis=-1).astype(np.float64), np.stack(basis).astype(np.float64)
+
+
+def _axes(
+    geometry: ConvGeometry, coords: Coordinates, shape: Sequence[int], start: int, stop: int
+) -> Iterator[_Axis]:
     axes = reversed(axis_tokens(geometry.rank))
     for token, n, (index, meets) in zip(axes, shape, geometry.tap_positions(shape), strict=True):
-        if not extend:
+        if coords.outside != "extend":
             index, inside = _apply_padding(index, n, geometry.padding_mode)
             meets = meets & inside
-        along = np.where(meets, ramp(coords, index, n), 0)
-        tables.append(
-            np.stack([(along if c == token else meets).T for c in coords.channels[start:stop]])
-        )
-    arrays = tuple(frozen(np.ascontiguousarray(table, dtype)) for table in tables)
-    return Share(start, stop, geometry.output_shape(tuple(shape)), arrays)
+        along = np.array([c == token for c in coords.channels[start:stop]])
+        yield _Axis(along, index, meets, np.where(meets, ramp(coords, index, n), 0))
 
 
 def _padded_share(
     geometry: ConvGeometry,
     coords: Coordinates,
     shape: Sequence[int],
-    dtype: Any,
     start: int,
     stop: int,
 ) -> Share:
@@ -214,7 +298,7 @@ def _padded_share(
         start,
         stop,
         geometry.output_shape(tuple(shape)),
-        padded=frozen(values.astype(dtype)),
+        padded=values,
         stride=stride,
         dilation=dilation,
         flip=geometry.transposed,
@@ -236,17 +320,15 @@ def position_bias(
     coord_weight: Any,
     arrays: Sequence[Share],
     *,
-    einsum: Callable[..., Any],
     convolve: Callable[[Share, Any], Any],
     channels_last: bool = False,
     fused: bool = False,
 ) -> Any:
-    """The position bias, in the framework whose functions are passed.
+    """The position bias, in the framework whose arrays are passed.
 
     Args:
         coord_weight: the coordinate kernel, shape ``(out, n, *kernel)``.
         arrays: what :func:`shares` returned, with the framework's arrays in them.
-        einsum: the framework's ``einsum``.
         convolve: ``convolve(share, kernel)``: the framework's convolution of ``share.padded`` (one
             sample, channels first, no batch axis) with ``kernel``, as :class:`Share` says; returns
             shape ``(out, *output shape)``.
@@ -259,89 +341,70 @@ def position_bias(
     """
     total = None
     for share in arrays:
-        if share.tables:
-            make = _sum_of_products if fused and share.fusible else _product
-            term = make(coord_weight, share, einsum, channels_last)
-            term = term.reshape((*share.shape, -1) if channels_last else (-1, *share.shape))
-        else:
+        if share.last is None:
             term = convolve(share, coord_weight[:, share.start : share.stop])
             if channels_last:
-                outs = "tuv"[: len(share.shape)]
-                term = einsum(f"o{outs}->{outs}o", term)
+                term = term.reshape((term.shape[0], -1)).T
+        elif fused and share.fusible:
+            term = _sum_of_products(coord_weight, share, channels_last)
+        else:
+            left, right = factors(coord_weight, share, channels_last)
+            term = left @ right
+        term = term.reshape((*share.shape, -1) if channels_last else (-1, *share.shape))
         total = term if total is None else total + term
     return total
 
 
-def _product(
-    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool
-) -> Any:
-    left, right = factors(coord_weight, share, einsum, channels_last)
-    return left @ right
+def factors(coord_weight: Any, share: Share, channels_last: bool = False) -> tuple[Any, Any]:
+    """The two matrices whose product is the map of a share with a table.
 
-
-def _sum_of_products(
-    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool
-) -> Any:
-    rows, table = _contracted(coord_weight, share, einsum, channels_last, len(share.tables) - 1)
-    if channels_last:
-        products = (rows[j][..., None, :] * table[j][:, None] for j in range(len(table)))
-    else:
-        products = (rows[j][..., None] * table[j] for j in range(len(table)))
-    return reduce(add, products)
-
-
-def factors(
-    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool = False
-) -> tuple[Any, Any]:
-    """The two matrices whose product is the map of a separable share.
-
-    One is the table of the axis that is farthest from the channels in memory, so that the product,
+    One is the basis of the axis that is farthest from the channels in memory, so that the product,
     which has the most to do, is as it lies there, and its gradient, too.
 
     Returns:
         Matrices of shapes ``(out * other outputs, terms)`` and ``(terms, last outputs)``, or
-        ``(first outputs, terms)`` and ``(terms, other outputs * out)``; of a table for all axes
-        these are the last or the first.
+        ``(first outputs, terms)`` and ``(terms, other outputs * out)``; of a table without bases
+        these outputs are all.
     """
-    axis = 0 if channels_last else len(share.tables) - 1
-    if axis == 0 and not channels_last:  # on small layers each call counts
-        kernel, (table,) = coord_weight[:, share.start : share.stop], share.tables
-        return kernel.reshape((kernel.shape[0], -1)), table.reshape((-1, table.shape[-1]))
-    rows, table = _contracted(coord_weight, share, einsum, channels_last, axis)
-    rows = rows.reshape((rows.shape[0], -1))
-    return (table.T, rows) if channels_last else (rows.T, table)
+    if not channels_last:
+        return _contracted(coord_weight, share, channels_last), share.last
+    kernel = _flat(coord_weight, share).T
+    if not share.bases:
+        return share.table.T, kernel
+    first, *others = share.bases
+    term, before = share.table.T @ kernel, share.table.shape[1]
+    for basis in reversed(others):
+        before //= basis.shape[0]
+        term = basis.T @ term.reshape((before, basis.shape[0], -1))
+    return first.T, term.reshape((first.shape[0], -1))
 
 
-def _contracted(
-    coord_weight: Any, share: Share, einsum: Callable[..., Any], channels_last: bool, kept: int
-) -> tuple[Any, Any]:
-    """A kernel contracted with the tables of all axes but one, and that one's table.
+def _sum_of_products(coord_weight: Any, share: Share, channels_last: bool) -> Any:
+    term, last = _contracted(coord_weight, share, channels_last), share.last
+    count = last.shape[0]
+    if not channels_last:
+        return reduce(add, (term[:, j, None] * last[j] for j in range(count)))
+    term = term.reshape((-1, count, coord_weight.shape[0]))
+    return reduce(add, (term[:, j, None] * last[j][:, None] for j in range(count)))
+
+
+def _contracted(coord_weight: Any, share: Share, channels_last: bool) -> Any:
+    """A kernel contracted with all but ``share.last``.
 
     Returns:
-        Arrays of shapes ``(terms, out, *other outputs)``, with the ``out`` at the end if
-        ``channels_last``, and ``(terms, kept outputs)``.
+        A matrix of shape ``(out * other outputs, terms)``, or ``(other outputs, terms * out)``.
     """
-    count, term = len(share.tables), coord_weight[:, share.start : share.stop]
-    table = share.tables[kept].reshape((-1, share.tables[kept].shape[-1]))
-    if count == 1:
-        return term.reshape((term.shape[0], -1)).T, table
-    taps, outs = "klm"[:count], "tuv"
-    others = [axis for axis in range(count) if axis != kept]
-    inner, outer = ("".join(names[axis] for axis in others) for names in (taps, outs))
-    if channels_last:
-        # As matrix products throughout, so that the channels are last in memory, too.
-        term = einsum(f"oc{taps}->c{inner}{taps[kept]}o", term)
-        for i, axis in enumerate(others):
-            along = einsum("ckt->ctk", share.tables[axis])
-            along = along.reshape((along.shape[0], *(1,) * i, *along.shape[1:]))
-            term = along @ term.reshape((*term.shape[: i + 1], along.shape[-1], -1))
-        shape = *term.shape[:count], -1, coord_weight.shape[0]
-        term = einsum(f"c{outer}{taps[kept]}o->c{taps[kept]}{outer}o", term.reshape(shape))
-    else:
-        indices = f"oc{taps}"
-        for i, axis in enumerate(others):
-            result = f"c{taps[kept]}o{inner[i + 1 :]}{outer[: i + 1]}"
-            along = f"c{taps[axis]}{outs[axis]}"
-            term = einsum(f"{indices},{along}->{result}", term, share.tables[axis])
-            indices = result
-    return term.reshape((table.shape[0], *term.shape[2:])), table
+    kernel = _flat(coord_weight, share)
+    if share.bases:
+        term = share.table.T @ kernel.T if channels_last else kernel @ share.table
+        done = 1 if channels_last else kernel.shape[0]
+        for basis in share.bases[:-1]:
+            term = basis.T @ term.reshape((done, basis.shape[0], -1))
+            done *= basis.shape[1]
+        return term.reshape((done, -1))
+    return kernel.T if channels_last else kernel
+
+
+def _flat(coord_weight: Any, share: Share) -> Any:
+    kernel = coord_weight[:, share.start : share.stop]
+    return kernel.reshape((kernel.shape[0], -1))

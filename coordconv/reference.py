@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from coordconv.coordinates import Coordinates
+from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, evaluate
+from coordconv.grid import Array, evaluate, ramp
 
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -56,13 +56,15 @@ class Reference:
         """The output, shape ``(N, out, *S_out)``.
 
         With ``magnitudes`` every term of every sum is replaced by its absolute value: the
-        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of.
+        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's grows by what the
+        kernel's width is in coordinates: a tap's may be computed as another tap's and steps from
+        there, which must not count as an error where the two cancel.
         """
-        z = self.padded(x)
+        z = self.padded(x, magnitudes=magnitudes)
         fused = self.fuse(weight, coord_weight)
         bias = None if bias is None else np.asarray(bias, np.float64)
         if magnitudes:
-            z, fused, bias = np.abs(z), np.abs(fused), None if bias is None else np.abs(bias)
+            fused, bias = np.abs(fused), None if bias is None else np.abs(bias)
         out_shape = self.geometry.output_shape(x.shape[2:])
         groups, out, _ = fused.shape[:3]
         y = np.zeros((len(x), groups, out, int(np.prod(out_shape))))
@@ -91,9 +93,9 @@ class Reference:
         self, x: Array, dy: Array, *, magnitudes: bool = False
     ) -> dict[str, Array]:
         """The gradients of ``weight``, ``coord_weight`` (if there are coordinates) and ``bias``."""
-        z, grouped = self.padded(x), self._by_group(dy)
+        z, grouped = self.padded(x, magnitudes=magnitudes), self._by_group(dy)
         if magnitudes:
-            z, grouped = np.abs(z), np.abs(grouped)
+            grouped = np.abs(grouped)
         fused = np.zeros((grouped.shape[1], grouped.shape[2], z.shape[2], *self.geometry.kernel))
         for tap, window in self._windows(dy.shape[2:]):
             read = _flat(z[window]).swapaxes(2, 3)
@@ -105,9 +107,10 @@ class Reference:
         gradients["bias"] = grouped.sum(axis=(0, *range(3, grouped.ndim))).reshape(-1)
         return gradients
 
-    def padded(self, x: Array) -> Array:
+    def padded(self, x: Array, *, magnitudes: bool = False) -> Array:
         """What the kernel slides over: ``(N, groups, C / groups + n, *padded shape)``."""
         x = np.asarray(x, np.float64)
+        x = np.abs(x) if magnitudes else x
         batch, channels, *shape = x.shape
         groups = self.geometry.groups
         z = x.reshape(batch, groups, channels // groups, *shape)
@@ -116,7 +119,7 @@ class Reference:
             z = _along(z, m, 3 + axis)
         if self.coords is None:
             return z
-        coordinates = self._padded_coordinates(tuple(shape), maps)
+        coordinates = self._padded_coordinates(tuple(shape), maps, magnitudes)
         repeated = np.broadcast_to(coordinates, (batch, groups, *coordinates.shape))
         return np.concatenate([z, repeated], axis=2)
 
@@ -204,10 +207,13 @@ class Reference:
             maps.append(m)
         return maps
 
-    def _padded_coordinates(self, shape: tuple[int, ...], maps: list[Array]) -> Array:
+    def _padded_coordinates(
+        self, shape: tuple[int, ...], maps: list[Array], magnitudes: bool
+    ) -> Array:
         assert self.coords is not None
         if self.coords.outside == "zero":
             grid = evaluate(self.coords, [np.arange(n) for n in shape], shape)
+            grid = np.abs(grid) + self._widths(shape) if magnitudes else grid
             for axis, m in enumerate(maps):
                 grid = _along(grid, m, 1 + axis)
             return grid
@@ -218,9 +224,22 @@ class Reference:
         steps = [hole for _, _, hole, _ in self._layout(shape)]
         indices = [p // hole for p, hole in zip(places, steps, strict=True)]
         grid = evaluate(self.coords, indices, shape)
+        grid = np.abs(grid) + self._widths(shape) if magnitudes else grid
         for axis, (p, hole) in enumerate(zip(places, steps, strict=True)):
             grid = _along(grid, np.diag((p % hole == 0).astype(np.float64)), 1 + axis)
         return grid
+
+    def _widths(self, shape: tuple[int, ...]) -> Array:
+        """The kernel's width in coordinates, ``(n, 1, ...)``: 0 for the radius."""
+        assert self.coords is not None
+        kernel, _, dilation, _, _ = self.geometry.per_axis
+        widths = {"r": 0.0}
+        axes = reversed(axis_tokens(self.geometry.rank))
+        for token, n, k, d in zip(axes, shape, kernel, dilation, strict=True):
+            first, second = ramp(self.coords, np.arange(2), n)
+            widths[token] = d * (k - 1) * abs(second - first)
+        found = np.array([widths[token] for token in self.coords.channels])
+        return found.reshape(-1, *(1,) * self.geometry.rank)
 
 
 def _flat(array: Array) -> Array:

@@ -201,7 +201,7 @@ def test_cutting_and_copying_at_once_means_one_thing(mode: str) -> None:
         reference = Reference(geometry, coords)
         y = reference.forward(np.zeros((1, 1, 3)), np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
         (share,) = shares(geometry, coords, (3,), np.float64)
-        np.testing.assert_array_equal(share.tables[0][0, 0], y[0, 0])
+        np.testing.assert_array_equal(share.table[0], y[0, 0])
 
 
 # --- inputs of layers ----------------------------------------------------------------------------

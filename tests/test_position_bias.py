@@ -21,7 +21,7 @@ from coordconv.position_bias import (
     shares,
 )
 from coordconv.reference import Reference
-from definition import Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
+from definition import UNIT, Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
 
 
 def convolve(share: Share, kernel: Any) -> Any:
@@ -50,7 +50,7 @@ def bias_of(case: Case, dtype: Any = np.float64, make: Any = by_axis, **options:
     assert case.coords
     arrays = make(case.geometry, case.coords, case.shape, dtype)
     kernel = case.weights["coord_weight"].astype(dtype)
-    return position_bias(kernel, arrays, einsum=np.einsum, convolve=convolve, **options)
+    return position_bias(kernel, arrays, convolve=convolve, **options)
 
 
 def real(case: Case, seed: int) -> Case:
@@ -121,24 +121,64 @@ def test_every_order_is_the_same_map(make: Any, fused: bool, last: bool, case: C
     assert np.all(np.abs(bias - bias_of(case)) <= bound)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("make", [shares, by_axis])
+@settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
-    """A table of each axis, against the ramp read place by place."""
+def test_tables_are_what_the_taps_read(make: Any, data: st.DataObject) -> None:
+    """Of each coordinate, read place by place; through bases up to the roundings of the steps."""
     rank = data.draw(st.integers(1, 3))
-    shape = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
+    shape = data.draw(st.tuples(*[st.integers(1, 9 - rank)] * rank))
     geometry = data.draw(geometries(shape))
-    token = data.draw(st.sampled_from("xyz"[:rank]))
+    token = data.draw(st.sampled_from("xyz"[:rank] + "r" * (make is shares)))
     coords = Coordinates(token, outside="extend")
-    (share,) = by_axis(geometry, coords, shape, np.float64)
-    for axis, outputs in enumerate(reads(geometry, shape)):
-        expected = np.zeros((1, len(outputs), geometry.kernel[axis]))
-        for t, taps in enumerate(outputs):
-            for k, i in taps.items():
-                place = tuple(i if a == axis else 0 for a in range(rank))
-                along = rank - 1 - "xyz".index(token) == axis
-                expected[0, t, k] = coordinate(coords, token, place, shape) if along else 1
-        np.testing.assert_array_equal(share.tables[axis], expected.swapaxes(1, 2))
+    (share,) = make(geometry, coords, shape, np.float64)
+    axes = reads(geometry, shape)
+    expected = np.zeros((*geometry.kernel, *map(len, axes)))
+    for t in product(*(range(len(outputs)) for outputs in axes)):
+        for tap in product(*(outputs[p] for outputs, p in zip(axes, t, strict=True))):
+            place = tuple(outputs[p][k] for outputs, p, k in zip(axes, t, tap, strict=True))
+            expected[(*tap, *t)] = coordinate(coords, token, place, shape)
+    found = read_through(share).reshape(expected.shape)
+    if share.bases:
+        # A coordinate is of the middle tap's and of steps, all up to the grid and a kernel away.
+        assert np.all(np.abs(found - expected) <= 4 * UNIT * (1 + 2 * np.abs(expected).max()))
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
+def read_through(share: Share) -> Any:
+    """What each tap reads at each output position, ``(channels * taps, positions)``."""
+    products = np.ones((1, 1))
+    for basis in share.bases:
+        products = np.kron(products, basis)
+    return share.table @ products if share.bases else share.table
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_bases_are_no_larger_than_tables(data: st.DataObject) -> None:
+    """At most as many functions as the taps have rows: a ramp and a constant each."""
+    shape = data.draw(st.tuples(*[st.integers(1, 12)] * 2))
+    geometry = data.draw(geometries(shape))
+    for share in by_axis(geometry, Coordinates("xy"), shape, np.float64):
+        for basis, k in zip(share.bases, geometry.kernel, strict=True):
+            assert len(basis) <= 2 * k
+
+
+@pytest.mark.parametrize(
+    ("options", "functions"),
+    [
+        ({"padding": 1}, 4),  # constant, ramp, two borders
+        ({"padding": 1, "stride": 2}, 3),  # of 8 samples, the last is met in the middle
+        ({}, 2),
+        ({"padding": 2, "padding_mode": "circular"}, 4),  # constant everywhere, three taps' ramps
+        ({"padding": 2, "dilation": 2}, 6),  # two at each border: no fewer than the rows
+        ({"transposed": True, "stride": 2}, 6),
+    ],
+)
+def test_functions_are_few(options: dict[str, Any], functions: int) -> None:
+    (share,) = by_axis(ConvGeometry((3, 3), **options), Coordinates("xy"), (8, 8), np.float64)
+    assert [len(basis) for basis in share.bases] == [functions] * 2
 
 
 @settings(max_examples=50, deadline=None)
@@ -157,32 +197,17 @@ def test_arrays_are_float64_rounded_once(data: st.DataObject) -> None:
             np.testing.assert_array_equal(a.astype(np.float32), b)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_the_table_for_all_axes_is_what_each_tap_reads(data: st.DataObject) -> None:
-    """Of every coordinate, the radius too: the map of a kernel that is one tap, to the last bit."""
-    rank = data.draw(st.integers(1, 3))
-    shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
-    geometry, coords = data.draw(geometries(shape)), data.draw(coordinates_of_rank[rank])
-    (share,) = shares(geometry, coords, shape, np.float64)
-    (table,) = share.tables
-    identity = np.eye(len(coords) * geometry.taps).reshape(-1, len(coords), *geometry.kernel)
-    apart = by_axis(geometry, coords, shape, np.float64)
-    maps = position_bias(identity, apart, einsum=np.einsum, convolve=convolve)
-    np.testing.assert_array_equal(table.reshape(maps.shape), maps)
-
-
-def test_large_maps_have_a_table_for_each_axis() -> None:
+def test_large_maps_have_a_basis_for_each_axis() -> None:
     geometry, coords = ConvGeometry((1, 1)), Coordinates("xy")
     side = math.isqrt(MOST_TOGETHER // 2)
     (small,) = shares(geometry, coords, (side, side), np.float32)
     (large,) = shares(geometry, coords, (side, 2 * side), np.float32)
-    assert (len(small.tables), len(large.tables)) == (1, 2)
-    assert small.tables[0].size <= MOST_TOGETHER
+    assert (len(small.bases), len(large.bases)) == (0, 2)
+    assert small.table.size <= MOST_TOGETHER
 
 
 def arrays_of(share: Share) -> tuple[Any, ...]:
-    return share.tables or (share.padded,)
+    return (share.padded,) if share.table is None else (share.table, *share.bases)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +227,11 @@ def test_channels_keep_their_order(channels: str, runs: list[tuple[int, int]]) -
     arrays = by_axis(geometry, Coordinates(channels), (4, 5), np.float64)
     assert [(share.start, share.stop) for share in arrays] == runs
     kernel = np.random.default_rng(0).normal(size=(3, len(channels), 2, 3))
-    computed = position_bias(kernel, arrays, einsum=np.einsum, convolve=convolve)
+    computed = position_bias(kernel, arrays, convolve=convolve)
     apart = [
         position_bias(
             kernel[:, [i]],
             shares(geometry, Coordinates(token), (4, 5), np.float64),
-            einsum=np.einsum,
             convolve=convolve,
         )
         for i, token in enumerate(channels)
@@ -224,7 +248,7 @@ def test_channels_keep_their_order(channels: str, runs: list[tuple[int, int]]) -
 def test_one_tap_reads_the_grid(n: int, k: int) -> None:
     """The middle tap of a same convolution sees the grid itself."""
     (share,) = shares(ConvGeometry((k,), padding="same"), Coordinates("x"), (n,), np.float32)
-    np.testing.assert_array_equal(share.tables[0][0, (k - 1) // 2], coordinate_grid((n,))[0])
+    np.testing.assert_array_equal(share.table[(k - 1) // 2], coordinate_grid((n,))[0])
 
 
 def test_arrays_are_read_only_and_shared() -> None:
@@ -261,7 +285,7 @@ def test_the_cache_is_keyed_by_everything_that_matters(other: tuple[Any, ...]) -
     (one,), (two,) = base, shares(*other)
     same = [
         a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
-        for a, b in zip(one.tables, two.tables, strict=True)
+        for a, b in zip(arrays_of(one), arrays_of(two), strict=True)
     ]
     assert not all(same)
 
@@ -318,6 +342,6 @@ def test_with_one_tap_the_radius_is_a_table() -> None:
     """Compiled by torch, the gradient of such a convolution with one channel fails."""
     for geometry in (ConvGeometry((1, 1), stride=2), ConvGeometry((1, 1), transposed=True)):
         runs = by_axis(geometry, Coordinates("rx"), (5, 7), np.float32)
-        assert all(share.tables and share.padded is None for share in runs)
+        assert all(share.table is not None and share.padded is None for share in runs)
     (share, _) = by_axis(ConvGeometry((1, 3)), Coordinates("rx"), (5, 7), np.float32)
     assert share.padded is not None

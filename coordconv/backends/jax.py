@@ -246,7 +246,6 @@ def _map(kernel: jax.Array, arrays: tuple[core.Share, ...], fused: bool) -> jax.
         return core.position_bias(  # type: ignore[no-any-return]
             kernel,
             [share.converted(lambda a: jnp.asarray(a, kernel.dtype)) for share in arrays],
-            einsum=jnp.einsum,
             convolve=_convolve,
             channels_last=True,
             fused=fused,

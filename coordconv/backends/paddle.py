@@ -264,9 +264,9 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
         with _no_autocast():
             if not paddle.in_dynamic_mode() or not _is_plain(output):
                 return output + self._position_bias(kernel, arrays, output.dtype)
-            by_product = arrays[0].tables and not self._channels_last and bias is None
+            by_product = arrays[0].last is not None and not self._channels_last and bias is None
             if len(output) == len(arrays) == 1 and by_product:
-                left, right = factors(kernel, arrays[0], paddle.einsum)
+                left, right = factors(kernel, arrays[0])
             else:
                 left = _ones(len(output), output.dtype)
                 right = self._position_bias(kernel, arrays, output.dtype)
@@ -286,7 +286,6 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
         return position_bias(
             kernel,
             arrays,
-            einsum=paddle.einsum,
             convolve=_convolve,
             channels_last=self._channels_last,
         ).astype(dtype)

@@ -242,7 +242,7 @@ def _add(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...]) -> Tensor:
             # within torch.func, the output may lack an axis that it maps over
             return (output + _position_bias(kernel, arrays)).to(output.dtype)
         if _is_one_large_map(output, kernel, arrays):
-            return _AddProduct.apply(output, *factors(kernel, arrays[0], torch.einsum))  # type: ignore[no-any-return]
+            return _AddProduct.apply(output, *factors(kernel, arrays[0]))  # type: ignore[no-any-return]
         return output.add_(_position_bias(kernel, arrays))
 
 
@@ -255,7 +255,7 @@ def _is_one_large_map(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...])
     return (
         output.numel() == len(kernel) * math.prod(arrays[0].shape) >= 2**20
         and len(arrays) == 1
-        and bool(arrays[0].tables)
+        and arrays[0].last is not None
         and output.is_contiguous()
         and output.dtype == kernel.dtype
     )
@@ -280,7 +280,7 @@ class _AddProduct(torch.autograd.Function):
 
 def _position_bias(kernel: Tensor, arrays: tuple[Share, ...], **options: bool) -> Tensor:
     """What the coordinates add to each sample, in the dtype of ``kernel``."""
-    return position_bias(kernel, arrays, einsum=torch.einsum, convolve=_convolve, **options)  # type: ignore[no-any-return]
+    return position_bias(kernel, arrays, convolve=_convolve, **options)  # type: ignore[no-any-return]
 
 
 # A compiler takes the graph of this from running it, so that the arrays become constants of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,8 +119,11 @@ def expected(
 
     The number of terms covers the position bias, too: an output passes ``C / groups * taps``
     roundings in the convolution and one more for the bias and the map each; an element of the map
-    passes one for the coordinate, one for its product (the other factors of it are 0 or 1), and
-    one per addition, fewer than ``n * taps``.
+    passes one for a step's coordinate, one for its product, and one per addition, fewer than
+    ``n * taps``; and then for each axis one for the middle tap's coordinate, one for the product
+    with it, and one to add the steps. The coordinate kernel's gradient passes the same backwards,
+    with an addition for each position along each axis, and then one for each product of functions
+    that a tap has a share in, of fewer than ``2 * k`` for each axis.
 
     To 16 bits, an output is rounded four times: the convolution, the bias added to it, the map,
     and the sum of both. Where a convolution is a matrix product for each tap, a transposed one's
@@ -233,7 +237,8 @@ def _forward(
     passed_on = Reference(layer.geometry).forward(e, weight, magnitudes=True) if e.any() else 0
     y = reference.forward(x, weight, coord_weight, bias)
     roundings = 4 + (layer.geometry.taps - 1 if layer.geometry.transposed else 0)
-    return y, precision.error(size, layer.fan_in + 1, roundings) + passed_on
+    terms = layer.fan_in + (3 * layer.geometry.rank + 2 if layer.coords else 1)
+    return y, precision.error(size, terms, roundings) + passed_on
 
 
 def _backward(
@@ -267,8 +272,10 @@ def _backward(
         ones = np.ones_like(dy[:1]), np.ones_like(weight)
         terms_x = int(reference.input_gradient(*ones, shape).max())
         roundings_x = layer.geometry.taps * _copies(layer.geometry, shape)
-        # two more for the coordinates: their own rounding and the product with them
-        terms_w = len(x) * int(np.prod(dy.shape[2:])) + 2
+        terms_w = len(x) * int(np.prod(dy.shape[2:]))
+        if layer.coords:
+            terms_w += sum(length + 2 for length in dy.shape[2:])
+            terms_w += math.prod(2 * k for k in layer.geometry.kernel) + 2
         dx = reference.input_gradient(dy, weight, shape)
         dx_size = reference.input_gradient(larger_dy, weight, shape, magnitudes=True)
         dx_passed = np.zeros_like(dx)
