@@ -57,6 +57,14 @@ class Mode(StrEnum):
     COMPILED = "compiled"
 
 
+class Maps(StrEnum):
+    """How ``coordconv parity`` has position biases made."""
+
+    USUAL = "usual"
+    APART = "apart"
+    TOGETHER = "together"
+
+
 def _fail(message: str) -> typer.Exit:
     """Say what is wrong on standard error; to be raised."""
     # what a terminal would obey, in the name of a file or of an array, is shown as an escape
@@ -257,6 +265,13 @@ def parity(
     mode: Annotated[
         Mode, typer.Option(help="Usual: JAX compiled, torch and Paddle eager.")
     ] = Mode.USUAL,
+    maps: Annotated[
+        Maps,
+        typer.Option(
+            help="Apart: made axis by axis, as large ones are. Together: from one table, as small "
+            "ones, such as all of these."
+        ),
+    ] = Maps.USUAL,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one a core by default.")
     ] = None,
@@ -293,6 +308,7 @@ def parity(
             names,
             lambda: progress.advance(task),
             compiled={Mode.EAGER: False, Mode.COMPILED: True}.get(mode),
+            maps=None if maps is Maps.USUAL else maps.value,
             workers=workers,
         )
     _print_report(report)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from coordconv import available_backends, backends
+from coordconv import available_backends, backends, position_bias
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network, get
@@ -168,6 +168,28 @@ def test_processes_report_what_one_does(backend_to_spoil):
     name = available_backends()[0]
     cases = generate(12, seed=8)
     assert check(cases, [name], workers=2) == check(cases, [name])
+
+
+@dataclass(frozen=True)
+class Asking(Case):
+    """A case that wants its map, of 10 entries or fewer, made in one way."""
+
+    apart: bool = True
+
+    def draw(self):
+        assert (position_bias.MOST_TOGETHER < 10) == self.apart
+        return super().draw()
+
+
+def test_maps_are_made_in_the_way_that_is_asked_for(backend_to_spoil):
+    name = available_backends()[0]
+    cases = [Asking(case.network, 1, 0, case.exact) for case in generate(4, seed=9)[:4]]
+    assert check(cases, [name], maps="apart").ok
+    for maps in (None, "together"):
+        with pytest.raises(AssertionError):
+            check(cases, [name], maps=maps)
+    with pytest.raises(ValueError, match="maps must be None or one of apart, together, got 'axis'"):
+        check(cases, [name], maps="axis")
 
 
 @dataclass(frozen=True)

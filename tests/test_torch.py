@@ -684,6 +684,13 @@ class TestOutputSize:
         assert torch.equal(layer(x, output_size=size), other(x))
 
 
+def _make_maps_apart(monkeypatch):
+    """As large ones are; all of these are small."""
+    monkeypatch.setattr(position_bias, "MOST_TOGETHER", 0)
+    for cache in (position_bias.shares, backend._kept):
+        cache.cache_clear()
+
+
 class TestCompile:
     @pytest.fixture(autouse=True)
     def _fresh(self):
@@ -694,8 +701,14 @@ class TestCompile:
     @pytest.mark.parametrize(
         ("name", "coords"), [*((name, "rx") for name in LAYERS), ("CoordConv3d", None)]
     )
-    def test_in_one_graph_as_eager(self, name, coords):
+    @pytest.mark.parametrize("batch", [1, 2])  # of one sample, the map is of sums, not products
+    @pytest.mark.parametrize("apart", [False, True])
+    def test_in_one_graph_as_eager(self, name, coords, batch, apart, monkeypatch):
+        if apart:
+            _make_maps_apart(monkeypatch)
         layer, x, dy = exact(name, coords)
+        x, dy = x[:batch].clone(), dy[:batch]
+        assert len(x) == batch
         wanted = with_gradients(layer, x, dy)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x.requires_grad_()
@@ -706,9 +719,7 @@ class TestCompile:
         assert same({key: tensor.double().numpy() for key, tensor in found.items()}, wanted)
 
     def test_in_inference_as_eager(self, name, monkeypatch):
-        monkeypatch.setattr(position_bias, "MOST_TOGETHER", 0)  # else all of these maps are small
-        for cache in (position_bias.shares, backend._kept):
-            cache.cache_clear()
+        _make_maps_apart(monkeypatch)
         layer, x, _ = exact(name, None)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         with torch.no_grad():

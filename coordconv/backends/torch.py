@@ -148,8 +148,9 @@ class _CoordConv(nn.modules.conv._ConvNd):
         if torch.compiler.is_compiling():
             output = super().forward(input, *args, **kwargs)
             shapes = shape, output.shape[-self.rank :]
-            # The gradient of a product is a product, which takes less than that of its sums.
-            fused = not (torch.is_grad_enabled() and self.coord_weight.requires_grad)
+            # In training, to compute sums for each of several samples is the slower.
+            trained = torch.is_grad_enabled() and self.coord_weight.requires_grad
+            fused = not trained or output.dim() == self.rank + 1 or len(output) == 1
             bias = _traced_position_bias(
                 self.coord_weight, options, self.coords.to_dict(), shapes, fused
             )
@@ -299,10 +300,32 @@ def _traced_position_bias(
     made_for = options, Coordinates.from_dict(coords), shape, output_shape
     with _no_autocast(kernel.device.type):
         arrays = _constants(*made_for, kernel.dtype, kernel.device)
+        return _FusedMap.apply(kernel, arrays) if fused else _position_bias(kernel, arrays)  # type: ignore[no-any-return]
+
+
+class _FusedMap(torch.autograd.Function):
+    """The map as sums of products, for a compiler to fuse with what follows.
+
+    Its gradient is that of products, which are products, too, and take less.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, arrays: tuple[Share, ...]) -> Tensor:
+        ctx.arrays = arrays
+        ctx.save_for_backward(kernel)
         # The compiler has a 2-D convolution's output channels last, and a product's as it is.
-        last = fused and len(shape) == 2 and any(share.fusible for share in arrays)
-        bias = _position_bias(kernel, arrays, channels_last=last, fused=fused)
+        last = len(arrays[0].shape) == 2 and any(share.fusible for share in arrays)
+        last = last and not ctx.needs_input_grad[0]  # in training this was the slower
+        bias = _position_bias(kernel, arrays, channels_last=last, fused=True)
         return bias.movedim(-1, 0) if last else bias
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (kernel,) = ctx.saved_tensors
+        with torch.enable_grad():
+            kernel = kernel.detach().requires_grad_()
+            bias = _position_bias(kernel, ctx.arrays)
+        return *torch.autograd.grad(bias, kernel, gradients), None
 
 
 def _constants(*made_for: Any) -> tuple[Share, ...]:

@@ -260,7 +260,7 @@ def _backward(
     larger_x, larger_dy = np.abs(x) + e, np.abs(dy) + f
     if isinstance(layer, Linear):
         w = weight.astype(np.float64)
-        terms_x, roundings_x, terms_w = layer.out_features, 1, len(x)
+        terms_x, roundings_x, terms_w, of_map = layer.out_features, 1, len(x), 0
         dx, dx_size, dx_passed = dy @ w, larger_dy @ np.abs(w), f @ np.abs(w)
         values = {"weight": dy.T @ x, "bias": dy.sum(axis=0)}
         exact = {"weight": np.abs(dy).T @ np.abs(x), "bias": np.abs(dy).sum(axis=0)}
@@ -272,10 +272,8 @@ def _backward(
         ones = np.ones_like(dy[:1]), np.ones_like(weight)
         terms_x = int(reference.input_gradient(*ones, shape).max())
         roundings_x = layer.geometry.taps * _copies(layer.geometry, shape)
-        terms_w = len(x) * int(np.prod(dy.shape[2:]))
-        if layer.coords:
-            terms_w += sum(length + 2 for length in dy.shape[2:])
-            terms_w += math.prod(2 * k for k in layer.geometry.kernel) + 2
+        terms_w = len(x) * math.prod(dy.shape[2:])
+        of_map = sum(n + 2 for n in dy.shape[2:]) + math.prod(2 * k for k in layer.geometry.kernel)
         dx = reference.input_gradient(dy, weight, shape)
         dx_size = reference.input_gradient(larger_dy, weight, shape, magnitudes=True)
         dx_passed = np.zeros_like(dx)
@@ -289,7 +287,11 @@ def _backward(
     gradients = {
         name: Expected(
             value,
-            precision.error(sizes[name], terms_w, terms_w if name == "bias" else len(x))
+            precision.error(
+                sizes[name],
+                terms_w + (of_map + 2 if name == "coord_weight" else 0),
+                terms_w if name == "bias" else len(x),
+            )
             + (sizes[name] - exact[name]),
         )
         for name, value in values.items()

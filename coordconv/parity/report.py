@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from coordconv import backends
+from coordconv import backends, position_bias
 from coordconv.grid import Array
 from coordconv.parity.cases import Case
 from coordconv.parity.comparison import PRECISIONS, Expected, expected
+
+_MOST_TOGETHER = {"apart": 0, "together": 2**40}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def check(
     advance: Callable[[], Any] = lambda: None,
     *,
     compiled: bool | None = None,
+    maps: str | None = None,
     workers: int = 1,
 ) -> CaseReport:
     """Run every case through every backend and compare with the float64 reference.
@@ -119,10 +122,14 @@ def check(
         advance: called after each case.
         compiled: put every framework's compiler before it, or none; None for what its users
             mostly do: JAX compiled, torch and Paddle not.
-        workers: the number of processes; 1 runs the cases in this one.
+        maps: ``"apart"`` has the position bias made axis by axis, as that of a large map is, and
+            ``"together"`` from one table; None leaves it to the size, and generated cases are
+            small.
+        workers: the number of processes; 1 runs the cases in this one, unless ``maps`` are given:
+            what they are made from is kept for as long as a process lives.
 
     Raises:
-        ValueError, ImportError: a backend that is unknown or not installed.
+        ValueError, ImportError: a backend that is unknown or not installed; other ``maps``.
 
     Returns:
         A report. A case fails if an element of the output or of a gradient is off by more than
@@ -131,8 +138,10 @@ def check(
         as excluded, under the reason; so is, if there is more than one process, a case on which
         the framework ends it, if it does the same without coordinates.
     """
+    if maps not in (None, *_MOST_TOGETHER):
+        raise ValueError(f"maps must be None or one of {', '.join(_MOST_TOGETHER)}, got {maps!r}")
     report = CaseReport([Tally(name) for name in dict.fromkeys(names)])
-    found = _each(cases, report.backends, compiled, workers)
+    found = _each(cases, report.backends, compiled, maps, workers)
     for case, outcomes in zip(cases, found, strict=True):
         for tally, outcome in zip(report.tallies, outcomes, strict=True):
             tally.add(case, outcome)
@@ -141,15 +150,19 @@ def check(
 
 
 def _each(
-    cases: Sequence[Case], names: Sequence[str], compiled: bool | None, workers: int
+    cases: Sequence[Case],
+    names: Sequence[str],
+    compiled: bool | None,
+    maps: str | None,
+    workers: int,
 ) -> Iterator[list[Outcome]]:
-    if workers == 1:
+    if workers == 1 and maps is None:
         for case in cases:
             yield _outcomes(case, names, compiled)
         return
     done = 0
     while done < len(cases):
-        with _processes(workers) as pool:
+        with _processes(workers, maps) as pool:
             futures = [pool.submit(_outcomes, case, names, compiled) for case in cases[done:]]
             try:
                 for future in futures:
@@ -158,15 +171,15 @@ def _each(
             except BrokenProcessPool:  # in this case, or in one that ran beside it
                 pool.shutdown(cancel_futures=True)
         if done < len(cases):
-            yield [_alone(cases[done], name, compiled) for name in names]
+            yield [_alone(cases[done], name, compiled, maps) for name in names]
             done += 1
 
 
-def _alone(case: Case, name: str, compiled: bool | None) -> Outcome:
+def _alone(case: Case, name: str, compiled: bool | None, maps: str | None) -> Outcome:
     """A case in a process of its own, which the framework may end instead of raising."""
 
     def survives(case: Case) -> list[Outcome]:
-        with _processes(1) as pool:
+        with _processes(1, maps) as pool:
             try:
                 return pool.submit(_outcomes, case, [name], compiled).result()
             except BrokenProcessPool:
@@ -179,13 +192,15 @@ def _alone(case: Case, name: str, compiled: bool | None) -> Outcome:
     return Outcome(excluded="the framework ends its process, without coordinates too")
 
 
-def _processes(workers: int) -> ProcessPoolExecutor:
+def _processes(workers: int, maps: str | None) -> ProcessPoolExecutor:
     # Spawned, since a framework's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _start_worker)
+    return ProcessPoolExecutor(workers, context, _start_worker, (maps,))
 
 
-def _start_worker() -> None:
+def _start_worker(maps: str | None) -> None:
+    if maps is not None:
+        position_bias.MOST_TOGETHER = _MOST_TOGETHER[maps]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores already
     # What frameworks say of themselves; in the calling process that is the caller's matter.
     warnings.simplefilter("ignore")
