@@ -56,9 +56,9 @@ class Reference:
         """The output, shape ``(N, out, *S_out)``.
 
         With ``magnitudes`` every term of every sum is replaced by its absolute value: the
-        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's grows by what the
-        kernel's width is in coordinates: a tap's may be computed as another tap's and steps from
-        there, which must not count as an error where the two cancel.
+        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's grows by twice
+        what lies between two taps: what one reads may be computed from what the middle one reads
+        and the steps from there, and those may cancel.
         """
         z = self.padded(x, magnitudes=magnitudes)
         fused = self.fuse(weight, coord_weight)
@@ -230,14 +230,20 @@ class Reference:
         return grid
 
     def _widths(self, shape: tuple[int, ...]) -> Array:
-        """The kernel's width in coordinates, ``(n, 1, ...)``: 0 for the radius."""
+        """Twice the coordinates from the middle tap to the farthest, ``(n, 1, ...)``.
+
+        Padding that copies may put the first sample of an axis beside the last. The radius has no
+        steps.
+        """
         assert self.coords is not None
         kernel, _, dilation, _, _ = self.geometry.per_axis
+        copies = self.geometry.padding_mode != "zeros" and self.coords.outside == "zero"
         widths = {"r": 0.0}
         axes = reversed(axis_tokens(self.geometry.rank))
         for token, n, k, d in zip(axes, shape, kernel, dilation, strict=True):
             first, second = ramp(self.coords, np.arange(2), n)
-            widths[token] = d * (k - 1) * abs(second - first)
+            steps = max(d * (k // 2), n - 1 if copies and k > 1 else 0)
+            widths[token] = 2 * steps * abs(second - first)
         found = np.array([widths[token] for token in self.coords.channels])
         return found.reshape(-1, *(1,) * self.geometry.rank)
 

@@ -392,23 +392,23 @@ class _AddProduct(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx: Any, tensors: list[Tensor]) -> Tensor:
         _, output, left, right = tensors
-        ctx.needs = [not factor.stop_gradient for factor in (left, right)]
-        ctx.save_for_backward(left, right)
+        ctx.rows = len(left)
+        ctx.left = None if right.stop_gradient else left
+        ctx.right = None if left.stop_gradient else right
         return _add_product(output, left, right)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        left, right = ctx.saved_tensor()
-        of_left, of_right = ctx.needs
+        left, right = ctx.left, ctx.right
         with _no_autocast():
-            flat = gradient.reshape([len(left), -1])
+            flat = gradient.reshape([ctx.rows, -1])
             return (
                 [
                     None,
                     gradient,
-                    paddle.matmul(flat, right, transpose_y=True) if of_left else None,
-                    paddle.matmul(left, flat, transpose_x=True) if of_right else None,
+                    None if right is None else paddle.matmul(flat, right, transpose_y=True),
+                    None if left is None else paddle.matmul(left, flat, transpose_x=True),
                 ],
             )
 
