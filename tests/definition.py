@@ -8,7 +8,7 @@ k * dilation`` of the padded input. A transposed one scatters: sample ``i`` adds
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -108,6 +108,22 @@ def coordinate(
     if token != "r":
         return values[{"x": -1, "y": -2, "z": -3}[token]]
     return root(sum(((v - Fraction(coords.r_center)) ** 2 for v in values), Fraction(0)))
+
+
+def steps(
+    g: ConvGeometry, coords: Coordinates, token: str, shape: tuple[int, ...]
+) -> list[Fraction]:
+    """The steps in that coordinate from the middle tap's sample to another tap's, and back."""
+    if token == "r":
+        return []
+    axis = len(shape) - 1 - "xyz".index(token)
+    here, n, k = (0,) * len(shape), shape[axis], g.kernel[axis]
+    there = tuple(int(i == axis) for i in range(len(shape)))
+    step = coordinate(coords, token, there, shape) - coordinate(coords, token, here, shape)
+    most = max(abs(tap - k // 2) for tap in range(k)) * g.per_axis[2][axis]
+    if k > 1 and g.padding_mode != "zeros" and coords.outside == "zero":
+        most = max(most, n - 1)  # a copy of one end may lie beside the other
+    return [abs(step)] * (2 * most)
 
 
 def root(square: Fraction) -> Fraction:
@@ -238,9 +254,25 @@ class Case:
     shape: tuple[int, ...]
     x: Any
     weights: dict[str, Any]
+    sizes: bool = False
 
     def terms(self) -> Iterator[Term]:
-        return terms(self.geometry, self.coords, self.channels, self.out, self.shape)
+        every = terms(self.geometry, self.coords, self.channels, self.out, self.shape)
+        for term in every:
+            if self.sizes and self.coords and term.kernel == "coord_weight":
+                token = self.coords.channels[term.weight[1]]
+                for value in (term.value, *steps(self.geometry, self.coords, token, self.shape)):
+                    yield replace(term, value=abs(value))
+            else:
+                yield term
+
+    def absolute(self) -> "Case":
+        """The same with every factor's size for the factor, which error bounds are made of.
+
+        The steps that a coordinate may be computed by count, too.
+        """
+        weights = {name: abs(array) for name, array in self.weights.items()}
+        return replace(self, x=abs(self.x), weights=weights, sizes=True)
 
     @property
     def count(self) -> int:
