@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 from itertools import groupby
 from operator import add
 from typing import Any
@@ -51,6 +51,8 @@ class Share:
     stride ``stride`` and dilation ``dilation`` (with the taps in reverse order if ``flip``), gives
     their share. ``shape`` is the output's.
 
+    ``where`` says of each row of :attr:`last` between which columns it is not zero.
+
     The arrays are NumPy's, or a framework's: see :meth:`converted`.
     """
 
@@ -63,6 +65,7 @@ class Share:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     flip: bool = False
+    where: tuple[tuple[int, int], ...] = ()
 
     @property
     def last(self) -> Any:
@@ -115,7 +118,7 @@ def shares(
         return by_axis(geometry, coords, shape, dtype)
     tables = [_table(geometry, coords, shape, *run) for run in _runs(coords)]
     share = Share(0, len(coords), output_shape, np.concatenate(tables))
-    return (share.converted(partial(_constant, dtype)),)
+    return (_finished(share, dtype),)
 
 
 def by_axis(
@@ -139,12 +142,17 @@ def by_axis(
         else:
             tables, bases = zip(*(axis.factors() for axis in _axes(*run)), strict=True)
             share = Share(start, stop, geometry.output_shape(shape), _product(tables), bases)
-        made.append(share.converted(partial(_constant, dtype)))
+        made.append(_finished(share, dtype))
     return tuple(made)
 
 
-def _constant(dtype: type[np.floating[Any]], array: Array) -> Array:
-    return frozen(np.ascontiguousarray(array, dtype))
+def _finished(share: Share, dtype: type[np.floating[Any]]) -> Share:
+    share = share.converted(lambda array: frozen(np.ascontiguousarray(array, dtype)))
+    if share.last is None:
+        return share
+    columns = (np.flatnonzero(row) for row in share.last)
+    where = ((int(c[0]), int(c[-1]) + 1) if len(c) else (0, 0) for c in columns)
+    return replace(share, where=tuple(where))
 
 
 def _runs(coords: Coordinates) -> Iterator[tuple[int, int]]:

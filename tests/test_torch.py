@@ -267,12 +267,15 @@ class TestWaysOfAdding:
     """Which way the map is added depends on the shape; all of them compute the same."""
 
     @pytest.mark.parametrize("batched", [True, False])
-    def test_one_large_map(self, batched):
+    @pytest.mark.parametrize(
+        ("out", "shape"), [(16, (257, 257)), (128, (129, 65))], ids=["by function", "product"]
+    )
+    def test_one_large_map(self, batched, out, shape):
         """Long enough for the product that makes it to be added to the output."""
         torch.manual_seed(3)
-        layer = CoordConv2d(1, 16, 3, padding=1)
+        layer = CoordConv2d(1, out, 3, padding=1)
         fill(layer, largest=1)
-        x, dy = signs(1, 1, 257, 257), signs(1, 16, 257, 257)
+        x, dy = signs(1, 1, *shape), signs(1, out, *shape)
         wanted = defined(layer, ConvGeometry((3, 3), padding=1), x, dy)
         seen = []
         product = backend._AddProduct.forward
@@ -338,7 +341,7 @@ class TestWaysOfAdding:
             {"stride": 2},
             {"padding": 1},
             {"groups": 2},
-            {"in_channels": 66},
+            {"in_channels": 51},  # more than twice the positions
             {"dtype": torch.bfloat16},
         ],
     )
@@ -352,7 +355,6 @@ class TestWaysOfAdding:
     def test_inputs_that_are_no_product(self):
         layer, x = CoordConv2d(4, 4, 1), torch.zeros(3, 4, 5, 5)
         assert layer._is_product(x)
-        assert not layer._is_product(x[:1])
         assert not layer._is_product(x[0])
         assert not layer._is_product(x.to(memory_format=torch.channels_last))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -745,6 +747,34 @@ class TestCompile:
         assert len(graphs) == before <= 2
         x = integers(4, 2, 9, 1)  # another map
         assert torch.equal(compiled(x), layer(x))
+
+    @pytest.mark.parametrize("trained", [True, False])
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize(
+        ("channels", "bias"), [(3, True), (3, False), (8, True), (8, False), (513, True)]
+    )
+    def test_one_tap(self, channels, bias, batch, trained):
+        """A sum, a product or a convolution: what was the fastest."""
+        layer = CoordConv2d(channels, 4, 1, bias=bias)
+        fill(layer)
+        x, dy = integers(batch, channels, 3, 3), integers(batch, 4, 3, 3)
+        wanted = with_gradients(layer, x, dy)
+        graphs = []
+
+        def keep(graph, inputs):
+            graphs.append(graph.code)
+            return graph.forward
+
+        layer.compile(fullgraph=True, backend=keep)
+        if trained:
+            assert same(with_gradients(layer, x, dy), wanted)
+        else:
+            with torch.inference_mode():
+                assert np.array_equal(layer(x).double().numpy(), wanted["y"])
+        (graph,) = graphs
+        product = channels < 513 and (trained or (channels == 8 and batch > 1))
+        assert ("baddbmm" in graph) == product
+        assert ("conv2d" in graph) == (channels == 513 or (channels == 8 and not product))
 
     def test_new_weights_count(self):
         layer = CoordConv2d(2, 3, 3)

@@ -10,8 +10,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from io import BytesIO
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from coordconv import networks
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, coordinate_grid
-from coordconv.position_bias import Share, factors, position_bias, shares
+from coordconv.position_bias import MOST_SUMS, Share, factors, position_bias, shares
 from coordconv.recording import (
     Model,
     Names,
@@ -146,23 +147,36 @@ class _CoordConv(nn.modules.conv._ConvNd):
         )
         options = self._options
         if torch.compiler.is_compiling():
-            output = super().forward(input, *args, **kwargs)
-            shapes = shape, output.shape[-self.rank :]
-            # In training, to compute sums for each of several samples is the slower.
-            trained = torch.is_grad_enabled() and self.coord_weight.requires_grad
-            fused = not trained or output.dim() == self.rank + 1 or len(output) == 1
-            bias = _traced_position_bias(
-                self.coord_weight, options, self.coords.to_dict(), shapes, fused
-            )
-            return (output + bias).to(output.dtype)
+            return self._traced(input, shape, options, *args, **kwargs)
         kernel = _at_least_float32(self.coord_weight)
         like = kernel.dtype, kernel.device
-        if self._is_product(input):
+        if len(input) > 1 and self._is_product(input):
             arrays = _constants(options, self.coords, shape, shape, *like)
             return _product(input, self.weight, self.bias, _position_bias(kernel, arrays))
         output = super().forward(input, *args, **kwargs)
         shapes = shape, output.shape[-self.rank :]
         return _add(output, kernel, _constants(options, self.coords, *shapes, *like))
+
+    def _traced(
+        self,
+        input: Tensor,
+        shape: tuple[int, ...],
+        options: tuple[Any, ...],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``forward`` for a compiler, which fuses what it is given."""
+        made_for = self.coord_weight, options, self.coords.to_dict()
+        trained = torch.is_grad_enabled() and self.coord_weight.requires_grad
+        sums = not trained and self.in_channels <= MOST_SUMS
+        if (trained or sums or len(input) > 1) and self._is_product(input):
+            bias = _traced_position_bias(*made_for, (shape, shape), not trained)
+            return (_sums if sums else _product)(input, self.weight, self.bias, bias)
+        output = super().forward(input, *args, **kwargs)
+        # In training, to compute sums for each of several samples is the slower.
+        fused = not trained or output.dim() == self.rank + 1 or len(output) == 1
+        shapes = shape, output.shape[-self.rank :]
+        return (output + _traced_position_bias(*made_for, shapes, fused)).to(output.dtype)
 
     @property
     def _options(self) -> tuple[Any, ...]:
@@ -180,19 +194,19 @@ class _CoordConv(nn.modules.conv._ConvNd):
     def _is_product(self, input: Tensor) -> bool:
         """Whether a pointwise convolution is faster as a product of matrices.
 
-        On a CPU, ``torch.baddbmm``, which adds the map as it goes, was the faster for up to 64
-        channels and several samples: docs/performance.md.
+        On a CPU, ``torch.baddbmm``, which adds the map as it goes, was the faster unless there are
+        many channels, or many beside the positions; of one sample only a compiler's: see
+        docs/performance.md.
         """
         return (
-            self.in_channels <= 64
-            and _geometry(*self._options).pointwise
+            self.in_channels <= min(512, 2 * math.prod(input.shape[2:]))
+            and _pointwise(self._options)
             and input.device.type == "cpu"
             and input.dim() == self.rank + 2
-            and len(input) > 1
             and input.dtype == self.weight.dtype in (torch.float32, torch.float64)
             and input.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and (torch.compiler.is_compiling() or not _within_func())
         )
 
     def extra_repr(self) -> str:
@@ -232,6 +246,19 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None, map: Tensor) ->
     return torch.baddbmm(map, matrix, input.flatten(2)).unflatten(2, input.shape[2:])
 
 
+def _sums(input: Tensor, weight: Tensor, bias: Tensor | None, map: Tensor) -> Tensor:
+    """As :func:`_product`, for few channels, in one pass that a compiler makes of it."""
+    if bias is not None:
+        map = map + bias.reshape(-1, *(1,) * (map.dim() - 1))
+    channels = range(input.shape[1])
+    return reduce(add, (weight[:, c] * input[:, c, None] for c in channels), map)
+
+
+def _within_func() -> bool:
+    """Whether ``torch.func`` transforms this, so that tensors may lack the axes it maps over."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _add(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...]) -> Tensor:
     """A convolution's ``output``, and what the coordinates add to it, rounded once.
 
@@ -239,11 +266,10 @@ def _add(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...]) -> Tensor:
     gradient does not need its output.
     """
     with _no_autocast(kernel.device.type):
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            # within torch.func, the output may lack an axis that it maps over
+        if _within_func():
             return (output + _position_bias(kernel, arrays)).to(output.dtype)
         if _is_one_large_map(output, kernel, arrays):
-            return _AddProduct.apply(output, *factors(kernel, arrays[0]))  # type: ignore[no-any-return]
+            return _AddProduct.apply(output, *factors(kernel, arrays[0]), arrays[0].where)  # type: ignore[no-any-return]
         return output.add_(_position_bias(kernel, arrays))
 
 
@@ -263,20 +289,32 @@ def _is_one_large_map(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...])
 
 
 class _AddProduct(torch.autograd.Function):
-    """``output + left @ right``, in place; autograd's own would copy gradients for the view."""
+    """``output + left @ right``, in place; autograd's own would copy gradients for the view.
+
+    ``where`` says between which columns each row of ``right`` is not zero. A pass over those for
+    each takes less than a product of so few terms, unless that makes four passes over the output,
+    where to start on another row of it counts as 64 values: docs/performance.md.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, left: Tensor, right: Tensor, where: Sequence[tuple[int, int]]
+    ) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(right)
-        output.view(len(left), -1).addmm_(left, right)
+        flat = output.view(len(left), -1)
+        if sum(stop - start + 64 for start, stop in where) > 4 * right.shape[1]:
+            flat.addmm_(left, right)
+            return output
+        for j, (start, stop) in enumerate(where):
+            flat[:, start:stop].addcmul_(left[:, j, None], right[j, start:stop])
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (right,) = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient, gradient.reshape(-1, right.shape[1]) @ right.T, None
+        return gradient, gradient.reshape(-1, right.shape[1]) @ right.T, None, None
 
 
 def _position_bias(kernel: Tensor, arrays: tuple[Share, ...], **options: bool) -> Tensor:
@@ -370,6 +408,11 @@ def _geometry(
     return ConvGeometry(
         kernel, stride, padding, dilation, groups, transposed, padding_mode=padding_mode
     )
+
+
+@torch.compiler.assume_constant_result
+def _pointwise(options: tuple[Any, ...]) -> bool:
+    return _geometry(*options).pointwise
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
