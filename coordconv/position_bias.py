@@ -414,5 +414,7 @@ def _contracted(coord_weight: Any, share: Share, channels_last: bool) -> Any:
 
 
 def _flat(coord_weight: Any, share: Share) -> Any:
-    kernel = coord_weight[:, share.start : share.stop]
-    return kernel.reshape((kernel.shape[0], -1))
+    out, channels = coord_weight.shape[:2]
+    if share.stop - share.start < channels:
+        coord_weight = coord_weight[:, share.start : share.stop]
+    return coord_weight.reshape((out, -1))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._C import _len_torch_dispatch_stack
 
 from coordconv import networks
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
@@ -44,6 +44,8 @@ _PLAIN = (
     nn.ConvTranspose3d,
 )
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 COMPILED = False  # what most users do
 
@@ -199,7 +201,8 @@ class _CoordConv(nn.modules.conv._ConvNd):
         docs/performance.md.
         """
         return (
-            self.in_channels <= min(512, 2 * math.prod(input.shape[2:]))
+            max(self.kernel_size) == 1  # first, what most layers are not
+            and self.in_channels <= min(512, 2 * math.prod(input.shape[2:]))
             and _pointwise(self._options)
             and input.device.type == "cpu"
             and input.dim() == self.rank + 2
@@ -280,7 +283,8 @@ def _is_one_large_map(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...])
     backward pass does.
     """
     return (
-        output.numel() == len(kernel) * math.prod(arrays[0].shape) >= 2**20
+        output.numel() >= 2**20
+        and output.numel() == len(kernel) * math.prod(arrays[0].shape)
         and len(arrays) == 1
         and arrays[0].last is not None
         and output.is_contiguous()
@@ -368,7 +372,7 @@ class _FusedMap(torch.autograd.Function):
 
 def _constants(*made_for: Any) -> tuple[Share, ...]:
     """The arrays of a position bias as tensors, kept for the next call if they are plain ones."""
-    if _get_current_dispatch_mode() is not None:  # tracing, which would have its own tensors kept
+    if _len_torch_dispatch_stack():  # tracing, which would have its own tensors kept
         return _convert(*made_for)
     return _kept(*made_for)
 
@@ -417,9 +421,9 @@ def _pointwise(options: tuple[Any, ...]) -> bool:
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
     # Not on every kind of device, "meta" for one; and where it is off, this costs more than asking.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def _convolve(share: Share, kernel: Tensor) -> Tensor:
