@@ -35,7 +35,7 @@ MOST_TOGETHER = 2**16
 
 # Terms of the last product, up to which a compiler is given it as sums, to fuse with what follows:
 # more of them, for each sample, cost more than to write a map once and to read it again.
-MOST_SUMS = 6
+MOST_SUMS = 4
 
 
 @dataclass(frozen=True, eq=False)
