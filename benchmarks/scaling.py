@@ -15,7 +15,7 @@ from common import CONCAT, INFERENCE, OURS, PLAIN, TRAINING, Result, Shape, cons
 BASE = Shape(8, 32, 32, (56, 56), 3)
 SWEEPS: Mapping[str, Mapping[int, Shape]] = {
     "batch": {n: replace(BASE, batch=n) for n in (1, 2, 4, 8, 16, 32, 64)},
-    "resolution": {n: replace(BASE, size=(n, n)) for n in (7, 14, 28, 56, 112, 224)},
+    "size": {n: replace(BASE, size=(n, n)) for n in (7, 14, 28, 56, 112, 224)},
     "channels": {n: replace(BASE, channels=n, out=n) for n in (4, 8, 16, 32, 64, 128)},
 }
 _DRAWN_TO = 2.5

@@ -138,6 +138,10 @@ def test_tables_are_what_the_taps_read(make: Any, data: st.DataObject) -> None:
         for tap in product(*(outputs[p] for outputs, p in zip(axes, t, strict=True))):
             place = tuple(outputs[p][k] for outputs, p, k in zip(axes, t, tap, strict=True))
             expected[(*tap, *t)] = coordinate(coords, token, place, shape)
+    for row, (start, stop) in zip(share.last, share.where, strict=True):
+        assert not row[:start].any()
+        assert not row[stop:].any()
+        assert start == stop or (row[start] != 0 and row[stop - 1] != 0)
     found = read_through(share).reshape(expected.shape)
     if share.bases or token == "r":
         # What comes of the middle tap's coordinate and of steps rounds, and so does a root.
