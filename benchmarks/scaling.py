@@ -1,4 +1,4 @@
-"""How the overhead over a plain convolution grows with batch, resolution and channels.
+"""How the overhead over a plain convolution grows with batch, size and channels.
 
 python benchmarks/scaling.py --frameworks torch-eager --picture scaling.png
 """
@@ -74,7 +74,7 @@ def main(
     json_file: common.JsonOption = None,
     picture: common.PictureOption = None,
 ) -> None:
-    """Time a layer at many batches, resolutions and numbers of channels, one at a time."""
+    """Time a layer at many batches, sizes and numbers of channels, one at a time."""
     names = common.chosen_frameworks(frameworks)
     shapes = dict.fromkeys(shape for sweep in SWEEPS.values() for shape in sweep.values())
     cases = [(shape, mode) for mode in (INFERENCE, TRAINING) for shape in shapes]

@@ -248,7 +248,7 @@ class _Axis:
         met, value = self.meets[first], self.values[first]
         constant = np.where(self.along[:, None], np.where(met, value - value[middle], 0), met)
         columns = [constant, *reads[:, :, others].transpose(2, 0, 1)]
-        basis = [common, *np.eye(len(common))[others]]
+        basis = [common, *(np.arange(len(common)) == other for other in others)]
         if ramps:
             columns.append(self.along[:, None] & met)
             basis.append(np.where(common, self.values[:, middle], 0))

@@ -57,8 +57,8 @@ class Reference:
 
         With ``magnitudes`` every term of every sum is replaced by its absolute value: the
         ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's grows by twice
-        what lies between two taps: what one reads may be computed from what the middle one reads
-        and the steps from there, and those may cancel.
+        what lies between the middle tap and the farthest: what one reads may be computed from what
+        the middle one reads and the steps from there, and those may cancel.
         """
         z = self.padded(x, magnitudes=magnitudes)
         fused = self.fuse(weight, coord_weight)

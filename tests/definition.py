@@ -254,12 +254,12 @@ class Case:
     shape: tuple[int, ...]
     x: Any
     weights: dict[str, Any]
-    sizes: bool = False
+    absolute_terms: bool = False
 
     def terms(self) -> Iterator[Term]:
         every = terms(self.geometry, self.coords, self.channels, self.out, self.shape)
         for term in every:
-            if self.sizes and self.coords and term.kernel == "coord_weight":
+            if self.absolute_terms and self.coords and term.kernel == "coord_weight":
                 token = self.coords.channels[term.weight[1]]
                 for value in (term.value, *steps(self.geometry, self.coords, token, self.shape)):
                     yield replace(term, value=abs(value))
@@ -272,7 +272,7 @@ class Case:
         The steps that a coordinate may be computed by count, too.
         """
         weights = {name: abs(array) for name, array in self.weights.items()}
-        return replace(self, x=abs(self.x), weights=weights, sizes=True)
+        return replace(self, x=abs(self.x), weights=weights, absolute_terms=True)
 
     @property
     def count(self) -> int:

@@ -330,7 +330,7 @@ class TestWaysOfAdding:
         layer = getattr(backend, name)(5, 7, 1, coords="x", bias=bias)
         fill(layer)
         x, dy = integers(3, 5, *(2, 3, 5)[-layer.rank :]), integers(3, 7, *(2, 3, 5)[-layer.rank :])
-        assert layer._is_product(x)
+        assert layer._is_product(x, layer.coord_weight)
         wanted = defined(layer, ConvGeometry((1,) * layer.rank), x, dy)
         assert same(with_gradients(layer, x, dy), wanted)
 
@@ -349,16 +349,34 @@ class TestWaysOfAdding:
         options = {"in_channels": 4, "out_channels": 4, "kernel_size": 1, **options}
         layer = CoordConv2d(**options)
         x = torch.zeros(3, layer.in_channels, 5, 5, dtype=layer.weight.dtype)
-        assert not layer._is_product(x)
+        assert not layer._is_product(x, layer.coord_weight)
         layer(x)
 
     def test_inputs_that_are_no_product(self):
         layer, x = CoordConv2d(4, 4, 1), torch.zeros(3, 4, 5, 5)
-        assert layer._is_product(x)
-        assert not layer._is_product(x[0])
-        assert not layer._is_product(x.to(memory_format=torch.channels_last))
+        kernel = layer.coord_weight
+        assert layer._is_product(x, kernel)
+        assert not layer._is_product(x[0], kernel)
+        assert not layer._is_product(x.to(memory_format=torch.channels_last), kernel)
+        assert not layer._is_product(x, kernel.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not layer._is_product(x)
+            assert not layer._is_product(x, kernel)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_parametrized_weight_is_computed_once(self, compiled):
+        layer, calls = CoordConv2d(4, 4, 1), []
+
+        class Count(nn.Module):
+            def forward(self, weight):
+                calls.append(weight.shape)
+                return weight
+
+        nn.utils.parametrize.register_parametrization(layer, "weight", Count())
+        calls.clear()
+        if compiled:
+            layer.compile(backend="eager")
+        layer(torch.zeros(3, 4, 5, 5))
+        assert len(calls) == 1
 
     def test_the_kept_arrays_are_bounded(self):
         layer = CoordConv1d(1, 1, 3)
@@ -775,6 +793,22 @@ class TestCompile:
         product = channels < 513 and (trained or (channels == 8 and batch > 1))
         assert ("baddbmm" in graph) == product
         assert ("conv2d" in graph) == (channels == 513 or (channels == 8 and not product))
+
+    @pytest.mark.parametrize("gradients", [True, False])
+    @pytest.mark.parametrize("kernel_size", [1, 3])
+    @pytest.mark.parametrize("channels", [3, 8])
+    def test_export_with_any_batch(self, channels, kernel_size, gradients):
+        layer = CoordConv2d(channels, 4, kernel_size)
+        fill(layer)
+        with torch.set_grad_enabled(gradients):
+            program = torch.export.export(
+                layer,
+                (integers(3, channels, 9, 5),),
+                dynamic_shapes={"input": {0: torch.export.Dim.DYNAMIC}},
+            )
+            for batch in (1, 2, 5):
+                x = integers(batch, channels, 9, 5)
+                assert torch.equal(program.module()(x), layer(x))
 
     def test_new_weights_count(self):
         layer = CoordConv2d(2, 3, 3)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
 
 from coordconv import networks
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
@@ -45,7 +44,7 @@ _PLAIN = (
 )
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
-_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()  # one for all calls
 
 COMPILED = False  # what most users do
 
@@ -152,7 +151,7 @@ class _CoordConv(nn.modules.conv._ConvNd):
             return self._traced(input, shape, options, *args, **kwargs)
         kernel = _at_least_float32(self.coord_weight)
         like = kernel.dtype, kernel.device
-        if len(input) > 1 and self._is_product(input):
+        if input.shape[0] > 1 and self._is_product(input, kernel):
             arrays = _constants(options, self.coords, shape, shape, *like)
             return _product(input, self.weight, self.bias, _position_bias(kernel, arrays))
         output = super().forward(input, *args, **kwargs)
@@ -168,15 +167,17 @@ class _CoordConv(nn.modules.conv._ConvNd):
         **kwargs: Any,
     ) -> Tensor:
         """``forward`` for a compiler, which fuses what it is given."""
-        made_for = self.coord_weight, options, self.coords.to_dict()
-        trained = torch.is_grad_enabled() and self.coord_weight.requires_grad
-        sums = not trained and self.in_channels <= MOST_SUMS
-        if (trained or sums or len(input) > 1) and self._is_product(input):
+        kernel = self.coord_weight
+        made_for = kernel, options, self.coords.to_dict()
+        trained = torch.is_grad_enabled() and kernel.requires_grad
+        sums = not torch.is_grad_enabled() and self.in_channels <= MOST_SUMS
+        # A product of one sample is the slower way without gradients, and the faster one with them.
+        if (trained or sums or input.shape[0] > 1) and self._is_product(input, kernel):
             bias = _traced_position_bias(*made_for, (shape, shape), not trained)
             return (_sums if sums else _product)(input, self.weight, self.bias, bias)
         output = super().forward(input, *args, **kwargs)
         # In training, to compute sums for each of several samples is the slower.
-        fused = not trained or output.dim() == self.rank + 1 or len(output) == 1
+        fused = not trained or output.dim() == self.rank + 1 or output.shape[0] == 1
         shapes = shape, output.shape[-self.rank :]
         return (output + _traced_position_bias(*made_for, shapes, fused)).to(output.dtype)
 
@@ -193,22 +194,22 @@ class _CoordConv(nn.modules.conv._ConvNd):
             self.padding_mode,
         )
 
-    def _is_product(self, input: Tensor) -> bool:
-        """Whether a pointwise convolution is faster as a product of matrices.
+    def _is_product(self, input: Tensor, kernel: Tensor) -> bool:
+        """Whether a pointwise convolution of several samples is faster as a product of matrices.
 
         On a CPU, ``torch.baddbmm``, which adds the map as it goes, was the faster unless there are
-        many channels, or many beside the positions; of one sample only a compiler's: see
-        docs/performance.md.
+        many channels, or many beside the positions: docs/performance.md.
         """
         return (
             max(self.kernel_size) == 1  # first, what most layers are not
-            and self.in_channels <= min(512, 2 * math.prod(input.shape[2:]))
+            and 0 < self.in_channels <= min(512, 2 * math.prod(input.shape[2:]))
             and _pointwise(self._options)
             and input.device.type == "cpu"
             and input.dim() == self.rank + 2
-            and input.dtype == self.weight.dtype in (torch.float32, torch.float64)
+            and input.dtype == kernel.dtype in (torch.float32, torch.float64)
             and input.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
+            # torch.func's tensors may lack an axis that it maps over, but not where it is compiled
             and (torch.compiler.is_compiling() or not _within_func())
         )
 
@@ -245,7 +246,7 @@ def _at_least_float32(kernel: Tensor) -> Tensor:
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, map: Tensor) -> Tensor:
     """A convolution of one tap, and the ``map`` that is added to each sample."""
     map = map.flatten(1) if bias is None else map.flatten(1) + bias[:, None]
-    matrix = weight.flatten(1).expand(len(input), -1, -1)
+    matrix = weight.flatten(1).expand(input.shape[0], -1, -1)
     return torch.baddbmm(map, matrix, input.flatten(2)).unflatten(2, input.shape[2:])
 
 
@@ -295,9 +296,9 @@ def _is_one_large_map(output: Tensor, kernel: Tensor, arrays: tuple[Share, ...])
 class _AddProduct(torch.autograd.Function):
     """``output + left @ right``, in place; autograd's own would copy gradients for the view.
 
-    ``where`` says between which columns each row of ``right`` is not zero. A pass over those for
-    each takes less than a product of so few terms, unless that makes four passes over the output,
-    where to start on another row of it counts as 64 values: docs/performance.md.
+    ``where`` says between which columns each row of ``right`` is not zero. To add row by row, only
+    there, takes less than a product of so few terms, up to about four passes over the output; each
+    row of the output that is begun costs as much as 64 of its values: docs/performance.md.
     """
 
     @staticmethod
@@ -315,10 +316,11 @@ class _AddProduct(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (right,) = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient, gradient.reshape(-1, right.shape[1]) @ right.T, None, None
+        left = gradient.reshape(-1, right.shape[1]) @ right.T if ctx.needs_input_grad[1] else None
+        return gradient, left, None, None
 
 
 def _position_bias(kernel: Tensor, arrays: tuple[Share, ...], **options: bool) -> Tensor:
@@ -372,7 +374,7 @@ class _FusedMap(torch.autograd.Function):
 
 def _constants(*made_for: Any) -> tuple[Share, ...]:
     """The arrays of a position bias as tensors, kept for the next call if they are plain ones."""
-    if _len_torch_dispatch_stack():  # tracing, which would have its own tensors kept
+    if torch._C._len_torch_dispatch_stack():  # tracing, which would have its own tensors kept
         return _convert(*made_for)
     return _kept(*made_for)
 
