@@ -817,6 +817,29 @@ class TestAddedInPlace:
             layer.coord_weight.set_value(k)
             assert found.numpy()[index] == pytest.approx((values[0] - values[1]) / 2, rel=1e-9)
 
+    @pytest.mark.parametrize("kernel", [1, 3])
+    def test_penalty_on_two_gradients(self, batch, kernel):
+        """A quadratic in the input, so that its central differences are exact."""
+        layer = CoordConv2D(2, 3, kernel)
+        fill(layer, integers)
+        layer.to(dtype="float64")
+        given = integers(batch, 2, 5, 4)
+
+        def penalty(x):
+            to = [x, layer.coord_weight]
+            slopes = paddle.grad(layer(x).square().sum(), to, create_graph=True)
+            return sum(slope.square().sum() for slope in slopes)
+
+        x = paddle.to_tensor(given, "float64", stop_gradient=False)
+        found, _ = paddle.grad(penalty(x), [x, layer.weight])
+        for index in ((0, 0, 0, 0), (batch - 1, 1, 4, 3)):
+            values = []
+            for step in (1, -1):
+                moved = np.array(given, np.float64)
+                moved[index] += step
+                values.append(float(penalty(paddle.to_tensor(moved, stop_gradient=False))))
+            assert found.numpy()[index] == pytest.approx((values[0] - values[1]) / 2, rel=1e-9)
+
     def test_second_derivatives(self, batch):
         """Of the sum of y * y in the coordinate kernel's direction d: twice that of P(d) ** 2."""
         layer = CoordConv2D(2, 3, 1)

@@ -235,6 +235,8 @@ class _CoordConv(_TakesFused, nn.layer.conv._ConvNd):
         if geometry.pointwise and not self._channels_last and not traced and _is_plain(x):
             # On a CPU Paddle's own convolution takes 1.2 to 7 times as long.
             kernel = self.weight.reshape([self._out_channels, -1])
+            if paddle.is_grad_enabled():  # a broadcast's second derivatives crash Paddle
+                kernel = kernel.expand([len(x), *kernel.shape])
             output = paddle.matmul(kernel, x.reshape([*x.shape[:2], -1]))
             output = output.reshape([len(x), -1, *shape])
             return self._add(output, *self._map_arguments(geometry, shape), self.bias)
