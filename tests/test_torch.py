@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn
+from torch.autograd import forward_ad
 
 from coordconv import (
     Coordinates,
@@ -322,6 +323,22 @@ class TestWaysOfAdding:
             gamma(257**2 + 4, 2.0**-24) * 2 * np.abs(d[..., 0, 0].numpy()) @ np.abs(g) @ np.abs(g.T)
         )
         assert (np.abs(curvature[..., 0, 0].double().numpy() - wanted) <= bound).all()
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_forward_mode_derivatives_of_one_large_map(self, frozen):
+        """A layer is linear in input and kernels together: its derivative is a layer's output."""
+        layer = CoordConv2d(1, 16, 3, padding=1)
+        fill(layer, largest=1)
+        x, dx = signs(1, 1, 257, 257), signs(1, 1, 257, 257)
+        d = signs(*layer.coord_weight.shape)
+        wanted = CoordConv2d(1, 16, 3, padding=1, bias=False)
+        wanted.load_state_dict({"weight": layer.weight, "coord_weight": d})
+        layer.requires_grad_(not frozen)
+        with forward_ad.dual_level():
+            kernel = forward_ad.make_dual(layer.coord_weight, d)
+            inputs = (forward_ad.make_dual(x, dx),)
+            y = torch.func.functional_call(layer, {"coord_weight": kernel}, inputs)
+            assert torch.equal(forward_ad.unpack_dual(y).tangent, wanted(dx))
 
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("name", ["CoordConv1d", "CoordConv2d", "CoordConv3d"])

@@ -307,12 +307,20 @@ class _AddProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.mark_dirty(output)
         ctx.save_for_backward(right)
+        ctx.save_for_forward(right)
         flat = output.view(len(left), -1)
         if sum(stop - start + 64 for start, stop in where) > 4 * right.shape[1]:
             flat.addmm_(left, right)
             return output
         for j, (start, stop) in enumerate(where):
             flat[:, start:stop].addcmul_(left[:, j, None], right[j, start:stop])
+        return output
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (right,) = ctx.saved_tensors
+        output, left, *_ = tangents
+        output.view(len(left), -1).addmm_(left, right)
         return output
 
     @staticmethod
