@@ -319,7 +319,7 @@ class _AddProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         (right,) = ctx.saved_tensors
-        output, left, *_ = tangents
+        output, left, *_ = tangents  # the output's in place, too, which autograd requires
         output.view(len(left), -1).addmm_(left, right)
         return output
 
