@@ -1,11 +1,11 @@
-"""What a model's modules return, by name: what the adapters' ``recorded`` shares."""
+"""What a model's modules return, by name: ``recorded`` of every backend, without a framework."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +13,9 @@ import numpy as np
 from coordconv.grid import Array
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
-Model: TypeAlias = Callable[..., Mapping[str, Array]]
+OutputGradient: TypeAlias = Array | Mapping[str, Array] | None
+See: TypeAlias = Callable[[str, Any], Any]  # (module, what it returned) -> what goes on instead
+Recorded: TypeAlias = Callable[..., Mapping[str, Array]]  # what ``recorded`` returns
 
 # With a space, which no module's name has.
 INPUT = "model input"
@@ -118,6 +120,72 @@ def mapped(leaf: Callable[[str, Any], Any], name: str, value: Any) -> Any:
     return leaf(name, value)
 
 
+def record(
+    run: Callable[[See], Any],
+    inputs: Sequence[Any],
+    names: Names,
+    output_gradient: OutputGradient,
+    *,
+    numpy: Callable[[Any], Array],
+    is_array: Callable[[Any], bool],
+    is_floating: Callable[[Any], bool],
+    watch: Callable[[Any], tuple[Any, Any]],
+    gradients: Callable[[dict[str, Any], dict[str, Any], dict[str, Array]], dict[str, Array]],
+) -> dict[str, Array]:
+    """What the modules of a model return in one call, and the gradients of that if asked for.
+
+    Args:
+        run: ``run(see)`` calls the model, has ``see(name, output)`` look at what each module inside
+            it returned, lets the result go on in its place, and returns the model's output.
+        inputs: what the model is called with, as its framework's arrays.
+        names: other names for the modules, as :class:`Recording` takes them.
+        output_gradient: the gradient of the output, an array or arrays by name; None for none.
+        numpy: a copy of one of the framework's arrays.
+        is_array: whether something is one of the framework's arrays, with values that NumPy has.
+        is_floating: whether such an array is floating-point, so that it has a gradient.
+        watch: of such an array, what to take the gradient of, and what goes on in its place.
+        gradients: of the outputs, of what else is watched, inputs first, and of the gradients of
+            the outputs, all by name: those of what is watched, where there is one.
+
+    Returns:
+        Intermediates and outputs in the order of the pass forward, then gradients in the order of
+        the pass back.
+
+    Raises:
+        TypeError: there is no array in the model's output.
+        ValueError: ``names`` has a module that was not called, or ``output_gradient`` does not fit.
+    """
+    recording = Recording(names)
+    watched: dict[str, Any] = {}
+
+    def leaf(name: str, part: Any) -> Any:
+        if not is_array(part):
+            return part
+        recording.keep(name, numpy(part))
+        if output_gradient is None or not is_floating(part):
+            return part
+        watched[name], onward = watch(part)
+        return onward
+
+    def see(module: str, output: Any) -> Any:
+        made = recording.visit(module, output, leaf)
+        return output if output_gradient is None else made
+
+    output = run(see)
+    inside = dict(watched)
+    recording.end(output, leaf)
+    found = dict(recording.found())
+    if output_gradient is None:
+        return found
+    ends = {name: part for name, part in watched.items() if name not in inside}
+    given = given_gradients(output_gradient, {name: found[name].shape for name in ends})
+    named = zip(input_names(len(inputs)), inputs, strict=True)
+    starts = {name: x for name, x in named if is_floating(x)}
+    backward = gradients(ends, starts | inside, given)
+    # Each was recorded before the last, so that its gradient comes after that.
+    return found | {f"{GRADIENT}{name}": backward[name] for name in reversed(backward)}
+
+
 def given_gradients(
     output_gradient: Array | Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Array]:
@@ -146,16 +214,3 @@ def given_gradients(
 def input_names(count: int) -> list[str]:
     """What the inputs are called."""
     return [INPUT] if count == 1 else [f"{INPUT}[{i}]" for i in range(count)]
-
-
-def in_order(
-    found: Mapping[str, Array], gradients: Iterable[tuple[str, Array]] = ()
-) -> dict[str, Array]:
-    """What was recorded, and behind it the gradients, each of which was recorded before the last.
-
-    Args:
-        found: intermediates and output by name, in the order of the pass forward.
-        gradients: those of the inputs, and of intermediates in the same order.
-    """
-    backward = [(f"{GRADIENT}{name}", gradient) for name, gradient in gradients]
-    return {**found, **dict(reversed(backward))}

@@ -4,12 +4,12 @@ import os
 
 import pytest
 
-from coordconv.backends import BACKENDS, Backend
+from coordconv.backends import BACKENDS, BackendInfo
 
 # What an environment can promise: the backends, and the command line.
 PROMISES = {
     **BACKENDS,
-    "cli": Backend("cli", ("typer", "rich", "matplotlib"), (), "cli"),
+    "cli": BackendInfo("cli", ("typer", "rich", "matplotlib"), (), "cli"),
 }
 
 

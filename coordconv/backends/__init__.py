@@ -1,43 +1,7 @@
 """The registry: which backends there are, which are installed, and how to load one.
 
-A backend is a module with these functions, all in canonical weights and channels-first NumPy
-arrays, so that whatever compares or trains backends is written once:
-
-- ``build(network, weights, dtype="float32") -> module``: a :class:`coordconv.networks.Network` as
-  the framework's module, with those weights and computing in that type; NotImplementedError says
-  which option the framework lacks.
-- ``evaluate(module, weights, x, dy=None, *, compiled) -> (y, gradients)``: the output for ``x``,
-  and for the output's gradient ``dy`` those of ``x`` (under the name ``"x"``) and of all weights;
-  bfloat16 is returned as float32, which NumPy has. ``compiled`` puts the framework's compiler
-  before it; the default, ``COMPILED``, is what the framework's users mostly do.
-- ``trainer(module, weights, optimizer="adam", epsilon=1e-8) -> (step, export)``:
-  ``step(x, target, learning_rate) -> loss`` takes one step of Adam (``beta`` 0.9 and 0.999,
-  ``epsilon`` beside the root of the corrected moment) or, for ``"sgd"``, of plain gradient
-  descent; ``export()`` returns the weights. The loss is the mean softmax cross-entropy where the
-  target is labels, integers of shape ``(N,)``, and the mean squared error where it is outputs,
-  floats of the output's shape.
-
-With this one for modules of any kind, as :func:`coordconv.parity.compare` takes them:
-
-- ``recorded(module, *, names=None, output_gradient=None, **kwargs) -> run``: ``run(*arrays)``
-  returns, by dotted names and in the order of the calls, what each module inside returned, and then
-  ``"model output"``. A module's later calls are numbered, as in ``relu#2``; the parts of a tuple, a
-  list, a mapping or a dataclass have their place, key or field in brackets, as in ``lstm[0]``.
-  ``names`` gives modules other names, so that those of two models meet; ``kwargs`` go to the call.
-  With an ``output_gradient``, an array or arrays by name, there follow in backward order
-  ``"gradient of NAME"`` of each, and of ``"model input"`` (``"model input[0]"`` and so on where
-  there are several). TypeError says that there is no array in what the module returned. The module
-  is left as it was; bfloat16, which NumPy lacks, becomes float32. Those of Flax also take
-  ``channels_last``, and Linen's the variables behind the module.
-
-And with these, for the files that the framework's users save:
-
-- ``read_state(path) -> arrays``: what is in a file, under the framework's dotted names and in its
-  layout, but in NumPy. It runs no code that the file holds; ValueError names the file and what is
-  wrong with it, OSError that it cannot be read.
-- ``from_state(network, arrays) -> arrays``: the same under canonical names and in canonical layout,
-  as far as they are the network's; the rest as it is, for the caller to refuse.
-- ``write_state(path, network, weights)``: write canonical weights, whole or not at all.
+A backend is a package that satisfies :class:`coordconv.backends.protocols.Backend`. This file
+imports nothing of coordconv and no framework, so that any other file may ask it.
 """
 
 from __future__ import annotations
@@ -45,12 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from coordconv.backends.protocols import Backend
 
 
 @dataclass(frozen=True)
-class Backend:
-    """What the registry knows of a backend: its module, what that imports, and what to install.
+class BackendInfo:
+    """What the registry knows of a backend: its package, what that imports, and what to install.
 
     ``suffixes`` are those of the files that it reads and writes; ``"/"`` stands for a folder.
     """
@@ -87,17 +54,17 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("torch", ("torch",), ("torch",), "torch", (".pt", ".pth")),
+        BackendInfo("torch", ("torch",), ("torch",), "torch", (".pt", ".pth")),
         # paddlepaddle-gpu brings the same package under another distribution's name
-        Backend(
+        BackendInfo(
             "paddle",
             ("paddle",),
             ("paddlepaddle", "paddlepaddle-gpu"),
             "paddle",
             (".pdparams",),
         ),
-        Backend("flax", ("flax", "jax"), ("flax", "jax"), "flax", (".orbax", "/")),
-        Backend("linen", ("flax", "jax"), ("flax", "jax"), "flax"),
+        BackendInfo("flax", ("flax", "jax"), ("flax", "jax"), "flax", (".orbax", "/")),
+        BackendInfo("linen", ("flax", "jax"), ("flax", "jax"), "flax"),
     )
 }
 
@@ -112,8 +79,8 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if not backend.missing)
 
 
-def load(name: str) -> Any:
-    """The module of a backend, imported now.
+def load(name: str) -> Backend:
+    """The package of a backend, imported now.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -124,4 +91,4 @@ def load(name: str) -> Any:
     backend = BACKENDS[name]
     if backend.missing:
         raise ImportError(f"backend {name!r} needs {', '.join(backend.missing)}: {backend.install}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast("Backend", importlib.import_module(f"{__name__}.{name}"))

@@ -1,0 +1,67 @@
+"""PyTorch's files of weights: a ``state_dict``, which ``torch.save`` writes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from io import BytesIO
+
+import torch
+from torch import Tensor
+
+from coordconv.backends.torch.arrays import to_numpy
+from coordconv.grid import Array
+from coordconv.networks import Network
+from coordconv.weights.files import replace_file
+
+
+def read_state(path: str) -> dict[str, Array]:
+    """The arrays of a file of a state_dict; see :class:`coordconv.backends.protocols.Backend`."""
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # torch lets pass what a damaged file makes any of its parts raise
+            raise ValueError(
+                f"{path} is damaged, or holds other things than weights, which may be code: "
+                "torch.load(weights_only=True) refuses it"
+            ) from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        parts = state.items() if isinstance(state, Mapping) else ()
+        inner = [repr(name) for name, part in parts if isinstance(part, Mapping)]
+        raise ValueError(
+            f"{path} holds no weights by name: write it by torch.save(module.state_dict(), path)"
+            if not inner
+            else f"{path} holds no weights by name, but mappings, {', '.join(inner[:5])}: write "
+            f"the one with the weights by torch.save(torch.load({path!r})[{inner[0]}], 'model.pt')"
+        )
+    arrays = {}
+    for name, tensor in state.items():
+        try:
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise TypeError("it is expanded from fewer elements: save a clone() of it")
+            arrays[name] = to_numpy(tensor)
+        except (RuntimeError, TypeError) as error:  # sparse, quantized, of 8 bits
+            raise ValueError(
+                f"{path} holds what NumPy arrays by name cannot: {name}: {error}"
+            ) from error
+    return arrays
+
+
+def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The same arrays: the canonical names and layout are torch's own."""
+    return dict(arrays)
+
+
+to_state = from_state
+
+
+def write_state(path: str, network: Network, weights: Mapping[str, Array]) -> None:
+    """Write the file of a state_dict; see :class:`coordconv.backends.protocols.Backend`."""
+    content = BytesIO()
+    state = to_state(network, weights)
+    torch.save(OrderedDict((n, torch.tensor(array)) for n, array in state.items()), content)
+    replace_file(path, content.getvalue())

@@ -1,0 +1,119 @@
+"""Networks in PyTorch: what :mod:`coordconv.tape` does not know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coordconv import networks
+from coordconv.backends.torch import layers, options
+from coordconv.backends.torch.arrays import to_numpy
+from coordconv.backends.torch.files import from_state, to_state
+from coordconv.grid import Array
+from coordconv.tape import NetworkModule, Tape
+
+COMPILED = False
+
+
+def _tensor(array: Array, like: Tensor | None) -> Tensor:
+    tensor = torch.tensor(array)
+    if like is None:
+        return tensor
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+
+def _is_array(part: Any) -> bool:
+    """Whether NumPy has its values: not of nested, sparse, quantized and lazy tensors.
+
+    Nor inside a transformation of ``torch.func``, such as ``torch.vmap``.
+    """
+    return (
+        isinstance(part, Tensor)
+        and not (part.is_nested or part.is_quantized or nn.parameter.is_lazy(part))
+        and part.layout == torch.strided
+        and torch.func.debug_unwrap(part, recurse=False) is part
+    )
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], output_gradients: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    try:
+        return torch.autograd.grad(outputs, inputs, output_gradients, materialize_grads=True)
+    except AssertionError as error:  # the compiled code's, of strides that it did not expect
+        if "replication_pad" in str(error):
+            raise NotImplementedError(
+                "torch.compile fails on the gradient of replicate padding, without coordinates too"
+            ) from error
+        raise
+
+
+def _compiled(module: nn.Module) -> Callable[[Tensor], Any]:
+    torch.compiler.reset()  # else what was compiled before counts towards a limit
+    return torch.compile(module, fullgraph=True)
+
+
+def _modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Scripted modules take no hooks."""
+    return {n: m for n, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _conv(layer: networks.Conv) -> nn.Module:
+    arguments = options.arguments(layer.geometry)
+    kinds = layers if layer.coords else nn
+    if layer.coords:
+        arguments["coords"] = layer.coords
+    kind = getattr(kinds, layer.kind)
+    return kind(layer.in_channels, layer.out_channels, bias=layer.bias, **arguments)
+
+
+_TAPE = Tape(
+    layers={
+        networks.Conv: _conv,
+        networks.Linear: lambda layer: nn.Linear(layer.in_features, layer.out_features),
+        networks.ReLU: lambda layer: nn.ReLU(),
+        networks.Flatten: lambda layer: nn.Flatten(),
+    },
+    tensor=_tensor,
+    numpy=to_numpy,
+    is_array=_is_array,
+    gradients=_gradients,
+    grad_enabled=torch.set_grad_enabled,
+    compiled=_compiled,
+    modules=_modules,
+    losses=(nn.functional.mse_loss, nn.functional.cross_entropy),
+    optimizers={
+        "adam": lambda parameters, epsilon: torch.optim.Adam(parameters, eps=epsilon),
+        "sgd": lambda parameters, epsilon: torch.optim.SGD(parameters),
+    },
+    set_rate=_set_rate,
+    from_state=from_state,
+    to_state=to_state,
+)
+
+
+class Network(NetworkModule, nn.Sequential):
+    """A :class:`coordconv.networks.Network` as a module; input ``(N, C, *S)``."""
+
+    TAPE = _TAPE
+
+
+def build(
+    network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
+) -> Network:
+    """A network with these weights; see :class:`coordconv.backends.protocols.Backend`."""
+    module = Network(network).to(getattr(torch, dtype))
+    module.import_weights(weights)
+    return module
+
+
+evaluate = _TAPE.evaluate
+trainer = _TAPE.trainer
