@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class PerAxis(NamedTuple):
+    """The options that have one int per axis."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    input_dilation: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,13 @@ class ConvGeometry:
         if self.transposed and (
             self.padding == "same"
             or self.padding_mode not in ("zeros", "circular")
-            or max(self.per_axis[4]) > 1
+            or max(self.per_axis.input_dilation) > 1
         ):
             raise ValueError(
                 "a transposed convolution takes explicit zero or circular padding and no "
                 "input_dilation"
             )
-        if not self.transposed and any(self.per_axis[3]):
+        if not self.transposed and any(self.per_axis.output_padding):
             raise ValueError("output_padding belongs to a transposed convolution")
 
     @property
@@ -104,14 +111,14 @@ class ConvGeometry:
         return len(self.kernel)
 
     @property
-    def per_axis(self) -> tuple[tuple[int, ...], ...]:
+    def per_axis(self) -> PerAxis:
         """Kernel, stride, dilation, output_padding and input_dilation, each one int per axis."""
-        return (  # __post_init__ made each of them a tuple
+        return PerAxis(  # __post_init__ made each of them a tuple
             self.kernel,
-            self.stride,  # type: ignore[return-value]
-            self.dilation,
-            self.output_padding,
-            self.input_dilation,
+            self.stride,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.output_padding,  # type: ignore[arg-type]
+            self.input_dilation,  # type: ignore[arg-type]
         )
 
     @property
@@ -127,9 +134,9 @@ class ConvGeometry:
             >>> ConvGeometry((1, 1)).pointwise, ConvGeometry((1, 1), stride=2).pointwise
             (True, False)
         """
-        _, stride, _, _, holes = self.per_axis
+        steps = self.per_axis.stride + self.per_axis.input_dilation
         return (
-            self.taps == self.groups == max(stride + holes) == 1
+            self.taps == self.groups == max(steps) == 1
             and not self.transposed
             and (self.padding == "same" or not any(map(any, self.padding)))  # type: ignore[arg-type]
         )
@@ -140,7 +147,9 @@ class ConvGeometry:
             return self.padding  # type: ignore[return-value]  # pairs since __post_init__
         pairs = []
         for n, k, s, d in zip(shape, *self.per_axis[:3], strict=True):
-            total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            reach = (k - 1) * d
+            # At stride 1 the length does not matter, which may be symbolic.
+            total = reach if s == 1 else max((-(-n // s) - 1) * s + reach + 1 - n, 0)
             pairs.append((total // 2, total - total // 2))
         return tuple(pairs)
 
@@ -164,7 +173,7 @@ class ConvGeometry:
                 f"reflect padding {pads} is too wide for an input of spatial shape {shape}: "
                 "it must be narrower than the axis"
             )
-        lengths = self._lengths(shape)
+        lengths = self.lengths(shape)
         if min(lengths) < 1:
             raise ValueError(
                 f"output would be empty, of spatial shape {lengths}: kernel {self.kernel} "
@@ -173,8 +182,8 @@ class ConvGeometry:
             )
         return lengths
 
-    def _lengths(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The output's shape by arithmetic alone, which may be empty or less."""
+    def lengths(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The output's shape by arithmetic alone: without a check, and of symbolic lengths, too."""
         lengths = []
         for n, (before, after), k, s, d, extra, hole in zip(
             shape, self.pads(shape), *self.per_axis, strict=True
@@ -203,42 +212,26 @@ class ConvGeometry:
         """
         if not self.transposed:
             return self
-        least = replace(self, output_padding=0)._lengths(shape)
+        least = replace(self, output_padding=0).lengths(shape)
         extra = tuple(m - n for m, n in zip(output_shape, least, strict=True))
         return replace(self, output_padding=extra)
 
-    def tap_positions(
-        self, shape: Sequence[int]
-    ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
-        """Which input sample each tap reads, axis by axis, before padding is applied.
-
-        Returns:
-            Per axis two arrays of shape ``(output length, kernel)``: the sample's index, which
-            may lie outside the input, and whether the tap meets a sample at all rather than a
-            hole between dilated ones.
-        """
-        lengths, pads = self.output_shape(shape), self.pads(shape)
-        positions = []
-        for m, (before, _), k, s, d, _, hole in zip(lengths, pads, *self.per_axis, strict=True):
-            t, tap = np.arange(m)[:, None], np.arange(k)[None, :] * d
-            if self.transposed:
-                place, hole = t + before - tap, s
-            else:
-                shift = before if self.padding_mode == "zeros" else before * hole
-                place = t * s + tap - shift
-            positions.append((place // hole, place % hole == 0))
-        return positions
-
 
 def check_input(
-    shape: Sequence[int], *, rank: int, channels: int, coords: int, channel_axis: int, batched: int
+    shape: Sequence[int],
+    *,
+    rank: int,
+    channels: int | None,
+    coords: int,
+    channel_axis: int,
+    batched: int,
 ) -> tuple[int, ...]:
     """Return the spatial shape of a layer's input, or say what is wrong with it.
 
     Args:
         shape: the input's whole shape.
         rank: the layer's number of spatial axes.
-        channels: the features that the layer was made for.
+        channels: the features that the layer was made for, or None for any number.
         coords: the number of its coordinate channels, to recognise an input that has them already.
         channel_axis: where the channels are, counted from the end: ``-1`` or ``-1 - rank``.
         batched: how many batch axes there may be: 1 for exactly one, 0 for one or none, -1 for
@@ -254,7 +247,7 @@ def check_input(
         form = f"C, {space}" if channel_axis != -1 else f"{space}, C"
         wanted = {1: f"(N, {form})", 0: f"(N, {form}) or ({form})", -1: f"(..., {form})"}[batched]
         raise ValueError(f"input must have shape {wanted}, got {shape}")
-    if shape[channel_axis] != channels:
+    if channels is not None and shape[channel_axis] != channels:
         hint = (
             ": pass the features alone, the layer adds the coordinates itself"
             if shape[channel_axis] == channels + coords

@@ -1,8 +1,12 @@
-"""The coordinate grid: the pure NumPy generator that every backend shares."""
+"""The coordinate grid: the values of the coordinate channels.
+
+NumPy computes them in float64 and rounds once. Inside a traced graph, where a size may be unknown,
+a framework computes the same formula: :func:`channel_values` takes whatever arrays it is given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,32 +69,76 @@ def evaluate(coords: Coordinates, positions: Sequence[Array], shape: Sequence[in
     Returns:
         A float64 array of shape ``(n, *m)``.
     """
-    rank = len(shape)
-    ramps = {
-        token: ramp(coords, positions[rank - 1 - i], shape[rank - 1 - i]).reshape((-1,) + (1,) * i)
-        for i, token in enumerate(axis_tokens(rank))
-    }
-    if "r" in coords.channels:
-        squares = sum((values - coords.r_center) ** 2 for values in ramps.values())
-        ramps["r"] = np.sqrt(squares)
-    grid_shape = tuple(len(p) for p in positions)
-    return np.stack([np.broadcast_to(ramps[token], grid_shape) for token in coords.channels])
+    values = channel_values(coords, positions, shape, np.sqrt)
+    return np.stack([np.broadcast_to(v, tuple(map(len, positions))) for v in values])
 
 
-def ramp(coords: Coordinates, position: Array, length: int) -> Array:
-    """The coordinate of sample ``position`` on an axis of ``length`` samples, in float64.
+def channel_values(
+    coords: Coordinates, positions: Sequence[Any], shape: Sequence[Any], sqrt: Callable[[Any], Any]
+) -> list[Any]:
+    """Each coordinate channel at ``positions``, as an array that broadcasts to the grid.
 
-    The numerator is exact for spans of small integers, so that the division is the only rounding
-    and the ends and the middle of the axis come out exactly.
+    Written with operators alone, so that the arrays may be NumPy's or a framework's, and the
+    lengths plain or symbolic ints.
+
+    Args:
+        coords: which channels, on which scale.
+        positions: per axis, the sample indices, a one-dimensional array: of NumPy ints, or of a
+            framework's floats.
+        shape: the length of each axis of the grid that the scale belongs to.
+        sqrt: the square root for such arrays.
+
+    Returns:
+        One array a channel; that of an axis has length 1 on all other axes.
     """
-    first, last = coords.span
+    rank = len(shape)
+    ramps = {}
+    for behind, token in enumerate(axis_tokens(rank)):  # the last axis first
+        axis = rank - 1 - behind
+        ramps[token] = ramp(coords, positions[axis], shape[axis]).reshape((-1,) + (1,) * behind)
+    if "r" in coords.channels:
+        centred = (values - coords.r_center for values in ramps.values())
+        ramps["r"] = sqrt(sum(values * values for values in centred))
+    return [ramps[token] for token in coords.channels]
+
+
+def ramp(coords: Coordinates, position: Any, length: Any) -> Any:
+    """The coordinate of sample ``position`` on an axis of ``length`` samples.
+
+    On the span -1 to 1 it is one division of two integers, so that it is the same bits in every
+    framework; another span takes one multiplication and one addition more.
+
+    Args:
+        coords: the scale.
+        position: sample indices, an array of NumPy ints or of a framework's floats.
+        length: the number of samples, a plain or a symbolic int.
+
+    Returns:
+        An array like ``position``: float64 of NumPy ints. An axis of one sample reads 0 with
+        ``align="corners"``.
+    """
     if coords.align == "edges":
-        left, whole = 2 * position + 1, 2 * length
-    elif length > 1:
-        left, whole = position, length - 1
+        quotient = (2 * position + (1 - length)) / length
     else:
-        return np.zeros(np.shape(position))
-    return (first * (whole - left) + last * left) / whole
+        quotient = (2 * position + (1 - length)) / _at_least_1(length - 1)
+    first, last = coords.span
+    half, middle = (last - first) / 2, (first + last) / 2
+    values = quotient if half == 1 else quotient * half
+    if middle:
+        values = values + middle
+    if coords.align == "corners" and (middle or coords.outside == "extend"):
+        values = values * (1 - _is_1(length))  # the formula gives 0 only inside a span around 0
+    return values
+
+
+def _at_least_1(steps: Any) -> Any:
+    """``max(steps, 1)`` for a number that is not negative, without a question put to a tracer."""
+    return steps + _is_1(steps + 1)
+
+
+def _is_1(length: Any) -> Any:
+    """1 where a positive length is 1, else 0, without a question put to a tracer."""
+    return 1 // length
 
 
 def check_spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:

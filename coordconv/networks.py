@@ -12,10 +12,6 @@ import numpy as np
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array
-from coordconv.weights import Weights
-
-_MEGABYTE = 1024**2
-_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,15 @@ class Conv:
         return (self.out_channels, *self.geometry.output_shape(shape[1:]))
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical shape of each parameter; ``weight`` is over features and coordinates."""
         kernel, groups = self.geometry.kernel, self.geometry.groups
+        coordinates = len(self.coords) if self.coords else 0
         if self.geometry.transposed:
-            weight = (self.in_channels, self.out_channels // groups, *kernel)
+            channels = self.in_channels + groups * coordinates
+            weight = (channels, self.out_channels // groups, *kernel)
         else:
-            weight = (self.out_channels, self.in_channels // groups, *kernel)
+            weight = (self.out_channels, self.in_channels // groups + coordinates, *kernel)
         shapes = {"weight": weight}
-        if self.coords:
-            shapes["coord_weight"] = (self.out_channels, len(self.coords), *kernel)
         if self.bias:
             shapes["bias"] = (self.out_channels,)
         return shapes
@@ -145,10 +142,6 @@ class Network:
             for layer in self.layers
             if isinstance(layer, Conv) and layer.coords
         }
-
-    def weights(self, arrays: Mapping[str, Array]) -> Weights:
-        """Canonical arrays with what travels along: the Coordinates and the network's name."""
-        return Weights(arrays, self.coordinates(), {"network": self.name})
 
     def with_coordinates(self, coords: CoordinatesLike) -> Network:
         """The same network with other coordinates in each CoordConv, as another implementation's.
@@ -283,7 +276,7 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
     return backends.load(backend).build(network, initial_weights(network, seed))
 
 
-def initial_weights(name: str | Network, seed: int = 0) -> Weights:
+def initial_weights(name: str | Network, seed: int = 0) -> dict[str, Array]:
     """The weights that a network starts with: uniform within ``1 / sqrt(fan_in)`` of zero.
 
     This is what ``torch.nn`` draws, coordinate channels counted among the inputs, but from
@@ -292,83 +285,10 @@ def initial_weights(name: str | Network, seed: int = 0) -> Weights:
     Returns:
         float32 arrays by dotted name.
     """
-    network, rng = get(name), np.random.default_rng(seed)
-    weights = network.weights({})
-    for layer in network.layers:
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for layer in get(name).layers:
         for weight, shape in layer.weight_shapes().items():
             limit = 1 / np.sqrt(layer.fan_in)  # type: ignore[union-attr]  # it has weights
             weights[f"{layer.name}.{weight}"] = rng.uniform(-limit, limit, shape).astype("f4")
     return weights
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a summary: shapes with the batch first, ``parameters`` the layer's own."""
-
-    layer: str
-    kind: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a network costs: a row per layer, and sizes in MB of 2**20 bytes, float32.
-
-    ``forward_backward_mb`` counts the output of every row twice, for the pass forward and the
-    pass back.
-    """
-
-    network: str
-    batch: int
-    rows: tuple[Row, ...]
-    parameters: int
-    input_mb: float
-    forward_backward_mb: float
-    parameters_mb: float
-    total_mb: float
-
-
-def summary(name: str | Network, batch: int = 1) -> Summary:
-    """The per-layer table of a network.
-
-    A CoordConv is two rows: the convolution inside it, whose input has the coordinate channels,
-    and the layer around it, as in the definition. ReLU is not counted.
-
-    Args:
-        name: one of ``NETWORKS``, or a :class:`Network`.
-        batch: the number of samples, at least 1.
-
-    Raises:
-        ValueError: an unknown network, or a batch below 1.
-
-    Example:
-        >>> s = summary("coord_cnn", 64)
-        >>> s.parameters, round(s.forward_backward_mb, 2), round(s.total_mb, 2)
-        (160065, 26.09, 27.45)
-    """
-    network = get(name)
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    rows = []
-    for layer, before, after in network.shapes():
-        if isinstance(layer, ReLU):
-            continue
-        count = sum(int(np.prod(shape)) for shape in layer.weight_shapes().values())
-        seen, made = (batch, *before), (batch, *after)
-        if isinstance(layer, Conv) and layer.coords:
-            fused = (batch, before[0] + len(layer.coords), *before[1:])
-            inner = layer.kind.removeprefix("Coord")
-            rows.append(Row(f"{layer.name}.conv", inner, fused, made, count))
-            count = 0
-        rows.append(Row(layer.name, layer.kind, seen, made, count))
-    parameters = sum(row.parameters for row in rows)
-    outputs = sum(int(np.prod(row.output_shape)) for row in rows)
-    given, passed, kept = (
-        count * _FLOAT_BYTES / _MEGABYTE
-        for count in (batch * int(np.prod(network.input_shape)), 2 * outputs, parameters)
-    )
-    return Summary(
-        network.name, batch, tuple(rows), parameters, given, passed, kept, given + passed + kept
-    )

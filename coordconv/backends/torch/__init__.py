@@ -1,0 +1,2 @@
+"""CoordConv for PyTorch."""
+from coordconv.backends.torch.layers import *

@@ -1,0 +1,162 @@
+"""Torch's hand in append and map.
+
+Two kinds of inputs are told apart. For a plain tensor of known shape the coordinates are constants
+that NumPy made, kept on the tensor's device for the next call. For every other input (a compiler's,
+an exporter's, a tracer's, a tensor subclass) torch makes the coordinates in the graph, by the same
+formula, so that they follow a size that may be unknown.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coordconv import position_bias
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+from coordconv.grid import Array, channel_values, coordinate_grid
+
+_CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def is_known(x: Any) -> bool:
+    """Whether ``x`` is a plain tensor of known shape, outside of a compiler."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and all(type(n) is int for n in x.shape)  # torch.jit.trace makes tensors of them
+    )
+
+
+def is_low_precision(kernel: Any, dtype: torch.dtype) -> bool:
+    """Whether a convolution with this kernel is computed in 16 bits.
+
+    ``dtype`` is the kernel's; a tracer's stand-in for the kernel does not know it.
+    """
+    if dtype in _LOW_PRECISION or not isinstance(kernel, Tensor):
+        return dtype in _LOW_PRECISION
+    device = kernel.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def choose(
+    geometry: ConvGeometry, coords: Coordinates, x: Any, channels: int, out: int, low: bool
+) -> str:
+    """Append or map, for an input ``(N, C, *S)`` or ``(C, *S)``."""
+    batch = positions = None
+    if is_known(x):
+        batch = x.shape[0] if x.dim() == geometry.rank + 2 else 1
+        positions = math.prod(geometry.lengths(x.shape[-geometry.rank :]))
+    return position_bias.choose(
+        geometry,
+        coords,
+        channels,
+        out,
+        batch=batch,
+        positions=positions,
+        low_precision=low,
+        fused=torch.compiler.is_compiling(),
+    )
+
+
+def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
+    """The input ``(N, C, *S)`` or ``(C, *S)`` with the coordinates behind each group's features."""
+    at = -1 - rank
+    if groups > 1:
+        x = x.unflatten(at, (groups, -1))
+    with _replicated(x):
+        if is_known(x):
+            grid = _grid(coords, tuple(x.shape[-rank:]), x.dtype, x.device)
+            parts = [grid.expand(*x.shape[:at], *grid.shape)]
+        else:
+            zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
+            shape = [x.shape[axis] for axis in range(-rank, 0)]
+            positions = [_arange(n, x) for n in shape]
+            parts = [zeros + v for v in channel_values(coords, positions, shape, torch.sqrt)]
+        x = torch.cat([x, *parts], at)
+    return x.flatten(at - 1, at) if groups > 1 else x
+
+
+def add_map(
+    geometry: ConvGeometry, coords: Coordinates, output: Any, x: Any, kernel: Any, low: bool
+) -> Any:
+    """A convolution's output and P, of the coordinates' part ``(out, n, *k)``, rounded once."""
+    rank = geometry.rank
+    if low:  # neighbouring coordinates may be the same number in 16 bits
+        kernel = kernel.float()
+    shape, lengths = (tuple(t.shape[axis] for axis in range(-rank, 0)) for t in (x, output))
+    with _replicated(x), _no_autocast(kernel, low):
+        if is_known(x):
+            grid = _padded_grid(geometry, coords, shape, lengths, kernel.dtype, kernel.device)
+        else:
+            values = position_bias.padded_values(
+                geometry, coords, shape, lengths, lambda n: _arange(n, kernel), torch.sqrt
+            )
+            whole = position_bias.padded_shape(geometry, shape, lengths)
+            grid = torch.stack([value.expand(whole) for value in values])
+        if geometry.transposed:
+            kernel = kernel.flip(tuple(range(-rank, 0)))
+        stride, dilation = position_bias.map_stride(geometry), geometry.per_axis.dilation
+        bias = _CONVOLVE[rank](grid[None], kernel, None, stride, 0, dilation)[0]
+        if low or not is_known(output):
+            return (output + bias).to(output.dtype)
+        # In place: to allocate another tensor of this size takes longer than to fill it. The
+        # gradient of a convolution does not need its output.
+        return output.add_(bias)
+
+
+def _arange(n: Any, like: Any) -> Any:
+    return torch.arange(n, dtype=like.dtype, device=like.device)
+
+
+def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
+    if low and isinstance(kernel, Tensor) and torch.amp.is_autocast_available(kernel.device.type):
+        return torch.autocast(kernel.device.type, enabled=False)
+    return nullcontext()
+
+
+def _replicated(x: Any) -> AbstractContextManager[Any]:
+    """Within it a constant beside a DTensor counts as replicated; torch refuses to mix them."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import
+    if distributed is None or not isinstance(x, distributed.DTensor):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=64)
+def _grid(
+    coords: Coordinates, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return _constant(coordinate_grid(shape, coords, dtype=_exact(dtype)), dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _padded_grid(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
+    return _constant(grid, dtype, device)
+
+
+def _exact(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype in (torch.float64, torch.complex128) else np.float32
+
+
+def _constant(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made within it is of no use in training
+        return torch.from_numpy(array.copy()).to(device=device, dtype=dtype)

@@ -1,0 +1,111 @@
+"""Options of torch convolutions as :class:`~coordconv.geometry.ConvGeometry`, and back.
+
+Torch pads both ends of an axis alike, but for ``padding="same"``, which takes no stride. Its
+convolutions have no ``input_dilation``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from coordconv.geometry import ConvGeometry
+
+
+def geometry(layer: Any) -> ConvGeometry:
+    """The geometry of a torch convolution, as its attributes are now."""
+    made_for = (
+        layer.kernel_size,
+        layer.stride,
+        0 if layer.padding == "valid" else layer.padding,
+        layer.dilation,
+        layer.groups,
+        layer.transposed,
+        layer.output_padding,
+        layer.padding_mode,
+    )
+    if torch.compiler.is_compiling():
+        return _geometry.__wrapped__(*made_for)  # a compiler warns of caches
+    return _geometry(*made_for)
+
+
+@lru_cache(maxsize=256)
+def _geometry(
+    kernel: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    transposed: bool,
+    output_padding: Any,
+    padding_mode: str,
+) -> ConvGeometry:
+    return ConvGeometry(
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        transposed=transposed,
+        output_padding=output_padding,
+        padding_mode=padding_mode,
+    )
+
+
+def output_padding(
+    layer: Any, shape: Sequence[int], output_size: Sequence[int]
+) -> tuple[int, ...]:
+    """The output padding of a transposed layer that gives an output of that size.
+
+    Args:
+        layer: the transposed convolution.
+        shape: the spatial shape of its input.
+        output_size: the spatial shape of its output, or the whole shape, as torch takes it.
+
+    Raises:
+        ValueError: the layer's stride does not leave that size open.
+    """
+    wanted = tuple(output_size)[-layer.rank :]
+    least = replace(geometry(layer), output_padding=0).lengths(shape)
+    extra = tuple(m - n for m, n in zip(wanted, least, strict=True))
+    if any(not 0 <= e < s for e, s in zip(extra, layer.stride, strict=True)):
+        most = tuple(n + s - 1 for n, s in zip(least, layer.stride, strict=True))
+        raise ValueError(
+            f"output_size must be from {least} to {most} for an input of spatial shape "
+            f"{tuple(shape)}, got {wanted}"
+        )
+    return extra
+
+
+def arguments(geometry: ConvGeometry) -> dict[str, Any]:
+    """The arguments of a torch convolution with this geometry.
+
+    Raises:
+        NotImplementedError: torch's convolutions lack an option.
+    """
+    kernel, stride, dilation, output_padding, holes = geometry.per_axis
+    if max(holes) > 1:
+        raise NotImplementedError("torch convolutions have no input_dilation")
+    padding: Any = geometry.padding
+    if padding != "same":
+        if any(before != after for before, after in padding):
+            raise NotImplementedError("torch convolutions pad both ends of an axis alike")
+        padding = tuple(before for before, _ in padding)
+        if min(padding) < 0:
+            raise NotImplementedError("torch convolutions take no negative padding")
+    elif max(stride) > 1:
+        raise NotImplementedError("torch convolutions with stride have no padding='same'")
+    extra = {"output_padding": output_padding} if geometry.transposed else {}
+    return {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": geometry.groups,
+        "padding_mode": geometry.padding_mode,
+        **extra,
+    }

@@ -1,0 +1,150 @@
+"""What the layers of all frameworks share, without a framework.
+
+A layer is its framework's convolution, constructed over ``C + groups * n`` channels. The mixin
+here takes the two arguments that no framework knows, and computes in one of the two ways of
+:mod:`coordconv.position_bias`, through a few hooks that each adapter fills.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.grid import Array
+from coordconv.position_bias import APPEND
+from coordconv.weights.canonical import Weights, checked
+from coordconv.weights.kernels import KernelLayout
+
+
+class CoordLayer:
+    """What makes a framework's convolution a CoordConv.
+
+    All arguments but two are the base class's, with its order and its defaults.
+
+    Args:
+        coords: the coordinate channels: tokens such as ``"xyr"``, a
+            :class:`~coordconv.Coordinates`, or None for all axes. Keyword only.
+        coord_init: ``"fan_in"`` draws the kernel as the base class draws that of a convolution over
+            ``C + groups * n`` channels: the same seed gives the same kernel. ``"zeros"`` draws the
+            features' part as the base class draws that over ``C`` channels, and starts the
+            coordinates' part at zero, so that the layer starts as the plain one. Keyword only.
+
+    The parameters are the base class's, too. The last ``n`` input channels of the kernel, of each
+    group, are the coordinates'; ``in_channels`` stays ``C``, what the layer takes. A transposed
+    layer sees the coordinates of its input.
+
+    Raises:
+        TypeError: ``coords`` that are no tokens; an input of a type that the base class refuses.
+        ValueError: unknown tokens, or tokens beyond the rank of the layer; another ``coord_init``;
+            an input of the wrong rank or number of channels, or with an empty axis.
+
+    Example:
+        >>> layer = CoordConv2d(3, 8, kernel_size=3, padding=1, coords="xyr")  # doctest: +SKIP
+        >>> layer.weight.shape  # doctest: +SKIP
+        torch.Size([8, 6, 3, 3])
+
+    Source:
+        Liu et al., NeurIPS 2018, section 3.
+    """
+
+    rank: int
+    coords: Coordinates
+    coord_init: str
+
+    # What the base class calls its input channels, as an argument and as an attribute, and groups.
+    CHANNELS: ClassVar[str] = "in_channels"
+    CHANNELS_ATTRIBUTE: ClassVar[str] = "in_channels"
+    GROUPS: ClassVar[str] = "groups"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # What editors show, and what tools such as torch.nn.utils.skip_init look into.
+        owner, *bases = (each for each in cls.__mro__ if "__init__" in vars(each))
+        signature = inspect.signature(owner.__init__)
+        if owner is CoordLayer:
+            own = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+            signature = inspect.signature(bases[0].__init__)
+            signature = signature.replace(parameters=_before_kwargs(signature, own))
+        _, *parameters = signature.parameters.values()
+        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+    def __init__(
+        self, *args: Any, coords: CoordinatesLike = None, coord_init: str = "fan_in", **kwargs: Any
+    ) -> None:
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        given.apply_defaults()
+        check_coord_init(coord_init)
+        # Set before the base class draws the kernel, as these two say.
+        self.coords = Coordinates.resolve(coords, self._rank(given.arguments))
+        self.coord_init = coord_init
+        channels = given.arguments.get(self.CHANNELS)
+        if channels is None:  # a lazy layer: its first input will tell
+            super().__init__(*args, **kwargs)
+            return
+        groups = given.arguments.get(self.GROUPS, 1)
+        given.arguments[self.CHANNELS] = channels + groups * len(self.coords)
+        super().__init__(*given.args, **given.kwargs)
+        setattr(self, self.CHANNELS_ATTRIBUTE, channels)
+
+    def _rank(self, arguments: Mapping[str, Any]) -> int:
+        """The number of spatial axes, where the base class's arguments may be what says it."""
+        return self.rank
+
+    @property
+    def layout(self) -> KernelLayout:
+        """Where features and coordinates lie in the kernel."""
+        raise NotImplementedError
+
+    def _way(self, x: Any, kernel: Any) -> str:
+        """How to compute this input: what :func:`coordconv.position_bias.choose` says."""
+        raise NotImplementedError
+
+    def _append(self, x: Any) -> Any:
+        """The input with the coordinates behind the features of each group."""
+        raise NotImplementedError
+
+    def _add_map(self, output: Any, x: Any, coordinates: Any) -> Any:
+        """The output of the features' part, and P of the coordinates' part ``(out, n, *kernel)``."""
+        raise NotImplementedError
+
+    def _coord_conv(
+        self, x: Any, kernel: Any, bias: Any, convolve: Callable[[Any, Any, Any], Any]
+    ) -> Any:
+        """The layer's output, where its base class has ``convolve(x, kernel, bias)``."""
+        if self._way(x, kernel) == APPEND:
+            return convolve(self._append(x), kernel, bias)
+        features, coordinates = self.layout.split(kernel)
+        return self._add_map(convolve(x, features, bias), x, coordinates)
+
+    def _canonical(self) -> dict[str, Array]:
+        """The parameters as canonical arrays."""
+        raise NotImplementedError
+
+    def _assign(self, arrays: Mapping[str, Array]) -> None:
+        """Take canonical arrays that have been checked."""
+        raise NotImplementedError
+
+    def export_weights(self) -> Weights:
+        """The canonical weights: ``weight`` and, if the layer has one, ``bias``."""
+        return Weights(self._canonical(), {"": self.coords})
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights.
+
+        Raises:
+            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+                coordinates; all are listed and nothing is changed.
+        """
+        shapes = {name: array.shape for name, array in self._canonical().items()}
+        self._assign(checked(mapping, shapes, {"": self.layout}))
+
+
+def _before_kwargs(
+    signature: inspect.Signature, own: list[inspect.Parameter]
+) -> list[inspect.Parameter]:
+    """The parameters of a signature with further ones, which must not follow ``**kwargs``."""
+    found = list(signature.parameters.values())
+    at = len(found) - (bool(found) and found[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return found[:at] + own + found[at:]

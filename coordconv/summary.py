@@ -1,0 +1,85 @@
+"""What a network costs: its layers, parameters and memory, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordconv.networks import Conv, Network, ReLU, get
+
+_MEGABYTE = 1024**2
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A line of a summary: shapes with the batch first, ``parameters`` the layer's own."""
+
+    layer: str
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a network costs: a row per layer, and sizes in MB of 2**20 bytes, float32.
+
+    ``forward_backward_mb`` counts the output of every row twice, for the pass forward and the
+    pass back.
+    """
+
+    network: str
+    batch: int
+    rows: tuple[SummaryRow, ...]
+    parameters: int
+    input_mb: float
+    forward_backward_mb: float
+    parameters_mb: float
+    total_mb: float
+
+
+def summary(name: str | Network, batch: int = 1) -> Summary:
+    """The per-layer table of a network.
+
+    A CoordConv is two rows: the convolution inside it, whose input has the coordinate channels,
+    and the layer around it, as in the definition. ReLU is not counted.
+
+    Args:
+        name: one of ``NETWORKS``, or a :class:`Network`.
+        batch: the number of samples, at least 1.
+
+    Raises:
+        ValueError: an unknown network, or a batch below 1.
+
+    Example:
+        >>> s = summary("coord_cnn", 64)
+        >>> s.parameters, round(s.forward_backward_mb, 2), round(s.total_mb, 2)
+        (160065, 26.09, 27.45)
+    """
+    network = get(name)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    rows = []
+    for layer, before, after in network.shapes():
+        if isinstance(layer, ReLU):
+            continue
+        count = sum(int(np.prod(shape)) for shape in layer.weight_shapes().values())
+        seen, made = (batch, *before), (batch, *after)
+        if isinstance(layer, Conv) and layer.coords:
+            fused = (batch, before[0] + len(layer.coords), *before[1:])
+            inner = layer.kind.removeprefix("Coord")
+            rows.append(SummaryRow(f"{layer.name}.conv", inner, fused, made, count))
+            count = 0
+        rows.append(SummaryRow(layer.name, layer.kind, seen, made, count))
+    parameters = sum(row.parameters for row in rows)
+    outputs = sum(int(np.prod(row.output_shape)) for row in rows)
+    given, passed, kept = (
+        count * _FLOAT_BYTES / _MEGABYTE
+        for count in (batch * int(np.prod(network.input_shape)), 2 * outputs, parameters)
+    )
+    return Summary(
+        network.name, batch, tuple(rows), parameters, given, passed, kept, given + passed + kept
+    )

@@ -1,0 +1,115 @@
+"""Canonical weights: NumPy arrays under dotted names, in PyTorch's layout.
+
+``weight`` of a CoordConv is its one kernel over features and coordinates, see
+:mod:`coordconv.weights.kernels`; of a linear layer it is ``(out, in)``; ``bias`` is ``(out,)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from coordconv.coordinates import Coordinates
+from coordconv.grid import Array
+from coordconv.networks import Conv, Network
+from coordconv.weights.kernels import KernelLayout, same_channels
+
+
+class Weights(dict[str, Array]):
+    """Canonical weights by name, with the Coordinates that they were made for.
+
+    A plain ``dict`` does everywhere, too; what travels with this one is checked on import.
+
+    Args:
+        arrays: the arrays by dotted name.
+        coordinates: the Coordinates of each CoordConv, by the layer's dotted name; ``""`` is the
+            name of a layer on its own.
+        metadata: further text entries for the file.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Array] | Iterable[tuple[str, Array]] = (),
+        coordinates: Mapping[str, Coordinates] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(arrays)
+        self.coordinates = dict(coordinates or {})
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def of(cls, network: Network, arrays: Mapping[str, Array]) -> Weights:
+        """A network's arrays with what travels along: the Coordinates and the network's name."""
+        return cls(arrays, network.coordinates(), {"network": network.name})
+
+
+def layouts(network: Network) -> dict[str, KernelLayout]:
+    """The layout of each CoordConv's kernel, by the layer's name."""
+    return {
+        layer.name: KernelLayout(
+            layer.coords, layer.in_channels, layer.geometry.groups, layer.geometry.transposed
+        )
+        for layer in network.layers
+        if isinstance(layer, Conv) and layer.coords
+    }
+
+
+def checked(
+    mapping: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    layouts: Mapping[str, KernelLayout] | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Array]:
+    """The arrays of ``mapping``, ready to be copied into a module, or one error with all problems.
+
+    Args:
+        mapping: arrays by name. If it is :class:`Weights`, its Coordinates must be the module's:
+            the same set in another order is put in the module's order, anything else is an error.
+        shapes: the name and canonical shape of every array that the module wants.
+        layouts: of the kernel of each CoordConv in the module, by the layer's name.
+        sources: what an array was called before it had its name in ``mapping``, for the error.
+
+    Raises:
+        TypeError: ``mapping`` is not a mapping.
+        ValueError: every array that is missing, unexpected, of the wrong shape or not
+            floating-point, and every layer whose Coordinates differ.
+
+    Example:
+        >>> checked({"weights": np.ones((2, 2))}, {"weight": (2, 2)})
+        Traceback (most recent call last):
+        ...
+        ValueError: cannot import weights:
+          missing: weight, shape (2, 2)
+          unexpected: weights, shape (2, 2)
+    """
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"weights must be a mapping of names to arrays, got {type(mapping)}")
+    arrays = {name: np.asarray(array) for name, array in mapping.items()}
+    kernels = {f"{name}.weight" if name else "weight": kl for name, kl in (layouts or {}).items()}
+    problems = [
+        f"missing: {name}, shape {shape}" for name, shape in shapes.items() if name not in arrays
+    ]
+    for name, array in arrays.items():
+        shown = f"{name} (from {sources[name]!r})" if sources and name in sources else name
+        if name not in shapes:
+            problems.append(f"unexpected: {shown}, shape {array.shape}")
+        elif array.shape != shapes[name]:
+            also = f" ({kernels[name].widths})" if name in kernels else ""
+            problems.append(f"wrong shape: {shown} is {array.shape}, want {shapes[name]}{also}")
+        elif array.dtype.kind != "f":
+            problems.append(f"not floating-point: {shown} is {array.dtype}")
+    found = getattr(mapping, "coordinates", {})
+    for layer, layout in (layouts or {}).items():
+        name = f"{layer}.weight" if layer else "weight"
+        made_for = found.get(layer, layout.coords)
+        if not same_channels(made_for, layout.coords):
+            problems.append(
+                f"other coordinates: {name} was made for {made_for}, want {layout.coords}"
+            )
+        elif name in arrays and not problems:
+            arrays[name] = layout.reordered(arrays[name], made_for)
+    if problems:
+        raise ValueError("\n  ".join(["cannot import weights:", *problems]))
+    return {name: arrays[name] for name in shapes}

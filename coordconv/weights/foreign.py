@@ -1,0 +1,172 @@
+"""Weights of other implementations, as canonical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from coordconv import networks
+from coordconv.grid import Array
+from coordconv.weights.canonical import Weights, checked, layouts
+from coordconv.weights.kernels import Position, check_position, fit_state
+
+LAYOUTS = ("oihw", "hwio")
+Layout: TypeAlias = Literal["oihw", "hwio"]
+
+
+def adopt(
+    arrays: Mapping[str, Array],
+    network: str | networks.Network,
+    *,
+    layout: Layout,
+    names: Mapping[str, str] | None = None,
+    position: Position = "last",
+) -> Weights:
+    """The canonical weights in the arrays of another implementation of a network.
+
+    Args:
+        arrays: by name, as the datasets of a Keras HDF5 file are. The kernel of a CoordConv is over
+            features and coordinates, or over the features alone, as a plain convolution's: the
+            coordinates' part is then zero.
+        network: whose CoordConvs have that implementation's coordinates; see
+            :meth:`coordconv.networks.Network.with_coordinates`.
+        layout: of the kernels: ``"oihw"`` for ``(out, in, *S)``, as in PyTorch and Paddle, or
+            ``"hwio"`` for ``(*S, in, out)``, as in Keras; ``hw`` stands for the spatial axes,
+            whatever their number. A transposed convolution's are laid out as those of the
+            convolution whose gradient it is. With ``"hwio"`` a linear layer's kernel is
+            ``(in, out)``, and the first after a ``Flatten`` reads features whose channels came
+            last; with ``"oihw"`` it is ``(out, in)``, as in PyTorch.
+        names: theirs to ours, such as ``{"conv2d_1/kernel:0": "conv1.weight"}``; what is not in it
+            is called the same. None is for arrays that are all called as ours, or else stand in
+            the order of the layers: the kernels, that is, and the biases, whichever come first.
+            Beware that HDF5 lists ``conv2d_10`` before ``conv2d_2``.
+        position: ``"last"`` if the coordinates come after the features of each group, ``"first"``
+            if before, as in SparseInst, CondInst and CAM-Convs.
+
+    Returns:
+        New arrays by dotted name, with the network's Coordinates.
+
+    Raises:
+        TypeError: ``arrays`` is not a mapping.
+        ValueError: an unknown ``network``, ``layout`` or ``position``; ``names`` with a name that
+            ``arrays`` lack, or with two for one; every array that is missing, unexpected, of the
+            wrong shape or not floating-point.
+
+    Example:
+        >>> keras = networks.get("coord_classifier").with_coordinates("yx")
+        >>> widths = [4, 32, 32, 64, 64, 1]
+        >>> shapes = [(1, 1, *pair) for pair in zip(widths, widths[1:])]
+        >>> arrays = {f"conv2d_{i}/kernel:0": np.zeros(s) for i, s in enumerate(shapes)}
+        >>> arrays |= {f"conv2d_{i}/bias:0": np.zeros(s[-1]) for i, s in enumerate(shapes)}
+        >>> adopt(arrays, keras, layout="hwio")["conv1.weight"].shape
+        (32, 4, 1, 1)
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays must be a mapping of names to arrays, got {type(arrays)}")
+    network = networks.get(network)
+    if names is None:
+        shapes = network.weight_shapes()
+        names = {} if arrays.keys() <= shapes.keys() else _by_order(arrays, shapes)
+    renamed = _renamed(arrays, names)
+    flattened: tuple[int, ...] | None = None
+    for layer, before, _ in network.shapes():
+        name = f"{layer.name}.weight"
+        if isinstance(layer, networks.Flatten):
+            flattened = before
+        if layout == "oihw" or np.ndim(renamed.get(name)) < 2:
+            continue
+        kernel = np.asarray(renamed[name])
+        rank = kernel.ndim - 2
+        kernel = kernel.transpose(rank + 1, rank, *range(rank))
+        if isinstance(layer, networks.Linear) and flattened:
+            if kernel.shape == layer.weight_shapes()["weight"]:
+                kernel = kernel.reshape(-1, *flattened[1:], flattened[0])
+                kernel = np.moveaxis(kernel, -1, 1).reshape(len(kernel), -1)
+            flattened = None
+        renamed[name] = kernel
+    sources = {ours: theirs for theirs, ours in names.items()}
+    return _fitted(renamed, network, position, sources)
+
+
+def fitted(
+    arrays: Mapping[str, Array], network: networks.Network, *, position: Position = "last"
+) -> Weights:
+    """A network's weights from arrays under canonical names, and nothing else.
+
+    Args:
+        arrays: in canonical layout; of :class:`Weights` the Coordinates are checked, too. A
+            CoordConv's kernel may be a plain convolution's, whose coordinates' part is then zero,
+            and it may be under ``conv.weight``.
+        network: what they are to be the weights of.
+        position: where the coordinates are among the channels of each group.
+
+    Returns:
+        New arrays in the order of the network, with its Coordinates and its name.
+
+    Raises:
+        ValueError: as :func:`coordconv.weights.canonical.checked`; another ``position``.
+
+    Example:
+        >>> network = networks.get("coord_cnn")
+        >>> arrays = {n: np.zeros(s) for n, s in network.weight_shapes().items()}
+        >>> arrays["conv4.weight"] = np.zeros((64, 64, 3, 3))  # a plain convolution's
+        >>> fitted(arrays, network)["conv4.weight"].shape
+        (64, 66, 3, 3)
+    """
+    return _fitted(arrays, network, position)
+
+
+def _fitted(
+    arrays: Mapping[str, Array],
+    network: networks.Network,
+    position: Position,
+    sources: Mapping[str, str] | None = None,
+) -> Weights:
+    check_position(position)
+    found = Weights(arrays, getattr(arrays, "coordinates", {}))
+    kernels = layouts(network)
+    for name, layout in kernels.items():
+        # What does not fit is told of with all other problems.
+        with suppress(ValueError):
+            fit_state(
+                found,
+                f"{name}.",
+                layout,
+                position=position,
+                concatenate=np.concatenate,
+                zeros=_zeros,
+            )
+    checked_arrays = checked(found, network.weight_shapes(), kernels, sources)
+    return Weights.of(network, {name: a.copy() for name, a in checked_arrays.items()})
+
+
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    return np.zeros(shape, np.asarray(like).dtype)
+
+
+def _by_order(arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Names for ``adopt``: kernels have two axes and more, and the others are biases."""
+    names: dict[str, str] = {}
+    for kernels in (True, False):
+        theirs = (name for name, array in arrays.items() if (np.ndim(array) > 1) == kernels)
+        ours = (name for name, shape in shapes.items() if (len(shape) > 1) == kernels)
+        names |= zip(theirs, ours, strict=False)  # what is left over, checked tells
+    return names
+
+
+def _renamed(arrays: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    renamed: dict[str, Array] = {}
+    problems = [f"not among the arrays: {theirs!r}" for theirs in names if theirs not in arrays]
+    for theirs, array in arrays.items():
+        ours = names.get(theirs, theirs)
+        if ours in renamed:
+            problems.append(f"two arrays for {ours!r}: {theirs!r} and another")
+        renamed[ours] = array
+    if problems:
+        raise ValueError("\n  ".join(["names do not fit the arrays:", *problems]))
+    return renamed

@@ -1,0 +1,340 @@
+"""The one kernel of a CoordConv: where its features and its coordinates lie.
+
+A CoordConv has the kernel of a convolution over ``C + groups * n`` channels, in canonical layout
+``(out, C / groups + n, *kernel)``, of a transposed layer ``(C + groups * n, out / groups,
+*kernel)``. In each group the coordinates come after the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from coordconv.coordinates import Coordinates, CoordinatesLike
+from coordconv.grid import Array
+
+POSITIONS = ("last", "first")
+Position: TypeAlias = Literal["last", "first"]
+Concatenate: TypeAlias = Callable[[list[Any], int], Any]  # of a framework's arrays, along an axis
+
+
+@dataclass(frozen=True)
+class KernelLayout:
+    """Where features and coordinates lie in a CoordConv's kernel.
+
+    Its methods take arrays of NumPy or of any framework, in canonical layout.
+
+    Args:
+        coords: the coordinate channels.
+        channels: ``C``, the number of features of all groups.
+        groups: the number of groups of the convolution.
+        transposed: whether it is a transposed one.
+    """
+
+    coords: Coordinates
+    channels: int
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def axis(self) -> int:
+        """The axis of the kernel that holds the input channels."""
+        return 0 if self.transposed else 1
+
+    @property
+    def features(self) -> int:
+        """The number of features of a group."""
+        return self.channels // self.groups
+
+    @property
+    def width(self) -> int:
+        """The length of :attr:`axis`."""
+        return self._width(len(self.coords))
+
+    @property
+    def widths(self) -> str:
+        """What :attr:`axis` may hold, in words, for an error."""
+        return (
+            f"{self._width(len(self.coords))} input channels are the features and coordinates, "
+            f"{self._width(0)} the features alone"
+        )
+
+    def _width(self, coordinates: int) -> int:
+        repeated = self.groups if self.transposed else 1
+        return repeated * (self.features + coordinates)
+
+    def split(self, kernel: Any) -> tuple[Any, Any]:
+        """The features' part, laid out as a plain convolution's kernel, and the coordinates' part.
+
+        Returns:
+            Views where there can be; the coordinates' part is ``(out, n, *kernel size)``.
+        """
+        features = self.features
+        if not self.transposed:
+            return kernel[:, :features], kernel[:, features:]
+        if self.groups == 1:
+            return kernel[:features], kernel[features:].swapaxes(0, 1)
+        rest = tuple(kernel.shape[1:])
+        grouped = kernel.reshape((self.groups, -1, *rest))
+        coordinates = grouped[:, features:].swapaxes(1, 2)
+        return (
+            grouped[:, :features].reshape((-1, *rest)),
+            coordinates.reshape((-1, *tuple(coordinates.shape[2:]))),
+        )
+
+    def join(self, features: Any, coordinates: Any, concatenate: Concatenate) -> Any:
+        """The inverse of :meth:`split`."""
+        if not self.transposed:
+            return concatenate([features, coordinates], 1)
+        rest = tuple(features.shape[1:])
+        per_group = coordinates.reshape((self.groups, -1, *tuple(coordinates.shape[1:])))
+        grouped = features.reshape((self.groups, -1, *rest))
+        joined = concatenate([grouped, per_group.swapaxes(1, 2)], 1)
+        return joined.reshape((-1, *rest))
+
+    def reordered(self, kernel: Any, found: Coordinates) -> Any:
+        """A kernel made for ``found``, for this layout's Coordinates.
+
+        Raises:
+            ValueError: ``found`` are not the same coordinates in another order.
+        """
+        if found == self.coords:
+            return kernel
+        if not same_channels(found, self.coords):
+            raise ValueError(f"the kernel was made for {found}, want {self.coords}")
+        order = [self.features + found.channels.index(token) for token in self.coords.channels]
+        return self._picked(kernel, [*range(self.features), *order])
+
+    def last(self, kernel: Any) -> Any:
+        """A kernel whose coordinates come before the features of each group, in this layout."""
+        n = len(self.coords)
+        return self._picked(kernel, [*range(n, n + self.features), *range(n)])
+
+    def _picked(self, kernel: Any, order: list[int]) -> Any:
+        """The input channels of each group in another order."""
+        if not self.transposed:
+            return kernel[:, order]
+        step = len(order)
+        return kernel[[group * step + i for group in range(self.groups) for i in order]]
+
+    def fitted(
+        self,
+        kernel: Any,
+        concatenate: Concatenate,
+        zeros: Callable[[tuple[int, ...], Any], Any],
+        position: Position = "last",
+    ) -> Any:
+        """A kernel over features and coordinates, or over features alone, in this layout.
+
+        Args:
+            kernel: another implementation's, or a plain convolution's: the coordinates' part of
+                that is zero.
+            concatenate: the framework's, of a list of arrays and an axis.
+            zeros: the framework's, of a shape and an array whose type and device to take.
+            position: where the coordinates are among the channels of each group.
+
+        Raises:
+            ValueError: the number of channels fits neither; another ``position``.
+        """
+        check_position(position)
+        shape = tuple(int(length) for length in kernel.shape)
+        n = len(self.coords)
+        if shape[self.axis] == self._width(n):
+            return kernel if position == "last" else self.last(kernel)
+        if shape[self.axis] != self._width(0):
+            raise ValueError(
+                f"a kernel must have {self._width(n)} input channels (features and coordinates) or "
+                f"{self._width(0)} (features alone) on axis {self.axis}, got {shape[self.axis]} in "
+                f"shape {shape}"
+            )
+        out = shape[1] * self.groups if self.transposed else shape[0]
+        return self.join(kernel, zeros((out, n, *shape[2:]), kernel), concatenate)
+
+
+def same_channels(one: Coordinates, other: Coordinates) -> bool:
+    """Whether two Coordinates differ at most in the order of their channels."""
+    first, second = ({**c.to_dict(), "channels": sorted(c.channels)} for c in (one, other))
+    return first == second
+
+
+def check_position(position: str) -> None:
+    """Check a ``position`` argument.
+
+    Raises:
+        ValueError: it is neither word.
+    """
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {POSITIONS}, got {position!r}")
+
+
+def fit_state(
+    state: MutableMapping[str, Any],
+    prefix: str,
+    layout: KernelLayout,
+    *,
+    kernel: str = "weight",
+    nested: bool = True,
+    position: Position = "last",
+    concatenate: Concatenate,
+    zeros: Callable[[tuple[int, ...], Any], Any],
+) -> None:
+    """Give a framework's state, in place, the names and the kernel of one layer of ours.
+
+    Args:
+        state: tensors by name.
+        prefix: the layer's name with its dot, or nothing.
+        layout: of the layer's kernel.
+        kernel: what the layer calls its kernel.
+        nested: whether ``conv.weight`` and ``conv.bias`` under the prefix may stand for the layer's
+            own: not if the layer has a ``conv`` inside.
+        position: where the coordinates are among the channels of each group.
+        concatenate: the framework's, of a list of arrays and an axis.
+        zeros: the framework's, of a shape and an array whose type and device to take.
+
+    Raises:
+        ValueError: a kernel whose input channels fit neither the layer nor a plain convolution.
+    """
+    check_position(position)
+    for name in (kernel, "bias") if nested else ():
+        inner = f"{prefix}conv.{name}"
+        # It goes before one without "conv": walsvid's layers are convolutions themselves besides,
+        # and save that kernel, too, which they never use.
+        if inner in state:
+            state[f"{prefix}{name}"] = state.pop(inner)
+    name = f"{prefix}{kernel}"
+    found = state.get(name)
+    rank = layout_rank(found)
+    if rank is None:  # no kernel at all: for the framework to refuse
+        return
+    try:
+        state[name] = layout.fitted(found, concatenate, zeros, position)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def layout_rank(kernel: Any) -> int | None:
+    """The number of spatial axes of a kernel, or None if it has not the axes of one."""
+    axes = len(getattr(kernel, "shape", ()))
+    return axes - 2 if 3 <= axes <= 5 else None
+
+
+def split_kernel(
+    weight: Array,
+    coords: CoordinatesLike,
+    groups: int = 1,
+    transposed: bool = False,
+    *,
+    position: Position = "last",
+) -> tuple[Array, Array]:
+    """Split a kernel over features and coordinates into its two parts.
+
+    Args:
+        weight: ``(out, C / groups + n, *kernel)``, of a transposed convolution
+            ``(C + groups * n, out / groups, *kernel)``, of one to three spatial axes.
+        coords: the coordinate channels, or None for all axes.
+        groups: the number of groups of the convolution, each of which has all coordinates.
+        transposed: whether it is a transposed convolution.
+        position: ``"last"`` if the coordinates come after the features of each group, ``"first"``
+            if before, as SparseInst, CondInst and CAM-Convs save them.
+
+    Returns:
+        New arrays: the features' part, laid out as a plain convolution's kernel, and the
+        coordinates' part ``(out, n, *kernel)``, always in this layout.
+
+    Raises:
+        TypeError: ``groups`` is not an int.
+        ValueError: a kernel whose shape does not fit the other arguments; another ``position``.
+
+    Example:
+        >>> features, coordinates = split_kernel(np.zeros((32, 16 + 2, 3, 3)), "yx")
+        >>> features.shape, coordinates.shape
+        ((32, 16, 3, 3), (32, 2, 3, 3))
+    """
+    check_position(position)
+    weight = np.asarray(weight)
+    rank = layout_rank(weight)
+    if rank is None:
+        raise ValueError(f"weight must have 1 to 3 spatial axes and 2 more, got {weight.shape}")
+    coordinates = Coordinates.resolve(coords, rank)
+    n, width = len(coordinates), weight.shape[0 if transposed else 1]
+    check_groups(groups, weight.shape[0], "input" if transposed else "output")
+    per_group = width // groups if transposed else width
+    if per_group <= n:
+        raise ValueError(
+            f"weight must have more than the {n} coordinates among the input channels of a group, "
+            f"got {per_group} in shape {weight.shape}"
+        )
+    layout = KernelLayout(coordinates, (per_group - n) * groups, groups, transposed)
+    parts = layout.split(weight if position == "last" else layout.last(weight))
+    return parts[0].copy(), parts[1].copy()
+
+
+def join_kernel(
+    features: Array,
+    coordinates: Array,
+    groups: int = 1,
+    transposed: bool = False,
+    *,
+    position: Position = "last",
+) -> Array:
+    """The kernel over features and coordinates: the inverse of :func:`split_kernel`.
+
+    Args:
+        features: ``(out, C / groups, *kernel)``, transposed ``(C, out / groups, *kernel)``.
+        coordinates: ``(out, n, *kernel)``.
+        groups: the number of groups of the convolution.
+        transposed: whether it is a transposed convolution.
+        position: where to put the coordinates of each group.
+
+    Returns:
+        A new array.
+
+    Raises:
+        TypeError: ``groups`` is not an int.
+        ValueError: shapes that do not fit each other or the other arguments.
+
+    Example:
+        >>> join_kernel(np.zeros((32, 16, 3, 3)), np.zeros((32, 2, 3, 3))).shape
+        (32, 18, 3, 3)
+    """
+    check_position(position)
+    features, coordinates = np.asarray(features), np.asarray(coordinates)
+    if layout_rank(features) is None:
+        raise ValueError(f"features must have 1 to 3 spatial axes and 2 more, got {features.shape}")
+    check_groups(groups, features.shape[0], "input" if transposed else "output")
+    out = features.shape[1] * groups if transposed else features.shape[0]
+    wanted = (out, *features.shape[2:])
+    found = (*coordinates.shape[:1], *coordinates.shape[2:])
+    if coordinates.ndim != features.ndim or found != wanted or not coordinates.shape[1]:
+        raise ValueError(
+            f"coordinates must have shape ({out}, n, "
+            f"{', '.join(map(str, features.shape[2:]))}), got {coordinates.shape}"
+        )
+    n = coordinates.shape[1]
+    names = Coordinates("xyzr"[:n]) if n <= 4 else None
+    if names is None:
+        raise ValueError(f"coordinates must have at most 4 channels, got {n}")
+    per_group = features.shape[0] // groups if transposed else features.shape[1]
+    layout = KernelLayout(names, per_group * groups, groups, transposed)
+    joined: Array = layout.join(features, coordinates, np.concatenate)
+    if position == "first":
+        order = [*range(per_group, per_group + n), *range(per_group)]
+        joined = layout._picked(joined, order)
+    return joined
+
+
+def check_groups(groups: int, channels: int, which: str) -> None:
+    """Check the groups of a kernel.
+
+    Raises:
+        TypeError: they are not an int.
+        ValueError: they do not divide the channels on the kernel's first axis.
+    """
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the kernel's {channels} {which} channels, got {groups}")
+
