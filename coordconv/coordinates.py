@@ -15,14 +15,31 @@ COORD_INITS = ("fan_in", "zeros")
 
 CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[str] | None"
 
-# The channels that other implementations append, by rank: (without radius, with radius), and the
-# centre their radius is measured from. None: that implementation has no such variant.
-_NAMED: dict[str, tuple[dict[int, tuple[str, str | None]], float]] = {
-    "paddle": ({2: ("xy", None)}, 0.0),
-    "uber": ({2: ("xy", "xyr")}, 0.0),
-    "mkocabas": ({2: ("yx", "yxr")}, 0.5),
-    "walsvid": ({1: ("x", "xr"), 2: ("yx", "yxr")}, 0.5),
-    "keras": ({1: ("x", None), 2: ("yx", "yxr"), 3: ("zyx", None)}, 0.5),
+
+@dataclass(frozen=True)
+class _Convention:
+    """What another implementation appends.
+
+    Args:
+        channels: by rank, without the radius and with it; None where there is no such variant.
+        r_center: the centre that its radius is measured from.
+        span: its scale.
+    """
+
+    channels: Mapping[int, tuple[str, str | None]]
+    r_center: float = 0.0
+    span: tuple[float, float] = (-1.0, 1.0)
+
+
+_NAMED = {
+    "paddle": _Convention({2: ("xy", None)}),
+    # arange(w) / ((w - 1) * 2) - 1: its parentheses moved in 2021
+    "paddledetection": _Convention({2: ("xy", None)}, span=(-1.0, -0.5)),
+    "uber": _Convention({2: ("xy", "xyr")}),
+    "paper": _Convention({2: ("xy", "xyr")}, 0.5),
+    "mkocabas": _Convention({2: ("yx", "yxr")}, 0.5),
+    "walsvid": _Convention({1: ("x", "xr"), 2: ("yx", "yxr")}, 0.5),
+    "keras": _Convention({1: ("x", None), 2: ("yx", "yxr"), 3: ("zyx", None)}, 0.5),
 }
 
 
@@ -139,9 +156,11 @@ class Coordinates:
         """The convention of another implementation, so that its weights mean the same here.
 
         Args:
-            name: ``"paddle"`` (PaddleDetection, and the article this project started from),
-                ``"uber"`` (the paper's own code), ``"mkocabas"``, ``"walsvid"`` or ``"keras"``
-                (titu1994/keras-coordconv).
+            name: ``"paddle"`` (PaddleDetection 2.0 and 2.1, SOLO and SOLOv2, and the article this
+                project started from), ``"paddledetection"`` (PaddleDetection since 2.2, whose scale
+                is -1 to -0.5), ``"uber"`` (uber-research/CoordConv), ``"paper"`` (the paper's own
+                listing, whose radius is measured from 0.5), ``"mkocabas"``, ``"walsvid"`` or
+                ``"keras"`` (titu1994/keras-coordconv).
             rank: the number of axes, where that implementation differs by rank.
             with_r: with the radius, where that implementation has one.
 
@@ -157,17 +176,18 @@ class Coordinates:
         """
         if name not in _NAMED:
             raise ValueError(f"name must be one of {', '.join(_NAMED)}, got {name!r}")
-        by_rank, r_center = _NAMED[name]
-        if rank not in by_rank:
+        convention = _NAMED[name]
+        if rank not in convention.channels:
             raise ValueError(
                 f"the {name!r} convention has no rank {rank}, only "
-                f"{', '.join(map(str, by_rank))}"
+                f"{', '.join(map(str, convention.channels))}"
                 + (" (its 3-D variant mixes its axes)" if name == "walsvid" else "")
             )
-        channels = by_rank[rank][with_r]
+        channels = convention.channels[rank][with_r]
         if channels is None:
             raise ValueError(f"the {name!r} convention has no radius in {rank}-D: with_r=False")
-        return cls(channels, r_center=r_center if with_r else 0.0)
+        center = convention.r_center if with_r else 0.0
+        return cls(channels, span=convention.span, r_center=center)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; ``Coordinates.from_dict`` reads it back.

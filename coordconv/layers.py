@@ -106,7 +106,7 @@ class CoordLayer:
         raise NotImplementedError
 
     def _add_map(self, output: Any, x: Any, coordinates: Any) -> Any:
-        """The output of the features' part, and P of the coordinates' part ``(out, n, *kernel)``."""
+        """The output of the features' part, and P of the coordinates' ``(out, n, *kernel)``."""
         raise NotImplementedError
 
     def _coord_conv(

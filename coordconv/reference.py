@@ -7,7 +7,7 @@ each group is given all of them, the input is padded, and the taps are summed on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, evaluate, ramp
+from coordconv.grid import Array, evaluate
 
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -24,9 +24,9 @@ _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "c
 class Reference:
     """A convolution, with coordinates or without, and its gradients.
 
-    All arrays are canonical: ``x (N, C, *S)``, ``weight (out, C / groups, *kernel)``, of a
-    transposed convolution ``(C, out / groups, *kernel)``, ``coord_weight (out, n, *kernel)``,
-    ``bias (out,)``.
+    All arrays are canonical: ``x (N, C, *S)``, ``weight (out, C / groups + n, *kernel)``, of a
+    transposed convolution ``(C + groups * n, out / groups, *kernel)``, ``bias (out,)``. In each
+    group the coordinates come after the features.
 
     Args:
         geometry: the convolution.
@@ -34,7 +34,7 @@ class Reference:
 
     Example:
         >>> layer = Reference(ConvGeometry((1,)), Coordinates("x"))
-        >>> layer.forward(np.ones((1, 1, 3)), np.ones((1, 1, 1)), np.full((1, 1, 1), 10.0))
+        >>> layer.forward(np.ones((1, 1, 3)), np.array([[[1.0], [10.0]]]))
         array([[[-9.,  1., 11.]]])
 
     Source:
@@ -45,31 +45,24 @@ class Reference:
     coords: Coordinates | None = None
 
     def forward(
-        self,
-        x: Array,
-        weight: Array,
-        coord_weight: Array | None = None,
-        bias: Array | None = None,
-        *,
-        magnitudes: bool = False,
+        self, x: Array, weight: Array, bias: Array | None = None, *, magnitudes: bool = False
     ) -> Array:
         """The output, shape ``(N, out, *S_out)``.
 
         With ``magnitudes`` every term of every sum is replaced by its absolute value: the
-        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's grows by twice
-        what lies between the middle tap and the farthest: what one reads may be computed from what
-        the middle one reads and the steps from there, and those may cancel.
+        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's is that of the
+        terms that it may be computed from.
         """
         z = self.padded(x, magnitudes=magnitudes)
-        fused = self.fuse(weight, coord_weight)
+        kernel = self._by_group(weight)
         bias = None if bias is None else np.asarray(bias, np.float64)
         if magnitudes:
-            fused, bias = np.abs(fused), None if bias is None else np.abs(bias)
+            kernel, bias = np.abs(kernel), None if bias is None else np.abs(bias)
         out_shape = self.geometry.output_shape(x.shape[2:])
-        groups, out, _ = fused.shape[:3]
+        groups, out, _ = kernel.shape[:3]
         y = np.zeros((len(x), groups, out, int(np.prod(out_shape))))
         for tap, window in self._windows(out_shape):
-            y += fused[tap] @ _flat(z[window])
+            y += kernel[tap] @ _flat(z[window])
         y = y.reshape(len(x), groups * out, *out_shape)
         return y if bias is None else y + bias.reshape(-1, *(1,) * self.geometry.rank)
 
@@ -77,13 +70,14 @@ class Reference:
         self, dy: Array, weight: Array, shape: tuple[int, ...], *, magnitudes: bool = False
     ) -> Array:
         """The gradient with respect to ``x``, shape ``(N, C, *shape)``, for the output's ``dy``."""
-        dy, fused = self._by_group(dy), self.fuse(weight, None)
+        dy, kernel = self._outputs_by_group(dy), self._by_group(weight)
+        kernel = kernel[:, :, : kernel.shape[2] - self._coordinates]
         if magnitudes:
-            dy, fused = np.abs(dy), np.abs(fused)
+            dy, kernel = np.abs(dy), np.abs(kernel)
         maps = self._axis_maps(shape)
-        dz = np.zeros((*dy.shape[:2], fused.shape[2], *(len(m) for m in maps)))
+        dz = np.zeros((*dy.shape[:2], kernel.shape[2], *(len(m) for m in maps)))
         for tap, window in self._windows(dy.shape[3:]):
-            term = fused[tap].swapaxes(1, 2) @ _flat(dy)
+            term = kernel[tap].swapaxes(1, 2) @ _flat(dy)
             dz[window] += term.reshape(*term.shape[:3], *dy.shape[3:])
         for axis, m in enumerate(maps):
             dz = _along(dz, m.T, 3 + axis)
@@ -92,20 +86,20 @@ class Reference:
     def weight_gradients(
         self, x: Array, dy: Array, *, magnitudes: bool = False
     ) -> dict[str, Array]:
-        """The gradients of ``weight``, ``coord_weight`` (if there are coordinates) and ``bias``."""
-        z, grouped = self.padded(x, magnitudes=magnitudes), self._by_group(dy)
+        """The gradients of ``weight`` and ``bias``."""
+        z, grouped = self.padded(x, magnitudes=magnitudes), self._outputs_by_group(dy)
         if magnitudes:
             grouped = np.abs(grouped)
-        fused = np.zeros((grouped.shape[1], grouped.shape[2], z.shape[2], *self.geometry.kernel))
+        kernel = np.zeros((grouped.shape[1], grouped.shape[2], z.shape[2], *self.geometry.kernel))
         for tap, window in self._windows(dy.shape[2:]):
             read = _flat(z[window]).swapaxes(2, 3)
-            fused[tap] = (_flat(grouped) @ read).sum(axis=0)
-        weight, coord_weight = self._split(fused)
-        gradients = {"weight": weight}
-        if coord_weight is not None:
-            gradients["coord_weight"] = coord_weight
-        gradients["bias"] = grouped.sum(axis=(0, *range(3, grouped.ndim))).reshape(-1)
-        return gradients
+            kernel[tap] = (_flat(grouped) @ read).sum(axis=0)
+        if self.geometry.transposed:
+            kernel = np.flip(kernel, self._kernel_axes).swapaxes(1, 2)
+        return {
+            "weight": kernel.reshape(-1, *kernel.shape[2:]),
+            "bias": grouped.sum(axis=(0, *range(3, grouped.ndim))).reshape(-1),
+        }
 
     def padded(self, x: Array, *, magnitudes: bool = False) -> Array:
         """What the kernel slides over: ``(N, groups, C / groups + n, *padded shape)``."""
@@ -123,39 +117,26 @@ class Reference:
         repeated = np.broadcast_to(coordinates, (batch, groups, *coordinates.shape))
         return np.concatenate([z, repeated], axis=2)
 
-    def fuse(self, weight: Array, coord_weight: Array | None) -> Array:
-        """One kernel over features and coordinates: ``(groups, out / groups, C / groups + n, *k)``.
+    @property
+    def _coordinates(self) -> int:
+        return 0 if self.coords is None else len(self.coords)
+
+    def _by_group(self, weight: Array) -> Array:
+        """The kernel as ``(groups, out / groups, C / groups + n, *kernel)``.
 
         The taps are in the order of a plain convolution: a transposed one's are reversed.
         """
         weight = np.asarray(weight, np.float64)
-        fused = weight.reshape(self.geometry.groups, -1, *weight.shape[1:])
+        kernel = weight.reshape(self.geometry.groups, -1, *weight.shape[1:])
         if self.geometry.transposed:
-            fused = fused.swapaxes(1, 2)
-        if coord_weight is not None:
-            coord_weight = np.asarray(coord_weight, np.float64)
-            per_group = coord_weight.reshape(*fused.shape[:2], *coord_weight.shape[1:])
-            fused = np.concatenate([fused, per_group], axis=2)
-        return np.flip(fused, self._kernel_axes) if self.geometry.transposed else fused
-
-    def _split(self, fused: Array) -> tuple[Array, Array | None]:
-        """The inverse of :meth:`fuse`."""
-        if self.geometry.transposed:
-            fused = np.flip(fused, self._kernel_axes)
-        features = fused.shape[2] - (0 if self.coords is None else len(self.coords))
-        weight, coordinates = fused[:, :, :features], fused[:, :, features:]
-        if self.geometry.transposed:
-            weight = weight.swapaxes(1, 2)
-        weight = weight.reshape(-1, *weight.shape[2:])
-        if self.coords is None:
-            return weight, None
-        return weight, coordinates.reshape(-1, *coordinates.shape[2:])
+            kernel = np.flip(kernel.swapaxes(1, 2), self._kernel_axes)
+        return kernel
 
     @property
     def _kernel_axes(self) -> tuple[int, ...]:
         return tuple(range(-self.geometry.rank, 0))
 
-    def _by_group(self, dy: Array) -> Array:
+    def _outputs_by_group(self, dy: Array) -> Array:
         dy = np.asarray(dy, np.float64)
         groups = self.geometry.groups
         return dy.reshape(len(dy), groups, dy.shape[1] // groups, *dy.shape[2:])
@@ -212,8 +193,7 @@ class Reference:
     ) -> Array:
         assert self.coords is not None
         if self.coords.outside == "zero":
-            grid = evaluate(self.coords, [np.arange(n) for n in shape], shape)
-            grid = np.abs(grid) + self._widths(shape) if magnitudes else grid
+            grid = self._grid([np.arange(n) for n in shape], shape, magnitudes)
             for axis, m in enumerate(maps):
                 grid = _along(grid, m, 1 + axis)
             return grid
@@ -223,29 +203,30 @@ class Reference:
             places.append(np.arange(len(m)) - before * (hole if pad_first else 1))
         steps = [hole for _, _, hole, _ in self._layout(shape)]
         indices = [p // hole for p, hole in zip(places, steps, strict=True)]
-        grid = evaluate(self.coords, indices, shape)
-        grid = np.abs(grid) + self._widths(shape) if magnitudes else grid
+        grid = self._grid(indices, shape, magnitudes)
         for axis, (p, hole) in enumerate(zip(places, steps, strict=True)):
             grid = _along(grid, np.diag((p % hole == 0).astype(np.float64)), 1 + axis)
         return grid
 
-    def _widths(self, shape: tuple[int, ...]) -> Array:
-        """Twice the coordinates from the middle tap to the farthest, ``(n, 1, ...)``.
+    def _grid(self, positions: list[Array], shape: tuple[int, ...], magnitudes: bool) -> Array:
+        """The coordinates at some positions; or the magnitudes of what they are computed from.
 
-        Padding that copies may put the first sample of an axis beside the last. The radius has no
-        steps.
+        An axis coordinate is a quotient within the span -1 to 1, times the half of the span, plus
+        the middle: where these two cancel, the rounding of each remains. The radius is the root of
+        the squares of such coordinates less the centre.
         """
         assert self.coords is not None
-        kernel, _, dilation, _, _ = self.geometry.per_axis
-        copies = self.geometry.padding_mode != "zeros" and self.coords.outside == "zero"
-        widths = {"r": 0.0}
-        axes = reversed(axis_tokens(self.geometry.rank))
-        for token, n, k, d in zip(axes, shape, kernel, dilation, strict=True):
-            first, second = ramp(self.coords, np.arange(2), n)
-            steps = max(d * (k // 2), n - 1 if copies and k > 1 else 0)
-            widths[token] = 2 * steps * abs(second - first)
-        found = np.array([widths[token] for token in self.coords.channels])
-        return found.reshape(-1, *(1,) * self.geometry.rank)
+        grid = evaluate(self.coords, positions, shape)
+        if not magnitudes:
+            return grid
+        first, last = self.coords.span
+        half, middle = (last - first) / 2, (first + last) / 2
+        axes = replace(self.coords, channels=axis_tokens(self.geometry.rank), span=(-1.0, 1.0))
+        quotients = evaluate(axes, positions, shape)
+        sizes = np.abs(quotients * half) + abs(middle)
+        found = dict(zip(axes.channels, sizes, strict=True))
+        found["r"] = np.sqrt(((sizes + abs(self.coords.r_center)) ** 2).sum(axis=0))
+        return np.stack([found[token] for token in self.coords.channels])
 
 
 def _flat(array: Array) -> Array:

@@ -336,5 +336,6 @@ def check_groups(groups: int, channels: int, which: str) -> None:
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or channels % groups:
-        raise ValueError(f"groups must divide the kernel's {channels} {which} channels, got {groups}")
-
+        raise ValueError(
+            f"groups must divide the kernel's {channels} {which} channels, got {groups}"
+        )

@@ -56,9 +56,7 @@ def _geometry(
     )
 
 
-def output_padding(
-    layer: Any, shape: Sequence[int], output_size: Sequence[int]
-) -> tuple[int, ...]:
+def output_padding(layer: Any, shape: Sequence[int], output_size: Sequence[int]) -> tuple[int, ...]:
     """The output padding of a transposed layer that gives an output of that size.
 
     Args:
