@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from coordconv.grid import Array
 from coordconv.networks import Layer, Network
 from coordconv.recording import Names, OutputGradient, Recorded, See, record
-from coordconv.weights.canonical import Weights, checked
+from coordconv.weights.canonical import Weights, checked, layouts
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Tape:
             loss = criterion(module(self.tensor(x, parameters[0])), wanted)
             loss.backward()
             rule.step()
-            return float(loss)
+            return float(loss.item())
 
         return step, module.export_weights
 

@@ -1,2 +1,46 @@
 """CoordConv for PyTorch."""
-from coordconv.backends.torch.layers import *
+
+from coordconv.backends.torch.files import from_state, read_state, write_state
+from coordconv.backends.torch.layers import (
+    AddCoords,
+    CoordConv1d,
+    CoordConv2d,
+    CoordConv3d,
+    CoordConvTranspose1d,
+    CoordConvTranspose2d,
+    CoordConvTranspose3d,
+    LazyCoordConv1d,
+    LazyCoordConv2d,
+    LazyCoordConv3d,
+    LazyCoordConvTranspose1d,
+    LazyCoordConvTranspose2d,
+    LazyCoordConvTranspose3d,
+    adapt_state_dict,
+)
+from coordconv.backends.torch.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.torch.recording import recorded
+
+__all__ = [
+    "COMPILED",
+    "AddCoords",
+    "CoordConv1d",
+    "CoordConv2d",
+    "CoordConv3d",
+    "CoordConvTranspose1d",
+    "CoordConvTranspose2d",
+    "CoordConvTranspose3d",
+    "LazyCoordConv1d",
+    "LazyCoordConv2d",
+    "LazyCoordConv3d",
+    "LazyCoordConvTranspose1d",
+    "LazyCoordConvTranspose2d",
+    "LazyCoordConvTranspose3d",
+    "adapt_state_dict",
+    "build",
+    "evaluate",
+    "from_state",
+    "read_state",
+    "recorded",
+    "trainer",
+    "write_state",
+]

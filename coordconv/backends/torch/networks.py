@@ -68,10 +68,9 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _conv(layer: networks.Conv) -> nn.Module:
     arguments = options.arguments(layer.geometry)
-    kinds = layers if layer.coords else nn
     if layer.coords:
         arguments["coords"] = layer.coords
-    kind = getattr(kinds, layer.kind)
+    kind = getattr(layers if layer.coords else nn, layer.kind)
     return kind(layer.in_channels, layer.out_channels, bias=layer.bias, **arguments)
 
 
