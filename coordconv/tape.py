@@ -196,8 +196,8 @@ class NetworkModule:
     """What a :class:`coordconv.networks.Network` is made of, in front of ``nn.Sequential``."""
 
     TAPE: ClassVar[Tape]
-    named_parameters: Callable[[], Iterable[tuple[str, Any]]]  # of nn.Sequential, as the next
-    add_module: Callable[[str, Any], Any]
+    named_parameters: Any  # of nn.Sequential, as the next
+    add_module: Any
 
     def __init__(self, network: Network) -> None:
         super().__init__()

@@ -476,6 +476,50 @@ def test_what_only_gradients_trace_has_no_gradient_of_zero():
     assert "gradient of after" in found
 
 
+@pytest.mark.parametrize("backend", ["torch", "paddle"])
+def test_what_is_not_trained_is_left_as_it_was(backend):
+    """Whatever a call does to it: write to it, replace it, make it."""
+    framework = pytest.importorskip(backend)
+    kind = framework.nn.Module if backend == "torch" else framework.nn.Layer
+
+    class Net(kind):
+        def __init__(self):
+            super().__init__()
+            self.inner = framework.nn.Linear(4, 4)
+            self.inner.register_buffer("shared", framework.zeros([4]))
+            for name in ("written", "replaced", "same"):
+                self.register_buffer(name, framework.zeros([4]))
+            self.register_buffer("also", self.inner.shared)
+            self.register_buffer("again", self.inner.shared)
+            self.register_buffer("late", None)
+            self.inner.weight.requires_grad = False
+
+        def forward(self, x):
+            if self.late is None:
+                self.late = x.mean(0)
+            if not hasattr(self, "made"):
+                self.register_buffer("made", x + 1)
+            self.written += 1
+            self.again += 1
+            self.replaced = self.replaced + 1
+            with framework.no_grad():
+                self.inner.weight.copy_(self.inner.weight * 2)
+            return self.inner(x) + self.written + self.replaced + self.again
+
+    net = Net()
+    weight = net.inner.weight.detach().numpy().copy()
+    buffers = {name: getattr(net, name) for name in ("written", "replaced", "same", "also")}
+    x = np.ones((2, 4), np.float32)
+    first = recorded(backend, net)(x)["model output"]
+    assert net.late is None
+    assert not hasattr(net, "made")
+    assert all(getattr(net, name) is buffer for name, buffer in buffers.items())
+    assert net.again is net.also is net.inner.shared
+    assert not any(buffer.numpy().any() for buffer in (*buffers.values(), net.again))
+    assert np.array_equal(net.inner.weight.detach().numpy(), weight)
+    assert np.array_equal(recorded(backend, net)(x)["model output"], first)
+
+
 class TestTorchOnly:
     @pytest.fixture(autouse=True)
     def nn(self):
@@ -509,28 +553,6 @@ class TestTorchOnly:
         found = recorded("torch", nn.Sequential(scripted, nn.Linear(4, 4)))(x)
         assert list(found) == ["1", "model output"]
         assert list(recorded("torch", scripted)(x)) == ["model output"]
-
-    def test_what_is_not_trained_is_left_as_it_was(self, nn):
-        import torch
-
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.register_buffer("late", None)
-                self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
-
-            def forward(self, x):
-                if self.late is None:
-                    self.late = x.mean(0)
-                self.frozen += 1
-                return x + self.frozen
-
-        net = Net()
-        x = np.ones((2, 4), np.float32)
-        first = recorded("torch", net)(x)["model output"]
-        assert net.late is None
-        assert not net.frozen.any()
-        assert np.array_equal(recorded("torch", net)(x)["model output"], first)
 
     def test_a_lazy_module(self, nn):
         x = np.ones((2, 4), np.float32)
