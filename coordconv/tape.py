@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from coordconv.grid import Array
-from coordconv.networks import Layer, Network
+from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
 from coordconv.recording import Names, OutputGradient, Recorded, See, record
 from coordconv.weights.canonical import Weights, checked, layouts
 
@@ -25,7 +25,9 @@ class Tape:
     """What a framework has to say, beside the methods that its tensors and modules share.
 
     Args:
-        layers: a module from a layer's description, by the description's type.
+        nn: the framework's ``nn``, with ``Linear``, ``ReLU``, ``Flatten`` and the ``mse_loss`` and
+            ``cross_entropy`` of ``functional``, both means.
+        conv: a convolution from its description, with coordinates or without.
         tensor: ``tensor(array, like)``: an array as a tensor; a floating-point one has the type and
             the device of the tensor ``like``, if that is not None.
         numpy: a copy of a tensor's values; bfloat16, which NumPy lacks, as float32.
@@ -35,14 +37,14 @@ class Tape:
         grad_enabled: ``with grad_enabled(False)`` the tape stops.
         compiled: the module before the framework's compiler.
         modules: the modules inside a module, itself included, by name, as far as they take hooks.
-        losses: the mean squared error, and the mean cross-entropy of logits and labels.
         optimizers: ``adam(parameters, epsilon)`` and ``sgd(parameters, epsilon)``.
         set_rate: ``set_rate(optimizer, learning_rate)``.
         from_state: canonical arrays from the arrays of a state of a network.
         to_state: the inverse.
     """
 
-    layers: Mapping[type[Layer], Callable[[Any], Any]]
+    nn: Any
+    conv: Callable[[Conv], Any]
     tensor: Callable[[Array, Any], Any]
     numpy: Callable[[Any], Array]
     is_array: Callable[[Any], bool]
@@ -50,11 +52,22 @@ class Tape:
     grad_enabled: Callable[[bool], AbstractContextManager[Any]]
     compiled: Callable[[Any], Callable[[Any], Any]]
     modules: Callable[[Any], Mapping[str, Any]]
-    losses: tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]
     optimizers: Mapping[str, Callable[[Iterable[Any], float], Any]]
     set_rate: Callable[[Any, float], None]
     from_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]
     to_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]
+
+    def layer(self, layer: Layer) -> Any:
+        """A module from the description of a layer."""
+        match layer:
+            case Conv():
+                return self.conv(layer)
+            case Linear():
+                return self.nn.Linear(layer.in_features, layer.out_features)
+            case ReLU():
+                return self.nn.ReLU()
+            case Flatten():
+                return self.nn.Flatten()
 
     def evaluate(
         self,
@@ -99,8 +112,8 @@ class Tape:
             self.set_rate(rule, learning_rate)
             rule.zero_grad()
             wanted = self.tensor(target, parameters[0])
-            squared_error, cross_entropy = self.losses
-            criterion = squared_error if wanted.is_floating_point() else cross_entropy
+            losses = self.nn.functional
+            criterion = losses.mse_loss if wanted.is_floating_point() else losses.cross_entropy
             loss = criterion(module(self.tensor(x, parameters[0])), wanted)
             loss.backward()
             rule.step()
@@ -203,7 +216,7 @@ class NetworkModule:
         super().__init__()
         for i, layer in enumerate(network.layers):
             name = layer.name or f"{layer.kind.lower()}{i}"
-            self.add_module(name, self.TAPE.layers[type(layer)](layer))
+            self.add_module(name, self.TAPE.layer(layer))
         self.network = network
 
     def export_weights(self) -> Weights:

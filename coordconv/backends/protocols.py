@@ -125,4 +125,7 @@ class Backend(Protocol):
 if TYPE_CHECKING:
     from coordconv.backends import flax, linen, paddle, torch
 
-    _BACKENDS: tuple[Backend, ...] = (flax, linen, paddle, torch)
+    _torch: Backend = torch
+    _paddle: Backend = paddle
+    _flax: Backend = flax
+    _linen: Backend = linen

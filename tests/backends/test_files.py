@@ -88,7 +88,9 @@ def test_errors_name_the_file(backend, tmp_path):
         with pytest.raises(ValueError, match="model is (not a safetensors file, or is )?damaged"):
             load.read_state(path)
     with pytest.raises(OSError, match="cannot write weights"):
-        load.write_state(str(tmp_path / "none" / "model"), NETWORK, {})
+        load.write_state(
+            str(tmp_path / "none" / "model"), NETWORK, networks.initial_weights(NETWORK)
+        )
 
 
 class TestTorch:

@@ -219,7 +219,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[str, ...]]]
     "circular": (
         (3, 3),
         {"padding": ((2, 2), (1, 1)), "dilation": (2, 1), "padding_mode": "circular", "stride": 2},
-        (),
+        ("paddle",),
     ),
     "none, replicate": ((3, 2), {"padding": 0, "padding_mode": "replicate"}, ()),
     "transposed": ((3, 2), {"transposed": True}, ()),

@@ -75,12 +75,8 @@ def _conv(layer: networks.Conv) -> nn.Module:
 
 
 _TAPE = Tape(
-    layers={
-        networks.Conv: _conv,
-        networks.Linear: lambda layer: nn.Linear(layer.in_features, layer.out_features),
-        networks.ReLU: lambda layer: nn.ReLU(),
-        networks.Flatten: lambda layer: nn.Flatten(),
-    },
+    nn=nn,
+    conv=_conv,
     tensor=_tensor,
     numpy=to_numpy,
     is_array=_is_array,
@@ -88,7 +84,6 @@ _TAPE = Tape(
     grad_enabled=torch.set_grad_enabled,
     compiled=_compiled,
     modules=_modules,
-    losses=(nn.functional.mse_loss, nn.functional.cross_entropy),
     optimizers={
         "adam": lambda parameters, epsilon: torch.optim.Adam(parameters, eps=epsilon),
         "sgd": lambda parameters, epsilon: torch.optim.SGD(parameters),

@@ -1,0 +1,148 @@
+"""Evaluation and training of the networks of NNX and of Linen, as functions of their parameters.
+
+A network of either has ``network``, its description, ``dtype``, and ``run(params, x)``, the output
+for ``x (N, *S, C)`` where ``params`` has the arrays by layer and by Flax's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from coordconv.backends.jax.arrays import to_numpy
+from jax import numpy as jnp
+
+from coordconv import networks
+from coordconv.backends.jax import options
+from coordconv.backends.jax.files import from_params, to_params
+from coordconv.grid import Array
+from coordconv.weights.canonical import Weights, checked, layouts
+
+COMPILED = True
+
+
+def imported(network: networks.Network, mapping: Mapping[str, Array], dtype: str) -> dict[str, Any]:
+    """The parameters of a network for canonical weights.
+
+    Raises:
+        ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+            coordinates; all are listed.
+    """
+    arrays = checked(mapping, network.weight_shapes(), layouts(network))
+    return jax.tree.map(lambda array: jnp.asarray(array, dtype), to_params(network, arrays))
+
+
+def exported(network: networks.Network, params: Mapping[str, Any]) -> Weights:
+    """The canonical weights in the parameters of a network, under dotted names."""
+    return Weights.of(network, from_params(network, params))
+
+
+def convolution(layer: networks.Conv, plain: Any, ours: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of a described convolution, from Flax's module or from ours, and its arguments."""
+    name = "ConvTranspose" if layer.geometry.transposed else "Conv"
+    arguments = options.arguments(layer.geometry) | {"use_bias": layer.bias}
+    if layer.coords is None:
+        return getattr(plain, name), arguments
+    return getattr(ours, f"Coord{name}"), arguments | {"coords": layer.coords}
+
+
+def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> jax.Array:
+    """A network's output for ``x (N, *S, C)``; ``find`` returns the module of a layer."""
+    for layer in network.layers:
+        match layer:
+            case networks.ReLU():
+                x = jax.nn.relu(x)
+            case networks.Flatten():
+                x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
+            case _:
+                x = find(layer)(x)
+    return x
+
+
+def precision(dtype: str) -> AbstractContextManager[Any]:
+    """Within it, JAX has the type ``dtype``: without leave it takes float64 for float32."""
+    return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+
+
+def evaluate(
+    module: Any,
+    weights: Mapping[str, Array],
+    x: Array,
+    dy: Array | None = None,
+    *,
+    compiled: bool = COMPILED,
+) -> tuple[Array, dict[str, Array]]:
+    """Output and gradients; see :class:`coordconv.backends.protocols.Backend`."""
+    forward, backward = (_compiled if compiled else _functions)(module)
+    # Comparisons are of float32: accelerators take shorter products unless told otherwise.
+    with precision(module.dtype), jax.default_matmul_precision("highest"):
+        params = imported(module.network, weights, module.dtype)
+        given = _channels_last(x, module.dtype)
+        if dy is None:
+            return _channels_first(forward(params, given)), {}
+        y, (of_params, of_x) = backward(params, given, _channels_last(dy, module.dtype))
+        gradients = from_params(module.network, of_params)
+        return _channels_first(y), {"x": _channels_first(of_x), **gradients}
+
+
+def _functions(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The output for parameters and an input, and with a gradient of the output all gradients."""
+
+    def backward(params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, Any]:
+        y, pull_back = jax.vjp(module.run, params, x)
+        return y, pull_back(dy)
+
+    return module.run, backward
+
+
+@lru_cache(maxsize=8)  # so that few networks, and what was compiled of them, outlive their use
+def _compiled(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    forward, backward = _functions(module)
+    return jax.jit(forward), jax.jit(backward)
+
+
+def trainer(
+    module: Any, weights: Mapping[str, Array], optimizer: str = "adam", epsilon: float = 1e-8
+) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
+    """A training step, and the weights that it leaves; see ``Backend``, as above."""
+    rules = {"adam": optax.scale_by_adam(eps=epsilon), "sgd": optax.identity()}
+    if optimizer not in rules:
+        raise ValueError(f"optimizer must be one of {[*rules]}, got {optimizer!r}")
+    rule = rules[optimizer]
+    params = imported(module.network, weights, module.dtype)
+    state = rule.init(params)
+
+    def loss(params: Any, x: jax.Array, target: jax.Array) -> jax.Array:
+        y = module.run(params, x)
+        if jnp.issubdtype(target.dtype, jnp.floating):
+            return optax.squared_error(y, target).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(y, target).mean()
+
+    @jax.jit
+    def update(params: Any, state: Any, rate: jax.Array, *batch: jax.Array) -> tuple[Any, ...]:
+        value, gradients = jax.value_and_grad(loss)(params, *batch)
+        updates, state = rule.update(gradients, state)
+        return value, jax.tree.map(lambda p, u: p - rate * u, params, updates), state
+
+    def step(x: Array, target: Array, learning_rate: float) -> float:
+        nonlocal params, state
+        batch = _channels_last(x, "float32"), jnp.asarray(target)
+        with jax.default_matmul_precision("highest"):
+            value, params, state = update(params, state, jnp.float32(learning_rate), *batch)
+        return float(value)
+
+    return step, lambda: exported(module.network, params)
+
+
+def _channels_last(x: Array, dtype: str) -> jax.Array:
+    # In NumPy: outside of a jitted function jnp would compile the transposition for each shape.
+    return jnp.asarray(np.moveaxis(x, 1, -1), dtype)
+
+
+def _channels_first(x: jax.Array) -> Array:
+    return np.array(np.moveaxis(to_numpy(x), -1, 1), order="C")

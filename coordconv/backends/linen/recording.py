@@ -1,0 +1,73 @@
+"""What the modules of a Linen model return, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from coordconv.backends.jax import recording as common
+from coordconv.recording import Names, OutputGradient, Recorded, See
+
+
+def recorded(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    names: Names = None,
+    output_gradient: OutputGradient = None,
+    channels_last: bool = False,
+    **kwargs: Any,
+) -> Recorded:
+    """The module as a function on NumPy arrays that returns what each module in it returned.
+
+    It makes models for :func:`coordconv.parity.compare`. The names, their order and the gradients
+    are those of :attr:`coordconv.backends.protocols.Backend.recorded`. What runs inside a scan, a
+    ``jit`` or another transformation of the model's own is not recorded. Every collection but the
+    parameters may change in the course of a call; ``variables`` do not.
+
+    Args:
+        module: any module.
+        variables: its variables, as ``init`` returns them.
+        names: other names for the modules inside it, by their paths, with dots.
+        output_gradient: the output's gradient, to have gradients recorded, too.
+        channels_last: whether the module's channels are on the last axis where those of the
+            inputs, and of all models that it is compared with, are on axis 1; arrays of three and
+            more axes are then turned round on the way in and out.
+        kwargs: what ``module.apply`` is called with beside the inputs.
+
+    Raises:
+        TypeError: when run: the module returned no array.
+        ValueError: when run: ``names`` has a module that was not called, or ``output_gradient``
+            does not fit the output.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from coordconv.backends.linen import CoordConv
+        >>> net = nn.Sequential([CoordConv(8, (3, 3)), nn.relu])
+        >>> x = np.ones((1, 3, 5, 5), np.float32)
+        >>> variables = net.init(jax.random.key(0), np.moveaxis(x, 1, -1))
+        >>> run = recorded(net, variables, names={"layers_0": "conv"}, channels_last=True)
+        >>> {name: array.shape for name, array in run(x).items()}
+        {'conv': (1, 8, 5, 5), 'model output': (1, 8, 5, 5)}
+    """
+    mutable = [collection for collection in variables if collection != "params"]
+
+    def call(see: See, *inputs: Any) -> Any:
+        running: set[int] = set()
+
+        def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
+            path = context.module.path
+            if context.method_name != "__call__" or not path:  # the model's own output, or a part
+                return call(*args, **options)
+            return common.see_once(
+                running, context.module, ".".join(path), see, lambda: call(*args, **options)
+            )
+
+        with nn.intercept_methods(intercept):
+            output, _ = module.apply(variables, *inputs, mutable=mutable, **kwargs)
+        return output
+
+    return common.recorded(call, names, output_gradient, channels_last)

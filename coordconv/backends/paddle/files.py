@@ -1,0 +1,48 @@
+"""Paddle's files of weights: a ``.pdparams`` file in the format of safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+
+import numpy as np
+import paddle
+
+from coordconv.grid import Array
+from coordconv.networks import Linear, Network
+from coordconv.weights.files import read_weights, replace_file
+
+
+def read_state(path: str) -> dict[str, Array]:
+    """The arrays of a ``.pdparams`` file that is no pickle; see ``Backend`` in protocols.
+
+    ``paddle.load`` runs whatever code a pickle holds, and has no option that would not.
+    """
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        if "not a safetensors file" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}\nPaddle's own files are pickles, which may hold code, and Paddle cannot read "
+            "them without running it. If you trust this one, let Paddle write it anew:\n"
+            "  import paddle\n"
+            f"  paddle.save(paddle.load({path!r}), 'safe.pdparams', safetensors=True)"
+        ) from error
+
+
+def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Canonical arrays from Paddle's, or the inverse: its linear weights are ``(in, out)``."""
+    linear = {f"{layer.name}.weight" for layer in network.layers if isinstance(layer, Linear)}
+    return {n: np.ascontiguousarray(a.T) if n in linear else a for n, a in arrays.items()}
+
+
+to_state = from_state
+
+
+def write_state(path: str, network: Network, weights: Mapping[str, Array]) -> None:
+    """Write a file as ``paddle.save`` does; see :class:`coordconv.backends.protocols.Backend`."""
+    content = BytesIO()
+    state = to_state(network, weights)
+    paddle.save({name: paddle.to_tensor(array) for name, array in state.items()}, content)
+    replace_file(path, content.getvalue())
