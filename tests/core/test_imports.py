@@ -246,10 +246,10 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import coordconv
 from coordconv import *
-from coordconv import geometry, networks, position_bias, reference
+from coordconv import geometry, networks, position_bias, recording, reference, summary, tape
 
 assert coordinate_grid((2, 3)).shape == (2, 2, 3)
-assert networks.summary("coord_cnn").parameters == 160065
+assert summary.summary("coord_cnn").parameters == 160065
 """
     run(code)
 
@@ -261,7 +261,7 @@ import sys
 import coordconv
 
 coordconv.available_backends()
-from coordconv import geometry, networks, position_bias, reference
+from coordconv import geometry, networks, position_bias, recording, reference, summary, tape
 print([name for name in {(*FRAMEWORKS, "typer", "rich", "matplotlib")} if name in sys.modules])
 """
     assert run(code).strip() == "[]"
