@@ -1,4 +1,9 @@
-"""Paddle's files of weights: a ``.pdparams`` file in the format of safetensors."""
+"""Paddle's files of weights, ``.pdparams``.
+
+``paddle.save`` pickles a state dict unless it is told ``safetensors=True``, and ``paddle.load`` runs
+whatever code a pickle holds. What is written here is a pickle, which every version of Paddle reads;
+only safetensors are read.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,7 @@ from coordconv.weights.files import read_weights, replace_file
 
 
 def read_state(path: str) -> dict[str, Array]:
-    """The arrays of a ``.pdparams`` file that is no pickle; see ``Backend`` in protocols.
-
-    ``paddle.load`` runs whatever code a pickle holds, and has no option that would not.
-    """
+    """The arrays of a file that is no pickle; see ``Backend`` in protocols."""
     try:
         return read_weights(path)
     except ValueError as error:
