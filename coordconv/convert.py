@@ -18,14 +18,10 @@ import numpy as np
 from coordconv import backends, networks
 from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
-from coordconv.weights import (
-    Weights,
-    fitted,
-    permissions,
-    read_weights,
-    save_weights,
-    warn_of_strange,
-)
+from coordconv.weights.canonical import Weights
+from coordconv.weights.files import permissions, read_weights, save_weights, warn_of_strange
+from coordconv.weights.foreign import fitted
+from coordconv.weights.kernels import Position, check_position
 
 CANONICAL = "safetensors"
 FORMATS = (CANONICAL, *backends.BACKENDS)
@@ -67,15 +63,19 @@ def load(
     network: str | networks.Network | None = None,
     *,
     format: str | None = None,
+    position: Position = "last",
 ) -> Weights:
     """Read a network's weights from a file of any format.
 
     Args:
         path: a file, or a folder where that is what the framework saves. A CoordConv's kernel may
-            be another implementation's, over features and coordinates in the network's order.
+            be another implementation's, over features and coordinates in the network's order, or a
+            plain convolution's, whose coordinates' part is then zero.
         network: whose weights they are; by default the one that the file's metadata names, or the
-            only one of ``networks.NETWORKS`` that their names and shapes fit.
+            only one of ``networks.NETWORKS`` that their names and shapes fit as they are.
         format: one of ``FORMATS``; by default what the suffix says.
+        position: ``"last"`` if the kernels of the file have the coordinates after the features of
+            each group, ``"first"`` if before, as in SparseInst, CondInst and CAM-Convs.
 
     Returns:
         The canonical weights, with the network's Coordinates and its name in ``.metadata``.
@@ -84,25 +84,31 @@ def load(
         UserWarning: an array holds NaN or infinity.
 
     Raises:
-        ValueError: an unknown network or format; a file that is damaged, or that could run code;
-            every array that is missing, unexpected, of the wrong shape or not floating-point.
+        ValueError: an unknown network, format or position; a file that is damaged, or that could
+            run code; every array that is missing, unexpected, of the wrong shape or not
+            floating-point.
         ImportError: the format's framework is not installed.
         OSError: the file cannot be read.
     """
-    weights = _load(path, network, format)
+    weights = _load(path, network, format, position)
     warn_of_strange(path, weights)
     return weights
 
 
 def _load(
-    path: str | os.PathLike[str], network: str | networks.Network | None, format: str | None
+    path: str | os.PathLike[str],
+    network: str | networks.Network | None,
+    format: str | None,
+    position: Position,
 ) -> Weights:
+    check_position(position)
     format = format_of(path, format)
     arrays = _read(path, format)
     if network is None:
         network = arrays.metadata.get("network") or _guess(path, arrays, format)
     try:
-        weights = _fitted(arrays, networks.get(network), format)
+        network = networks.get(network)
+        weights = fitted(_renamed(arrays, network, format), network, position=position)
     except ValueError as error:
         raise ValueError(f"{os.fsdecode(path)}: {error}") from error
     weights.metadata = {**arrays.metadata, **weights.metadata}
@@ -136,13 +142,18 @@ def save(
     Example:
         >>> import tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
-        >>> save(path, networks.initial_weights("coord_cnn"))
+        >>> save(path, networks.initial_weights("coord_cnn"), "coord_cnn")
         >>> load(path).metadata
         {'network': 'coord_cnn'}
     """
     format = format_of(path, format)
     metadata = dict(getattr(weights, "metadata", {}))
-    network = networks.get(network or metadata.get("network", ""))
+    if network is None and "network" not in metadata:
+        raise ValueError(
+            "weights do not say whose they are: name the network, one of "
+            f"{', '.join(networks.NETWORKS)}"
+        )
+    network = networks.get(network or metadata["network"])
     weights = fitted(weights, network)
     for name, array in weights.items():
         if array.dtype.name not in _DTYPES:
@@ -162,6 +173,7 @@ def convert(
     *,
     source_format: str | None = None,
     target_format: str | None = None,
+    position: Position = "last",
 ) -> Weights:
     """Read a network's weights from a file of any format, and write them in any other.
 
@@ -171,6 +183,8 @@ def convert(
         network: whose weights they are, as :func:`load` wants it.
         source_format: of ``source``, one of ``FORMATS``; by default what the suffix says.
         target_format: of ``target``, likewise.
+        position: where the kernels of ``source`` have their coordinates, as :func:`load` wants it.
+            Those of ``target`` have them last.
 
     Returns:
         The canonical weights.
@@ -178,13 +192,14 @@ def convert(
     Warns, Raises:
         as both do; and ValueError if ``source`` and ``target`` are the same file.
     """
+    check_position(position)
     target_format = format_of(target, target_format)
     source, target = os.fsdecode(source), os.fsdecode(target)
     if os.path.realpath(source) == os.path.realpath(target):
         raise ValueError(f"source and target are the same file, {source}")
     if target_format != CANONICAL:
         backends.load(target_format)  # it is there: say so before anything is read
-    weights = _load(source, network, source_format)
+    weights = _load(source, network, source_format, position)
     warn_of_strange(source, weights)
     save(target, weights, network, format=target_format)
     return weights
@@ -276,21 +291,27 @@ def _read(path: str | os.PathLike[str], format: str) -> Weights:
     return Weights(backend.read_state(path))
 
 
-def _fitted(arrays: Weights, network: networks.Network, format: str) -> Weights:
+def _renamed(arrays: Weights, network: networks.Network, format: str) -> Mapping[str, Array]:
+    """The same under canonical names and in canonical layout; what is not the network's, as is."""
     if format == CANONICAL:
-        return fitted(arrays, network)
-    return fitted(backends.load(format).from_state(network, arrays), network)
+        return arrays
+    return backends.load(format).from_state(network, arrays)
 
 
 def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networks.Network:
-    """The network that the arrays' names and shapes fit."""
+    """The network that the arrays' names and shapes fit, none of them filled up with zeros.
+
+    A plain convolution's kernel would fit a CoordConv, too, but does not speak for one.
+    """
     fitting = []
     for network in networks.NETWORKS.values():
+        given = _renamed(arrays, network, format)
         try:
-            _fitted(arrays, network, format)
+            weights = fitted(given, network)
         except ValueError:
             continue
-        fitting.append(network)
+        if _parameters(weights) <= _parameters(given):
+            fitting.append(network)
     if len(fitting) != 1:
         found = ", ".join(network.name for network in fitting) or "none"
         raise ValueError(
@@ -299,6 +320,10 @@ def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networ
             + ("" if fitting else f"\n{_found(arrays)}")
         )
     return fitting[0]
+
+
+def _parameters(arrays: Mapping[str, Array]) -> int:
+    return sum(array.size for array in arrays.values())
 
 
 def _found(arrays: Weights) -> str:

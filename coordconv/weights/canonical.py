@@ -69,7 +69,7 @@ def checked(
             the same set in another order is put in the module's order, anything else is an error.
         shapes: the name and canonical shape of every array that the module wants.
         layouts: of the kernel of each CoordConv in the module, by the layer's name.
-        sources: what an array was called before it had its name in ``mapping``, for the error.
+        sources: what to call the origin of an array in an error, by its name in ``mapping``.
 
     Raises:
         TypeError: ``mapping`` is not a mapping.
@@ -87,22 +87,22 @@ def checked(
     if not isinstance(mapping, Mapping):
         raise TypeError(f"weights must be a mapping of names to arrays, got {type(mapping)}")
     arrays = {name: np.asarray(array) for name, array in mapping.items()}
-    kernels = {f"{name}.weight" if name else "weight": kl for name, kl in (layouts or {}).items()}
+    kernels = {_kernel_of(layer): layout for layer, layout in (layouts or {}).items()}
     problems = [
         f"missing: {name}, shape {shape}" for name, shape in shapes.items() if name not in arrays
     ]
     for name, array in arrays.items():
-        shown = f"{name} (from {sources[name]!r})" if sources and name in sources else name
+        shown = f"{name} (from {sources[name]})" if sources and name in sources else name
         if name not in shapes:
             problems.append(f"unexpected: {shown}, shape {array.shape}")
         elif array.shape != shapes[name]:
-            also = f" ({kernels[name].widths})" if name in kernels else ""
-            problems.append(f"wrong shape: {shown} is {array.shape}, want {shapes[name]}{also}")
+            problem = f"wrong shape: {shown} is {array.shape}, want {shapes[name]}"
+            problems.append(problem + _channels(array, kernels.get(name)))
         elif array.dtype.kind != "f":
             problems.append(f"not floating-point: {shown} is {array.dtype}")
     found = getattr(mapping, "coordinates", {})
     for layer, layout in (layouts or {}).items():
-        name = f"{layer}.weight" if layer else "weight"
+        name = _kernel_of(layer)
         made_for = found.get(layer, layout.coords)
         if not same_channels(made_for, layout.coords):
             problems.append(
@@ -113,3 +113,17 @@ def checked(
     if problems:
         raise ValueError("\n  ".join(["cannot import weights:", *problems]))
     return {name: arrays[name] for name in shapes}
+
+
+def _kernel_of(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _channels(array: Array, layout: KernelLayout | None) -> str:
+    """What a CoordConv's kernel of the wrong shape has for input channels, if that is wrong."""
+    if layout is None or array.ndim <= layout.axis or array.shape[layout.axis] == layout.width:
+        return ""
+    return (
+        f": {array.shape[layout.axis]} input channels, where features and coordinates have "
+        f"{layout.width}, and features alone {layout.plain_width}"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from coordconv import networks
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
-from coordconv.weights.kernels import Position, check_position, fit_state
+from coordconv.weights.kernels import Position, check_position, fit_state, take_nested
 
 LAYOUTS = ("oihw", "hwio")
 Layout: TypeAlias = Literal["oihw", "hwio"]
@@ -71,25 +71,15 @@ def adopt(
     network = networks.get(network)
     if names is None:
         shapes = network.weight_shapes()
-        names = {} if arrays.keys() <= shapes.keys() else _by_order(arrays, shapes)
-    renamed = _renamed(arrays, names)
-    flattened: tuple[int, ...] | None = None
-    for layer, before, _ in network.shapes():
-        name = f"{layer.name}.weight"
-        if isinstance(layer, networks.Flatten):
-            flattened = before
-        if layout == "oihw" or np.ndim(renamed.get(name)) < 2:
-            continue
-        kernel = np.asarray(renamed[name])
-        rank = kernel.ndim - 2
-        kernel = kernel.transpose(rank + 1, rank, *range(rank))
-        if isinstance(layer, networks.Linear) and flattened:
-            if kernel.shape == layer.weight_shapes()["weight"]:
-                kernel = kernel.reshape(-1, *flattened[1:], flattened[0])
-                kernel = np.moveaxis(kernel, -1, 1).reshape(len(kernel), -1)
-            flattened = None
-        renamed[name] = kernel
-    sources = {ours: theirs for theirs, ours in names.items()}
+        called_as_ours = _without_nesting(arrays, network).keys() <= shapes.keys()
+        names = {} if called_as_ours else _by_order(arrays, shapes)
+    sources = {ours: repr(theirs) for theirs, ours in names.items()}
+    renamed = _without_nesting(_renamed(arrays, names), network)
+    if layout == "hwio":
+        for name, kernel in _from_hwio(renamed, network).items():
+            origin = sources.get(name, repr(name))
+            sources[name] = f"{origin} of shape {np.shape(renamed[name])}"
+            renamed[name] = kernel
     return _fitted(renamed, network, position, sources)
 
 
@@ -143,6 +133,37 @@ def _fitted(
             )
     checked_arrays = checked(found, network.weight_shapes(), kernels, sources)
     return Weights.of(network, {name: a.copy() for name, a in checked_arrays.items()})
+
+
+def _without_nesting(arrays: Mapping[str, Array], network: networks.Network) -> dict[str, Array]:
+    """The same, but ``conv.weight`` of a CoordConv is called ``weight``."""
+    found = dict(arrays)
+    for layer in layouts(network):
+        take_nested(found, f"{layer}.")
+    return found
+
+
+def _from_hwio(arrays: Mapping[str, Array], network: networks.Network) -> dict[str, Array]:
+    """The kernels of all layers in canonical layout, from ``hwio``."""
+    found = {}
+    flattened: tuple[int, ...] | None = None
+    for layer, before, _ in network.shapes():
+        if isinstance(layer, networks.Flatten):
+            flattened = before
+        name = f"{layer.name}.weight"
+        if name not in arrays or np.ndim(arrays[name]) < 2:
+            continue
+        kernel = np.asarray(arrays[name])
+        rank = kernel.ndim - 2
+        kernel = kernel.transpose(rank + 1, rank, *range(rank))
+        if isinstance(layer, networks.Linear) and flattened:
+            if kernel.shape == layer.weight_shapes()["weight"]:
+                # Its inputs were flattened with the channels last.
+                kernel = kernel.reshape(-1, *flattened[1:], flattened[0])
+                kernel = np.moveaxis(kernel, -1, 1).reshape(len(kernel), -1)
+            flattened = None
+        found[name] = kernel
+    return found
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:

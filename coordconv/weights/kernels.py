@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from coordconv.coordinates import Coordinates, CoordinatesLike
+from coordconv.coordinates import TOKENS, Coordinates, CoordinatesLike
 from coordconv.grid import Array
 
 POSITIONS = ("last", "first")
@@ -51,16 +51,13 @@ class KernelLayout:
 
     @property
     def width(self) -> int:
-        """The length of :attr:`axis`."""
+        """The length of :attr:`axis`: features and coordinates, of all groups if transposed."""
         return self._width(len(self.coords))
 
     @property
-    def widths(self) -> str:
-        """What :attr:`axis` may hold, in words, for an error."""
-        return (
-            f"{self._width(len(self.coords))} input channels are the features and coordinates, "
-            f"{self._width(0)} the features alone"
-        )
+    def plain_width(self) -> int:
+        """The length of :attr:`axis` in the kernel of a plain convolution: features alone."""
+        return self._width(0)
 
     def _width(self, coordinates: int) -> int:
         repeated = self.groups if self.transposed else 1
@@ -113,12 +110,17 @@ class KernelLayout:
         n = len(self.coords)
         return self._picked(kernel, [*range(n, n + self.features), *range(n)])
 
+    def first(self, kernel: Any) -> Any:
+        """The inverse of :meth:`last`."""
+        features, width = self.features, self.features + len(self.coords)
+        return self._picked(kernel, [*range(features, width), *range(features)])
+
     def _picked(self, kernel: Any, order: list[int]) -> Any:
         """The input channels of each group in another order."""
-        if not self.transposed:
-            return kernel[:, order]
-        step = len(order)
-        return kernel[[group * step + i for group in range(self.groups) for i in order]]
+        if self.transposed:
+            starts = range(0, self.groups * len(order), len(order))
+            return kernel[np.array([start + i for start in starts for i in order])]
+        return kernel[:, np.array(order)]  # an array, since JAX takes no list for an index
 
     def fitted(
         self,
@@ -141,17 +143,17 @@ class KernelLayout:
         """
         check_position(position)
         shape = tuple(int(length) for length in kernel.shape)
-        n = len(self.coords)
-        if shape[self.axis] == self._width(n):
+        if shape[self.axis] == self.width:
             return kernel if position == "last" else self.last(kernel)
-        if shape[self.axis] != self._width(0):
+        if shape[self.axis] != self.plain_width:
             raise ValueError(
-                f"a kernel must have {self._width(n)} input channels (features and coordinates) or "
-                f"{self._width(0)} (features alone) on axis {self.axis}, got {shape[self.axis]} in "
-                f"shape {shape}"
+                f"a kernel must have {self.width} input channels (features and coordinates) or "
+                f"{self.plain_width} (features alone) on axis {self.axis}, got {shape[self.axis]} "
+                f"in shape {shape}"
             )
         out = shape[1] * self.groups if self.transposed else shape[0]
-        return self.join(kernel, zeros((out, n, *shape[2:]), kernel), concatenate)
+        coordinates = zeros((out, len(self.coords), *shape[2:]), kernel)
+        return self.join(kernel, coordinates, concatenate)
 
 
 def same_channels(one: Coordinates, other: Coordinates) -> bool:
@@ -198,15 +200,11 @@ def fit_state(
         ValueError: a kernel whose input channels fit neither the layer nor a plain convolution.
     """
     check_position(position)
-    for name in (kernel, "bias") if nested else ():
-        inner = f"{prefix}conv.{name}"
-        # It goes before one without "conv": walsvid's layers are convolutions themselves besides,
-        # and save that kernel, too, which they never use.
-        if inner in state:
-            state[f"{prefix}{name}"] = state.pop(inner)
+    if nested:
+        take_nested(state, prefix, kernel)
     name = f"{prefix}{kernel}"
     found = state.get(name)
-    rank = layout_rank(found)
+    rank = kernel_rank(found)
     if rank is None:  # no kernel at all: for the framework to refuse
         return
     try:
@@ -215,7 +213,19 @@ def fit_state(
         raise ValueError(f"{name}: {error}") from None
 
 
-def layout_rank(kernel: Any) -> int | None:
+def take_nested(state: MutableMapping[str, Any], prefix: str, kernel: str = "weight") -> None:
+    """Let ``conv.weight`` and ``conv.bias`` under a layer's prefix stand for the layer's own.
+
+    They replace those without ``conv``: walsvid's layers are themselves convolutions, beside the
+    one inside, and save that kernel, too, which they never use.
+    """
+    for name in (kernel, "bias"):
+        inner = f"{prefix}conv.{name}"
+        if inner in state:
+            state[f"{prefix}{name}"] = state.pop(inner)
+
+
+def kernel_rank(kernel: Any) -> int | None:
     """The number of spatial axes of a kernel, or None if it has not the axes of one."""
     axes = len(getattr(kernel, "shape", ()))
     return axes - 2 if 3 <= axes <= 5 else None
@@ -255,12 +265,12 @@ def split_kernel(
     """
     check_position(position)
     weight = np.asarray(weight)
-    rank = layout_rank(weight)
+    rank = kernel_rank(weight)
     if rank is None:
         raise ValueError(f"weight must have 1 to 3 spatial axes and 2 more, got {weight.shape}")
     coordinates = Coordinates.resolve(coords, rank)
     n, width = len(coordinates), weight.shape[0 if transposed else 1]
-    check_groups(groups, weight.shape[0], "input" if transposed else "output")
+    _check_groups(groups, weight.shape[0], "input" if transposed else "output")
     per_group = width // groups if transposed else width
     if per_group <= n:
         raise ValueError(
@@ -302,31 +312,24 @@ def join_kernel(
     """
     check_position(position)
     features, coordinates = np.asarray(features), np.asarray(coordinates)
-    if layout_rank(features) is None:
+    if kernel_rank(features) is None:
         raise ValueError(f"features must have 1 to 3 spatial axes and 2 more, got {features.shape}")
-    check_groups(groups, features.shape[0], "input" if transposed else "output")
+    _check_groups(groups, features.shape[0], "input" if transposed else "output")
     out = features.shape[1] * groups if transposed else features.shape[0]
-    wanted = (out, *features.shape[2:])
-    found = (*coordinates.shape[:1], *coordinates.shape[2:])
-    if coordinates.ndim != features.ndim or found != wanted or not coordinates.shape[1]:
-        raise ValueError(
-            f"coordinates must have shape ({out}, n, "
-            f"{', '.join(map(str, features.shape[2:]))}), got {coordinates.shape}"
-        )
-    n = coordinates.shape[1]
-    names = Coordinates("xyzr"[:n]) if n <= 4 else None
-    if names is None:
-        raise ValueError(f"coordinates must have at most 4 channels, got {n}")
-    per_group = features.shape[0] // groups if transposed else features.shape[1]
-    layout = KernelLayout(names, per_group * groups, groups, transposed)
+    n = coordinates.shape[1] if coordinates.ndim > 1 else 0
+    if not n or coordinates.shape != (out, n, *features.shape[2:]):
+        wanted = ", ".join(map(str, (out, "n", *features.shape[2:])))
+        raise ValueError(f"coordinates must have shape ({wanted}), got {coordinates.shape}")
+    if n > len(TOKENS):
+        raise ValueError(f"coordinates must have at most {len(TOKENS)} channels, got {n}")
+    channels = features.shape[0] if transposed else features.shape[1] * groups
+    # Which coordinates they are does not matter here, but how many.
+    layout = KernelLayout(Coordinates("xyzr"[:n]), channels, groups, transposed)
     joined: Array = layout.join(features, coordinates, np.concatenate)
-    if position == "first":
-        order = [*range(per_group, per_group + n), *range(per_group)]
-        joined = layout._picked(joined, order)
-    return joined
+    return joined if position == "last" else layout.first(joined)
 
 
-def check_groups(groups: int, channels: int, which: str) -> None:
+def _check_groups(groups: int, channels: int, which: str) -> None:
     """Check the groups of a kernel.
 
     Raises:
