@@ -13,17 +13,30 @@ Map copies F out of the kernel, makes P, and passes over the output once more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from coordconv.coordinates import Coordinates
+from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, channel_values, frozen
+from coordconv.grid import Array, channel_values, frozen, ramp
 
 APPEND, MAP = "append", "map"
+
+# What costs() counts with; one unit is the time to read or to write a number.
+_PRODUCTS = 10  # multiplications and additions in a unit
+_BLOCK = 16  # channels that libraries work on together
+_MOST_FOR_MAP = 2  # units for a number of P, made axis by axis
+_CALLS = 2e5  # units for calling the functions that map calls more than append
+_USUAL_BATCH, _USUAL_POSITIONS = 8, 2**12  # where a compiler does not say
+
+# Multiplications of a convolution with the coordinates, from which the axes are contracted one by
+# one instead: measured on two CPUs, in torch.
+MANY_PRODUCTS = 2**25
 
 # What a test or `coordconv parity --way` sets to have one of the two wherever both are right.
 FORCED: str | None = None
@@ -47,8 +60,8 @@ def choose(
         coords: the coordinate channels.
         channels: the number of feature channels, of all groups.
         out: the number of output channels.
-        batch: the number of samples, or None if it is unknown and may be large.
-        positions: the number of positions of the output, or None if it is unknown.
+        batch: the number of samples, or None if it is unknown.
+        positions: the number of positions of the output of a sample, or None if it is unknown.
         low_precision: whether the layer computes in 16 bits. Neighbouring coordinates on an axis of
             512 samples are closer together than bfloat16 can tell apart, so that they must not be
             appended: only the map is right.
@@ -62,7 +75,177 @@ def choose(
         return MAP
     if FORCED is not None:
         return FORCED
-    return MAP
+    # No library is fast at groups with a few channels more than the features.
+    if geometry.groups > 1:
+        return MAP
+    if (batch is None or positions is None) and not fused:  # a tracer: the graph is the simpler
+        return APPEND
+    append, map = costs(
+        geometry,
+        len(coords),
+        channels,
+        out,
+        _USUAL_BATCH if batch is None else batch,
+        _USUAL_POSITIONS if positions is None else positions,
+        fused,
+    )
+    return APPEND if append < map else MAP
+
+
+def costs(
+    geometry: ConvGeometry,
+    n: int,
+    channels: int,
+    out: int,
+    batch: int,
+    positions: int,
+    fused: bool = False,
+) -> tuple[float, float]:
+    """What append and map take more than the plain convolution, in numbers read or written.
+
+    Append reads and writes the input, and multiplies the coordinates of every sample; libraries
+    work on blocks of channels, so that two channels more may cost as much as sixteen. Map reads and
+    writes the features' part of the kernel, makes P, and reads and writes the output again, unless
+    a compiler fuses that; and it calls a few functions more. ``docs/performance.md`` has the
+    measurements that the constants are from, and what this function makes of them.
+
+    Args:
+        geometry: the convolution.
+        n: the number of coordinate channels.
+        channels: the number of feature channels.
+        out: the number of output channels.
+        batch: the number of samples.
+        positions: the number of positions of the output of a sample.
+        fused: as in :func:`choose`.
+    """
+    steps = math.prod(geometry.per_axis.stride)
+    inputs = channels * positions * (1 / steps if geometry.transposed else steps)
+    outputs, taps = out * positions, geometry.taps
+    added = n
+    if channels >= _BLOCK:
+        added = -(-(channels + n) // _BLOCK) * _BLOCK - -(-channels // _BLOCK) * _BLOCK
+    append = batch * (2 * inputs + outputs * taps * added / _PRODUCTS)
+    kernel = 2 * channels * out * taps
+    bias = outputs * (1 + min(n * taps / _PRODUCTS, _MOST_FOR_MAP))
+    again = outputs if fused else 2 * batch * outputs
+    return append, kernel + bias + again + _CALLS
+
+
+def divide(
+    geometry: ConvGeometry, coords: Coordinates, out: int, positions: int | None
+) -> tuple[Coordinates | None, Coordinates | None]:
+    """Which coordinates are contracted axis by axis for P, and which are convolved.
+
+    An axis coordinate is a ramp along its axis and constant along the others, so that its part of P
+    is a product of a few small matrices. On a large map these take a fraction of the time of a
+    convolution, which sums over all taps; on a small one their several steps cost more than they
+    save: docs/performance.md has the measurements. The radius is no such product.
+
+    Args:
+        geometry: the convolution.
+        coords: the coordinate channels.
+        out: the number of output channels.
+        positions: the number of positions of the output; None, if it is unknown, counts as few.
+
+    Returns:
+        The two, with the order of their channels kept; None for either that has no channel.
+    """
+    axes = [token for token in coords.channels if token != "r"]
+    few = (
+        not axes or positions is None or out * positions * len(axes) * geometry.taps < MANY_PRODUCTS
+    )
+    if few:
+        return None, coords
+    if len(axes) == len(coords):
+        return coords, None
+    return replace(coords, channels="".join(axes)), replace(coords, channels="r")
+
+
+def picked(kernel: Any, coords: Coordinates, part: Coordinates) -> Any:
+    """The channels of the coordinates' part ``(out, n, *kernel)`` that belong to some of them."""
+    if part == coords:
+        return kernel
+    order = [coords.channels.index(token) for token in part.channels]
+    return kernel[:, order]
+
+
+def known_tables(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    dtype: type[np.floating[Any]] = np.float32,
+) -> tuple[Array, ...]:
+    """What :func:`axis_tables` says, for a known shape: for each axis ``(n, kernel, length)``."""
+    tables = axis_tables(geometry, coords, shape, lengths, np.arange)
+    return tuple(np.stack(table).astype(dtype) for table in tables)
+
+
+def axis_tables(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: Sequence[Any],
+    lengths: Sequence[Any],
+    arange: Callable[[Any], Any],
+) -> list[list[Any]]:
+    """What each tap reads of the axes' coordinates, axis by axis.
+
+    What a tap reads of a channel at a position is the product of one entry for each axis: of the
+    ramp along the channel's own axis, and along the others 1, or 0 where padding reads 0.
+
+    Args:
+        geometry: the convolution.
+        coords: coordinate channels other than the radius.
+        shape: the spatial shape of the input, of plain or symbolic ints.
+        lengths: the spatial shape of the output, likewise.
+        arange: the integers from 0 to before its argument, as a one-dimensional array.
+
+    Returns:
+        For each axis, an array ``(kernel length, output length)`` for each channel.
+    """
+    tables = []
+    tokens = reversed(axis_tokens(geometry.rank))
+    for token, n, m, (first, _, hole), k, s, d in zip(
+        tokens,
+        shape,
+        lengths,
+        _places(geometry, shape, lengths),
+        *geometry.per_axis[:3],
+        strict=True,
+    ):
+        taps, steps = arange(k).reshape((-1, 1)), arange(m)
+        if geometry.transposed:  # the kernel is read backwards, and moves by one place
+            place = steps + (k - 1 - taps) * d + first
+        else:
+            place = steps * s + taps * d + first
+        index, mask = _read(geometry, coords, place, hole, n)
+        values = ramp(coords, index, n)
+        if mask is None:
+            mask = index * 0 + 1
+        tables.append([values * mask if c == token else mask for c in coords.channels])
+    return tables
+
+
+def contract(kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any]) -> Any:
+    """The axes' part of P.
+
+    Args:
+        kernel: the coordinates' part without the radius, ``(out, n, *kernel)``.
+        tables: per axis, what :func:`axis_tables` returns, as one array ``(n, kernel, length)``.
+        einsum: the framework's.
+
+    Returns:
+        An array ``(out, *lengths)``.
+    """
+    out, n, *sizes = kernel.shape
+    *others, last = tables
+    term, rows = kernel, out
+    for size, table in zip(sizes, others, strict=False):
+        # The axes so far are rows; channels and the axes to come are summed over at the end.
+        term = einsum("rckz,ckt->rtcz", term.reshape((rows, n, size, -1)), table)
+        rows *= table.shape[-1]
+    product = term.reshape((rows, -1)) @ last.reshape((-1, last.shape[-1]))
+    return product.reshape((out, *(table.shape[-1] for table in tables)))
 
 
 @lru_cache(maxsize=64)
@@ -133,16 +316,10 @@ def padded_values(
     """
     indices, masks = [], []
     for axis, (first, count, hole) in enumerate(_places(geometry, shape, lengths)):
-        index, met = arange(count) + first, None
-        if hole > 1:  # between two samples there are holes, which read 0
-            index, met = index // hole, index % hole == 0
-        if coords.outside == "zero":
-            index, within = _apply_padding(index, shape[axis], geometry.padding_mode)
-            if within is not None:
-                met = within if met is None else met & within
+        index, mask = _read(geometry, coords, arange(count) + first, hole, shape[axis])
         indices.append(index)
-        if met is not None:
-            masks.append(met.reshape((-1,) + (1,) * (geometry.rank - 1 - axis)))
+        if mask is not None:
+            masks.append(mask.reshape((-1,) + (1,) * (geometry.rank - 1 - axis)))
     values = channel_values(coords, indices, shape, sqrt)
     for mask in masks:
         values = [value * mask for value in values]
@@ -168,6 +345,20 @@ def _places(
         else:  # these modes copy samples, before holes are made between them
             places.append((-before * hole, (n + before + after - 1) * hole + 1, hole))
     return places
+
+
+def _read(
+    geometry: ConvGeometry, coords: Coordinates, place: Any, hole: int, n: Any
+) -> tuple[Any, Any]:
+    """The sample that is read at each place of an axis, and whether there is one (None: always)."""
+    index, mask = place, None
+    if hole > 1:
+        index, mask = place // hole, place % hole == 0
+    if coords.outside == "zero":
+        index, within = _apply_padding(index, n, geometry.padding_mode)
+        if within is not None:
+            mask = within if mask is None else mask & within
+    return index, mask
 
 
 def _apply_padding(index: Any, n: Any, mode: str) -> tuple[Any, Any]:

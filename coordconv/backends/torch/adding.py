@@ -89,28 +89,100 @@ def add_map(
     geometry: ConvGeometry, coords: Coordinates, output: Any, x: Any, kernel: Any, low: bool
 ) -> Any:
     """A convolution's output and P, of the coordinates' part ``(out, n, *k)``, rounded once."""
-    rank = geometry.rank
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.float()
-    shape, lengths = (tuple(t.shape[axis] for axis in range(-rank, 0)) for t in (x, output))
+    shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
     with _replicated(x), _no_autocast(kernel, low):
-        if is_known(x):
-            grid = _padded_grid(geometry, coords, shape, lengths, kernel.dtype, kernel.device)
-        else:
-            values = position_bias.padded_values(
-                geometry, coords, shape, lengths, lambda n: _arange(n, kernel), torch.sqrt
-            )
-            whole = position_bias.padded_shape(geometry, shape, lengths)
-            grid = torch.stack([value.expand(whole) for value in values])
-        if geometry.transposed:
-            kernel = kernel.flip(tuple(range(-rank, 0)))
-        stride, dilation = position_bias.map_stride(geometry), geometry.per_axis.dilation
-        bias = _CONVOLVE[rank](grid[None], kernel, None, stride, 0, dilation)[0]
-        if low or not is_known(output):
+        if not (is_known(x) and is_known(output)):
+            bias = _traced_map(geometry, coords, shape, lengths, kernel)
+            return (output + bias).to(output.dtype) if low else output + bias
+        bias = _known_map(geometry, coords, shape, lengths, kernel)
+        if low:
             return (output + bias).to(output.dtype)
         # In place: to allocate another tensor of this size takes longer than to fill it. The
         # gradient of a convolution does not need its output.
         return output.add_(bias)
+
+
+def is_product(geometry: ConvGeometry, x: Any, kernel: Any, low: bool) -> bool:
+    """Whether several samples of a pointwise convolution are computed by :func:`product`.
+
+    On a CPU ``torch.baddbmm``, which adds P as it goes, takes less than a convolution and a pass
+    over its output, unless there are many channels, or many beside the positions:
+    docs/performance.md has the measurements.
+    """
+    return (
+        geometry.pointwise
+        and position_bias.FORCED != position_bias.APPEND
+        and not low
+        and is_known(x)
+        and x.dim() == geometry.rank + 2
+        and x.shape[0] > 1
+        and x.shape[1] <= min(512, 2 * math.prod(x.shape[2:]))
+        and x.device.type == "cpu"
+        and x.dtype == kernel.dtype in (torch.float32, torch.float64)
+        and x.is_contiguous()
+    )
+
+
+def product(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    x: Tensor,
+    features: Tensor,
+    bias: Tensor | None,
+    coordinates: Tensor,
+) -> Tensor:
+    """A pointwise layer as a product of matrices for each sample, to which P is added."""
+    shape = tuple(x.shape[2:])
+    added = _known_map(geometry, coords, shape, shape, coordinates).flatten(1)
+    if bias is not None:
+        added = added + bias[:, None]
+    matrix = features.flatten(1).expand(x.shape[0], -1, -1)
+    return torch.baddbmm(added, matrix, x.flatten(2)).unflatten(2, shape)
+
+
+def _known_map(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    kernel: Tensor,
+) -> Tensor:
+    axes, others = position_bias.divide(geometry, coords, len(kernel), math.prod(lengths))
+    like, bias = (kernel.dtype, kernel.device), None
+    if axes:
+        tables = _tables(geometry, axes, shape, lengths, *like)
+        part = position_bias.picked(kernel, coords, axes)
+        bias = position_bias.contract(part, tables, torch.einsum)
+    if others:
+        grid = _padded_grid(geometry, others, shape, lengths, *like)
+        part = _convolved(geometry, grid, position_bias.picked(kernel, coords, others))
+        bias = part if bias is None else bias.add_(part)
+    return bias
+
+
+def _traced_map(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[Any, ...],
+    lengths: tuple[Any, ...],
+    kernel: Any,
+) -> Any:
+    values = position_bias.padded_values(
+        geometry, coords, shape, lengths, lambda n: _arange(n, kernel), torch.sqrt
+    )
+    whole = position_bias.padded_shape(geometry, shape, lengths)
+    return _convolved(geometry, torch.stack([value.expand(whole) for value in values]), kernel)
+
+
+def _convolved(geometry: ConvGeometry, grid: Any, kernel: Any) -> Any:
+    """P as the convolution of a padded grid."""
+    rank = geometry.rank
+    if geometry.transposed:
+        kernel = kernel.flip(tuple(range(-rank, 0)))
+    stride, dilation = position_bias.map_stride(geometry), geometry.per_axis.dilation
+    return _CONVOLVE[rank](grid[None], kernel, None, stride, 0, dilation)[0]
 
 
 def _arange(n: Any, like: Any) -> Any:
@@ -151,6 +223,19 @@ def _padded_grid(
 ) -> Tensor:
     grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
     return _constant(grid, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _tables(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    tables = position_bias.known_tables(geometry, coords, shape, lengths, _exact(dtype))
+    return tuple(_constant(table, dtype, device) for table in tables)
 
 
 def _exact(dtype: torch.dtype) -> Any:

@@ -1,7 +1,7 @@
 """CoordConv for PyTorch: subclasses of ``torch.nn``'s own convolutions.
 
-Torch's convolutions call one method, ``_conv_forward``, for the computation alone: that is the step
-that changes. Its transposed convolutions have none, so that their short ``forward`` is written anew.
+Torch's convolutions call one method, ``_conv_forward``, for the computation alone: that is what
+changes. Its transposed convolutions have none, so that their short ``forward`` is written anew.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class _CoordLayer(CoordLayer):
             )
 
     def _is_low_precision(self, kernel: Any) -> bool:
-        return adding.is_low_precision(kernel, next(self.parameters()).dtype)
+        known = isinstance(kernel, Tensor)  # a tracer's stand-in does not know its type
+        return adding.is_low_precision(kernel, (kernel if known else next(self.parameters())).dtype)
 
     def _way(self, x: Any, kernel: Any) -> str:
         sizes = self.in_channels, self.out_channels
@@ -178,6 +179,10 @@ class _CoordConv(_CoordLayer):
         return super().forward(input)
 
     def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
+        geometry = options.geometry(self)
+        if adding.is_product(geometry, input, weight, self._is_low_precision(weight)):
+            features, coordinates = self.layout.split(weight)
+            return adding.product(geometry, self.coords, input, features, bias, coordinates)
         return self._coord_conv(input, weight, bias, super()._conv_forward)
 
 
