@@ -52,7 +52,7 @@ class Tape:
     grad_enabled: Callable[[bool], AbstractContextManager[Any]]
     compiled: Callable[[Any], Callable[[Any], Any]]
     modules: Callable[[Any], Mapping[str, Any]]
-    optimizers: Mapping[str, Callable[[Iterable[Any], float], Any]]
+    optimizers: Mapping[str, Callable[[list[Any], float], Any]]
     set_rate: Callable[[Any, float], None]
     from_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]
     to_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]

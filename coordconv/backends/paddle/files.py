@@ -1,8 +1,7 @@
 """Paddle's files of weights, ``.pdparams``.
 
-``paddle.save`` pickles a state dict unless it is told ``safetensors=True``, and ``paddle.load`` runs
-whatever code a pickle holds. What is written here is a pickle, which every version of Paddle reads;
-only safetensors are read.
+``paddle.save`` pickles a state dict unless it is told ``safetensors=True``, and ``paddle.load``
+runs whatever code a pickle holds. So a pickle is written here, as users do, but none is read.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def build(
     """A network with these weights; see :class:`coordconv.backends.protocols.Backend`."""
     if dtype in ("float16", "bfloat16") and paddle.device.get_device() == "cpu":
         raise NotImplementedError("paddle convolutions have no 16-bit types on a CPU")
-    module = Network(network).to(dtype=dtype)
+    module = Network(network).to(dtype=getattr(paddle, dtype))
     module.import_weights(weights)
     return module
 
