@@ -1,0 +1,1 @@
+"""Tests of the core; a package, since ``tests/backends`` has files of the same names."""
