@@ -9,16 +9,18 @@ from coordconv.backends.torch.layers import (
     CoordConvTranspose1d,
     CoordConvTranspose2d,
     CoordConvTranspose3d,
+)
+from coordconv.backends.torch.lazy import (
     LazyCoordConv1d,
     LazyCoordConv2d,
     LazyCoordConv3d,
     LazyCoordConvTranspose1d,
     LazyCoordConvTranspose2d,
     LazyCoordConvTranspose3d,
-    adapt_state_dict,
 )
 from coordconv.backends.torch.networks import COMPILED, build, evaluate, trainer
 from coordconv.backends.torch.recording import recorded
+from coordconv.backends.torch.states import adapt_state_dict
 
 __all__ = [
     "COMPILED",

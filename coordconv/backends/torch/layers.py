@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
 from coordconv.backends.torch.arrays import to_numpy, zeros
+from coordconv.backends.torch.states import KeepsCoordinates
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import check_input
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
-from coordconv.weights.kernels import KernelLayout, Position, fit_state
+from coordconv.weights.kernels import KernelLayout
 
-_COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 _PLAIN: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transposed
     (1, False): nn.Conv1d,
     (2, False): nn.Conv2d,
@@ -50,7 +50,7 @@ def _check(input: Any, rank: int, channels: int | None = None, coords: int = 0) 
         )
 
 
-class _CoordLayer(CoordLayer):
+class TorchCoordLayer(KeepsCoordinates, CoordLayer):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -79,7 +79,7 @@ class _CoordLayer(CoordLayer):
         if self.coord_init == "fan_in" or is_lazy(self.weight) or not self.weight.numel():
             super().reset_parameters()
             return
-        channels = _features(self)
+        channels = features_of(self)
         plain = _PLAIN[self.rank, self.transposed](
             channels,
             self.out_channels,
@@ -91,57 +91,9 @@ class _CoordLayer(CoordLayer):
         )
         layout = KernelLayout(self.coords, channels, self.groups, self.transposed)
         with torch.no_grad():
-            self.weight.copy_(layout.fitted(plain.weight, torch.cat, plain.weight.new_zeros))
+            self.weight.copy_(layout.fitted(plain.weight, torch.cat, zeros))
             if self.bias is not None:
                 self.bias.copy_(plain.bias)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
-        if metadata is not None and prefix[:-1] in metadata:
-            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],  # a copy of the caller's
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        try:
-            self._adapt(state_dict, prefix)
-            if _COORDS in local_metadata:
-                found = Coordinates.from_dict(local_metadata[_COORDS])
-                name = f"{prefix}weight"
-                state_dict[name] = self.layout.reordered(state_dict[name], found)
-        except ValueError as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-
-    def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
-        """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
-        if not is_lazy(self._parameters.get("weight")):  # its first input will tell its channels
-            fit_state(
-                state,
-                prefix,
-                self.layout,
-                nested="conv" not in self._modules,
-                position=position,
-                concatenate=torch.cat,
-                zeros=zeros,
-            )
 
     def _is_low_precision(self, kernel: Any) -> bool:
         known = isinstance(kernel, Tensor)  # a tracer's stand-in does not know its type
@@ -172,7 +124,7 @@ class _CoordLayer(CoordLayer):
         return f"{super().extra_repr()}, coords={self.coords!r}"
 
 
-class _CoordConv(_CoordLayer):
+class _CoordConv(TorchCoordLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of ``input`` and its coordinates."""
         _check(input, self.rank, self.in_channels, len(self.coords))
@@ -186,7 +138,7 @@ class _CoordConv(_CoordLayer):
         return self._coord_conv(input, weight, bias, super()._conv_forward)
 
 
-class _CoordConvTranspose(_CoordLayer):
+class _CoordConvTranspose(TorchCoordLayer):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution of ``input`` and its coordinates."""
         _check(input, self.rank, self.in_channels, len(self.coords))
@@ -201,55 +153,10 @@ class _CoordConvTranspose(_CoordLayer):
         return self._coord_conv(input, self.weight, self.bias, convolve)
 
 
-class _LazyCoordLayer(_CoordLayer):
-    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Make the parameters for an input, as torch does, with the coordinates' channels."""
-        shape = list(input.shape)
-        if len(shape) > self.rank:
-            shape[-1 - self.rank] += self.groups * len(self.coords)
-        super().initialize_parameters(input.new_empty(shape, device="meta"), *args, **kwargs)
-        # Here and not before: if a state was loaded, torch finds nothing left to initialise.
-        self.in_channels = _features(self)
-
-
-def _features(layer: Any) -> int:
+def features_of(layer: Any) -> int:
     """The features that a layer's kernel is made for, of all groups."""
     width = layer.weight.shape[0] if layer.transposed else layer.weight.shape[1] * layer.groups
     return int(width - layer.groups * len(layer.coords))
-
-
-def adapt_state_dict(
-    module: nn.Module, state_dict: Mapping[str, Any], *, position: Position = "last"
-) -> dict[str, Any]:
-    """Another implementation's state, as a module with CoordConvs takes it.
-
-    ``load_state_dict`` does the same by itself, but for ``position="first"``: where coordinates
-    come before the features, as in SparseInst, CondInst and CAM-Convs, no shape tells it.
-
-    Args:
-        module: the network, or one layer.
-        state_dict: tensors by name; it is left as it is.
-        position: where the coordinates are among the input channels of each group.
-
-    Returns:
-        The same, but for the kernels of CoordConvs: those over features and coordinates have the
-        coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
-        ``weight``.
-
-    Raises:
-        ValueError: a kernel whose channels fit neither; another ``position``.
-
-    Example:
-        >>> net = nn.Sequential(CoordConv2d(3, 8, 1), nn.ReLU())
-        >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2d(3, 8, 1).state_dict().items()}
-        >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
-        {'0.weight': (8, 5, 1, 1), '0.bias': (8,)}
-    """
-    state = dict(state_dict)
-    for name, each in module.named_modules(remove_duplicate=False):
-        if isinstance(each, _CoordLayer):
-            each._adapt(state, f"{name}." if name else "", position)
-    return state
 
 
 class CoordConv1d(_CoordConv, nn.Conv1d):
@@ -286,42 +193,6 @@ class CoordConvTranspose3d(_CoordConvTranspose, nn.ConvTranspose3d):
     """As :class:`CoordConv3d`, of ``torch.nn.ConvTranspose3d``."""
 
     rank = 3
-
-
-class LazyCoordConv1d(_LazyCoordLayer, CoordConv1d, nn.LazyConv1d):
-    """:class:`CoordConv1d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConv1d
-
-
-class LazyCoordConv2d(_LazyCoordLayer, CoordConv2d, nn.LazyConv2d):
-    """:class:`CoordConv2d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConv2d
-
-
-class LazyCoordConv3d(_LazyCoordLayer, CoordConv3d, nn.LazyConv3d):
-    """:class:`CoordConv3d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConv3d
-
-
-class LazyCoordConvTranspose1d(_LazyCoordLayer, CoordConvTranspose1d, nn.LazyConvTranspose1d):
-    """:class:`CoordConvTranspose1d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConvTranspose1d
-
-
-class LazyCoordConvTranspose2d(_LazyCoordLayer, CoordConvTranspose2d, nn.LazyConvTranspose2d):
-    """:class:`CoordConvTranspose2d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConvTranspose2d
-
-
-class LazyCoordConvTranspose3d(_LazyCoordLayer, CoordConvTranspose3d, nn.LazyConvTranspose3d):
-    """:class:`CoordConvTranspose3d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConvTranspose3d
 
 
 class AddCoords(nn.Module):

@@ -1,0 +1,114 @@
+"""State dicts: what a CoordConv's carries, and which ones it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from coordconv.backends.torch.arrays import zeros
+from coordconv.coordinates import Coordinates
+from coordconv.weights.kernels import KernelLayout, Position, fit_state
+
+_COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
+
+
+class KeepsCoordinates(nn.Module):
+    """Mixed into a layer, its state dict has the Coordinates in its metadata, and is fitted.
+
+    Torch documents the two methods below as those to override for a state of one's own.
+    """
+
+    coords: Coordinates
+    layout: KernelLayout
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
+        if metadata is not None and prefix[:-1] in metadata:
+            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],  # a copy of the caller's
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            self._adapt(state_dict, prefix)
+            if _COORDS in local_metadata:
+                self._reorder(state_dict, prefix, local_metadata[_COORDS])
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _reorder(self, state: dict[str, Any], prefix: str, made_for: Mapping[str, Any]) -> None:
+        """Put the coordinates of a state of ours in this layer's order."""
+        found, name = Coordinates.from_dict(made_for), f"{prefix}weight"
+        if name in state:
+            state[name] = self.layout.reordered(state[name], found)
+        elif found != self.coords:  # a parametrization's tensors, whose channels are not told apart
+            raise ValueError(f"{name} was made for {found}, want {self.coords}")
+
+    def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
+        """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
+        if not is_lazy(self._parameters.get("weight")):  # its first input will tell its channels
+            fit_state(
+                state,
+                prefix,
+                self.layout,
+                nested="conv" not in self._modules,
+                position=position,
+                concatenate=torch.cat,
+                zeros=zeros,
+            )
+
+
+def adapt_state_dict(
+    module: nn.Module, state_dict: Mapping[str, Any], *, position: Position = "last"
+) -> dict[str, Any]:
+    """Another implementation's state, as a module with CoordConvs takes it.
+
+    ``load_state_dict`` does the same by itself, but for ``position="first"``: where coordinates
+    come before the features, as in SparseInst, CondInst and CAM-Convs, no shape tells it.
+
+    Args:
+        module: the network, or one layer.
+        state_dict: tensors by name; it is left as it is.
+        position: where the coordinates are among the input channels of each group.
+
+    Returns:
+        The same, but for the kernels of CoordConvs: those over features and coordinates have the
+        coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
+        ``weight``.
+
+    Raises:
+        ValueError: a kernel whose channels fit neither; another ``position``.
+
+    Example:
+        >>> net = nn.Sequential(CoordConv2d(3, 8, 1), nn.ReLU())
+        >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2d(3, 8, 1).state_dict().items()}
+        >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
+        {'0.weight': (8, 5, 1, 1), '0.bias': (8,)}
+    """
+    state = dict(state_dict)
+    for name, each in module.named_modules(remove_duplicate=False):
+        if isinstance(each, KeepsCoordinates):
+            each._adapt(state, f"{name}." if name else "", position)
+    return state
