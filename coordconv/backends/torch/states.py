@@ -11,12 +11,12 @@ from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch.arrays import zeros
 from coordconv.coordinates import Coordinates
-from coordconv.weights.kernels import KernelLayout, Position, fit_state
+from coordconv.weights.kernels import KernelLayout, Position, fit_state, same_channels
 
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
-class KeepsCoordinates(nn.Module):
+class KeepsCoordinates:
     """Mixed into a layer, its state dict has the Coordinates in its metadata, and is fitted.
 
     Torch documents the two methods below as those to override for a state of one's own.
@@ -42,9 +42,9 @@ class KeepsCoordinates(nn.Module):
         error_msgs: list[str],
     ) -> None:
         try:
-            self._adapt(state_dict, prefix)
             if _COORDS in local_metadata:
                 self._reorder(state_dict, prefix, local_metadata[_COORDS])
+            self._adapt(state_dict, prefix)
         except ValueError as error:
             error_msgs.append(str(error))
             return
@@ -61,10 +61,11 @@ class KeepsCoordinates(nn.Module):
     def _reorder(self, state: dict[str, Any], prefix: str, made_for: Mapping[str, Any]) -> None:
         """Put the coordinates of a state of ours in this layer's order."""
         found, name = Coordinates.from_dict(made_for), f"{prefix}weight"
+        # The tensors of a parametrization have other names, and nothing tells their channels apart.
+        if not same_channels(found, self.coords) or (found != self.coords and name not in state):
+            raise ValueError(f"{name} was made for {found}, want {self.coords}")
         if name in state:
             state[name] = self.layout.reordered(state[name], found)
-        elif found != self.coords:  # a parametrization's tensors, whose channels are not told apart
-            raise ValueError(f"{name} was made for {found}, want {self.coords}")
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
