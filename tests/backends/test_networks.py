@@ -212,6 +212,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[str, ...]]]
     "one axis": ((4,), {"padding": ((1, 2),), "stride": 2}, ("torch",)),
     "unequal": ((3, 2), {"padding": ((1, 2), (0, 3)), "stride": (1, 2)}, ("torch",)),
     "cut": ((3, 2), {"padding": ((2, -1), (0, 3)), "input_dilation": 2}, ("torch", "paddle")),
+    "cut, strides": ((3, 2), {"padding": ((-1, 1), 0), "stride": 2}, ("torch", "paddle")),
     "same": ((3, 2), {"padding": "same"}, ()),
     "same, strides": ((3, 3), {"padding": "same", "stride": 2, "groups": 2}, ("torch",)),
     "same, spread": ((3, 2), {"padding": "same", "input_dilation": 2}, ("torch", "paddle")),
@@ -232,6 +233,11 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[str, ...]]]
         (3, 2),
         {"transposed": True, "dilation": (2, 1), "padding": (1, 0)},
         (),
+    ),
+    "transposed, unequal": (
+        (3, 2),
+        {"transposed": True, "stride": 2, "padding": ((3, 0), 0)},
+        ("torch",),
     ),
     "transposed, groups": (
         (3, 2),
