@@ -23,7 +23,7 @@ HOME = {
     "paddle": ("backends/paddle/",),
     "jax": ("backends/jax/", "backends/flax/", "backends/linen/"),
     "jaxlib": ("backends/jax/",),
-    "flax": ("backends/flax/", "backends/linen/"),
+    "flax": ("backends/jax/", "backends/flax/", "backends/linen/"),
     "optax": ("backends/jax/",),
     "orbax": ("backends/jax/",),
     "typer": ("cli/",),
