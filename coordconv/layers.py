@@ -79,6 +79,7 @@ class CoordLayer:
         # Set before the base class draws the kernel, as these two say.
         self.coords = Coordinates.resolve(coords, self._rank(given.arguments))
         self.coord_init = coord_init
+        self._prepare(given.arguments)
         channels = given.arguments.get(self.CHANNELS)
         if channels is None:  # a lazy layer: its first input will tell
             super().__init__(*args, **kwargs)
@@ -91,6 +92,9 @@ class CoordLayer:
     def _rank(self, arguments: Mapping[str, Any]) -> int:
         """The number of spatial axes, where the base class's arguments may be what says it."""
         return self.rank
+
+    def _prepare(self, arguments: dict[str, Any]) -> None:
+        """Change, in place, what the base class is constructed with, where that is needed."""
 
     @property
     def layout(self) -> KernelLayout:
