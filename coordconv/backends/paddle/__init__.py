@@ -1,0 +1,40 @@
+"""CoordConv for Paddle."""
+
+import warnings
+
+with warnings.catch_warnings():  # of a compiler cache, which only builders of extensions miss
+    warnings.filterwarnings("ignore", "No ccache found")
+    import paddle  # noqa: F401
+
+from coordconv.backends.paddle.files import from_state, read_state, write_state
+from coordconv.backends.paddle.layers import (
+    AddCoords,
+    CoordConv1D,
+    CoordConv1DTranspose,
+    CoordConv2D,
+    CoordConv2DTranspose,
+    CoordConv3D,
+    CoordConv3DTranspose,
+    adapt_state_dict,
+)
+from coordconv.backends.paddle.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.paddle.recording import recorded
+
+__all__ = [
+    "COMPILED",
+    "AddCoords",
+    "CoordConv1D",
+    "CoordConv1DTranspose",
+    "CoordConv2D",
+    "CoordConv2DTranspose",
+    "CoordConv3D",
+    "CoordConv3DTranspose",
+    "adapt_state_dict",
+    "build",
+    "evaluate",
+    "from_state",
+    "read_state",
+    "recorded",
+    "trainer",
+    "write_state",
+]

@@ -1,0 +1,374 @@
+"""Paddle's hand in append and map.
+
+In eager execution the coordinates are constants that NumPy made, kept on the device for the next
+call. In a traced program they are made in the graph, by the same formula, so that they follow a
+size that may be unknown.
+
+On a CPU Paddle takes long to add a tensor that has to be broadcast, be it only a bias: about as
+long as to convolve 3 channels to 64. A product of two matrices is added in place in a fraction of
+that time. So P and the bias are one, and are added as a product: see :func:`_add_product`.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from coordconv import position_bias
+from coordconv.backends.paddle import options
+from coordconv.coordinates import Coordinates
+from coordconv.geometry import ConvGeometry
+from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.position_bias import APPEND, MAP
+from coordconv.weights.kernels import KernelLayout
+
+_CONVOLVE: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transposed
+    (1, False): nn.functional.conv1d,
+    (2, False): nn.functional.conv2d,
+    (3, False): nn.functional.conv3d,
+    (1, True): nn.functional.conv1d_transpose,
+    (2, True): nn.functional.conv2d_transpose,
+    (3, True): nn.functional.conv3d_transpose,
+}
+_LOW_PRECISION = (paddle.float16, paddle.bfloat16)
+
+
+def spatial_shape(x: Tensor, channels_last: bool) -> tuple[Any, ...]:
+    """The spatial shape: ints, and a traced program's scalars where a length is unknown."""
+    shape = list(x.shape)
+    if -1 in shape:
+        lengths = paddle.shape(x)
+        shape = [n if n >= 0 else lengths[axis] for axis, n in enumerate(shape)]
+    return tuple(shape[1:-1] if channels_last else shape[2:])
+
+
+def is_low_precision(kernel: Tensor) -> bool:
+    """Whether a convolution with this kernel is computed in 16 bits."""
+    return kernel.dtype in _LOW_PRECISION or paddle.is_autocast_enabled()
+
+
+def convolve(
+    layer: Any,
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    output_size: Any = None,
+    groups: int | None = None,
+) -> Tensor:
+    """What a layer's base class does with an input, with another kernel, bias and groups."""
+    if layer._padding_mode != "zeros":
+        ends, mode = layer._reversed_padding_repeated_twice, layer._padding_mode
+        x = nn.functional.pad(x, ends, mode=mode, data_format=layer._data_format)
+    steps = options.steps(layer, output_size)
+    steps["groups"] = groups or layer._groups
+    return _CONVOLVE[layer.rank, layer.transposed](x, kernel, bias, **steps)  # type: ignore[no-any-return]
+
+
+def choose(layer: Any, x: Tensor) -> str:
+    """Append or map, for an input of a layer."""
+    geometry, batch = options.geometry(layer), x.shape[0]
+    shape = tuple(x.shape[1:-1] if layer.channels_last else x.shape[2:])
+    known = -1 not in shape
+    free = position_bias.FORCED is None and layer.coords.outside == "zero"
+    if free and known and _is_quick(x):
+        # The map takes a copy of the kernel's features, append one of the input. Beside that the
+        # map is for nothing here, as the bias would have to be added anyway.
+        copied = batch * math.prod(shape) * geometry.groups
+        return APPEND if copied < geometry.taps * layer._out_channels else MAP
+    return position_bias.choose(
+        geometry,
+        layer.coords,
+        layer._in_channels,
+        layer._out_channels,
+        batch=batch if batch >= 0 else None,
+        positions=math.prod(geometry.lengths(shape)) if known else None,
+        low_precision=is_low_precision(layer.weight),
+    )
+
+
+def split(layout: KernelLayout, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """The features' part of a kernel and the coordinates'."""
+    if layout.transposed:
+        return layout.split(kernel)
+    # The gradient of two slices takes up to 60 times as long, as each is filled up with zeros.
+    return tuple(paddle.split(kernel, [layout.features, -1], 1))  # type: ignore[return-value]
+
+
+def append(coords: Coordinates, x: Tensor, channels_last: bool, groups: int = 1) -> Tensor:
+    """The input with the coordinates behind the features of each group."""
+    axis = -1 if channels_last else 1
+    grid = _coordinates(coords, x, channels_last, x.dtype)
+    parts = x.chunk(groups, axis) if groups > 1 else [x]
+    return paddle.concat([each for part in parts for each in (part, grid)], axis)
+
+
+def add_map(
+    layer: Any, output: Tensor, x: Tensor, kernel: Tensor, output_size: Any = None
+) -> Tensor:
+    """A convolution's output, and P and the layer's bias, which are made as one; rounded once.
+
+    Args:
+        layer: the CoordConv.
+        output: the convolution of the features, without a bias.
+        x: the input.
+        kernel: the coordinates' part of the kernel, ``(out, n, *kernel size)``.
+        output_size: what the call of a transposed layer wants.
+    """
+    coords, bias, last = layer.coords, layer.bias, layer.channels_last
+    low = is_low_precision(kernel)
+    if low:  # neighbouring coordinates may be the same number in 16 bits
+        kernel = kernel.astype(paddle.float32)
+        bias = None if bias is None else bias.astype(paddle.float32)
+    shape, lengths = spatial_shape(x, last), spatial_shape(output, last)
+    quick = _is_quick(output) and not low
+    with _no_autocast():
+        if quick and len(output) == 1 and not last:
+            geometry = options.geometry(layer, shape, output_size)
+            factors = _factors(geometry, coords, shape, lengths, kernel.dtype)
+            if factors is not None:
+                return _add_product(output, factors.left(kernel, bias), factors.right)
+        if coords.outside == "zero":  # padding does to coordinates what it does to features
+            grid = _coordinates(coords, x[:1], last, kernel.dtype)
+            kernel = kernel.moveaxis(0, 1) if layer.transposed else kernel
+            added = convolve(layer, grid, kernel, bias, output_size, groups=1)
+        else:
+            geometry = options.geometry(layer, shape, output_size)
+            grid = _padded_coordinates(geometry, coords, shape, lengths, kernel)
+            added = _convolve_padded(geometry, grid, kernel, bias)
+            added = added.moveaxis(1, -1) if last else added
+        if quick:
+            return _add_product(output, _ones(len(output), added.dtype), added.reshape([1, -1]))
+        return (output + added).astype(output.dtype)
+
+
+def _convolve_padded(
+    geometry: ConvGeometry, grid: Tensor, kernel: Tensor, bias: Tensor | None
+) -> Tensor:
+    """P and the bias, of the coordinates with their margins ``(n, *S)``; channels first."""
+    if geometry.transposed:
+        kernel = kernel.flip([*range(2, kernel.ndim)])
+    stride, dilation = position_bias.map_stride(geometry), geometry.per_axis.dilation
+    return _CONVOLVE[geometry.rank, False](grid[None], kernel, bias, stride, 0, dilation)  # type: ignore[no-any-return]
+
+
+def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any) -> Tensor:
+    """The coordinates of an input, for each of its samples, in its format."""
+    shape = spatial_shape(x, channels_last)
+    if paddle.in_dynamic_mode():
+        grid = _grid(coords, shape, channels_last, dtype, x.place)
+        return grid.expand([len(x), *grid.shape])
+    exact = paddle.float32 if dtype in _LOW_PRECISION else dtype
+    lengths = [_scalar(n, exact) for n in shape]
+    positions = [paddle.arange(0, n, dtype=exact) for n in lengths]
+    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
+    values = channel_values(coords, positions, lengths, paddle.sqrt)
+    parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
+    return paddle.concat(parts, -1 if channels_last else 1).astype(dtype)
+
+
+def _padded_coordinates(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[Any, ...],
+    lengths: tuple[Any, ...],
+    kernel: Tensor,
+) -> Tensor:
+    """The coordinates as a kernel slides over them ``(n, *padded shape)``."""
+    if paddle.in_dynamic_mode():
+        return _padded_grid(geometry, coords, shape, lengths, kernel.dtype, kernel.place)
+    if all(isinstance(n, int) for n in (*shape, *lengths)):
+        grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(kernel.dtype))
+        return paddle.to_tensor(grid)
+    values = position_bias.padded_values(
+        geometry,
+        coords,
+        [_scalar(n, kernel.dtype) for n in shape],
+        [_scalar(n, kernel.dtype) for n in lengths],
+        lambda n: paddle.arange(0, n, dtype=kernel.dtype),
+        paddle.sqrt,
+    )
+    whole = position_bias.padded_shape(geometry, shape, lengths)
+    return paddle.stack([value.expand(whole) for value in values])
+
+
+def _scalar(n: Any, dtype: Any) -> Any:
+    """A length for arithmetic with coordinates: Paddle does not mix floats and ints in a graph."""
+    return n if isinstance(n, int) else n.astype(dtype)
+
+
+@lru_cache(maxsize=64)
+def _grid(
+    coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any
+) -> Tensor:
+    grid = coordinate_grid(shape, coords, dtype=_exact(dtype))
+    grid = np.moveaxis(grid, 0, -1) if channels_last else grid
+    return paddle.to_tensor(grid, place=place).astype(dtype)
+
+
+@lru_cache(maxsize=64)
+def _padded_grid(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    dtype: Any,
+    place: Any,
+) -> Tensor:
+    grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
+    return paddle.to_tensor(grid, place=place)
+
+
+def _exact(dtype: Any) -> Any:
+    return np.float32 if dtype == paddle.float32 else np.float64
+
+
+def _no_autocast() -> AbstractContextManager[Any]:
+    # Where autocast is off, to turn it off takes longer than to ask.
+    return paddle.amp.auto_cast(enable=False) if paddle.is_autocast_enabled() else nullcontext()
+
+
+def _is_quick(x: Tensor) -> bool:
+    """Whether it is a tensor, or a layer's input, to which a product can be added in place."""
+    return (
+        paddle.in_dynamic_mode()
+        and x.place.is_cpu_place()
+        and x.dtype in (paddle.float32, paddle.float64)
+        and x.size > 0
+        and not x.is_dist()
+    )
+
+
+class _Factors(NamedTuple):
+    """One sample's map as a product of two matrices.
+
+    The padded grid of an axis's coordinate is an outer product: of a function of the last axis, and
+    of one of all other axes. So P is a sum of products, too: of what the kernel makes of the latter
+    (``left``, one row for each output channel and place on the other axes), and of the former as
+    each tap of the last axis meets them (``right``).
+    """
+
+    coefficients: Tensor  # (functions, n, *padded shape but for the last axis)
+    right: Tensor  # (taps * functions + 1, the output's last axis); the last row, for a bias, is 1
+    geometry: ConvGeometry
+
+    def left(self, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """The other matrix, of the coordinates' part of the kernel ``(out, n, *kernel size)``."""
+        geometry, out, taps = self.geometry, kernel.shape[0], kernel.shape[-1]
+        if geometry.transposed:
+            kernel = kernel.flip([*range(2, kernel.ndim)])
+        stride, dilation = position_bias.map_stride(geometry)[:-1], geometry.per_axis.dilation[:-1]
+        kernel = kernel.moveaxis(-1, 1).flatten(0, 1)
+        rows = _CONVOLVE[len(stride), False](self.coefficients, kernel, None, stride, 0, dilation)
+        rows = rows.reshape([len(rows), out, taps, -1]).transpose([1, 3, 2, 0]).flatten(2, 3)
+        last = paddle.zeros([out]) if bias is None else bias
+        last = last.astype(rows.dtype).reshape([out, 1, 1]).expand([out, rows.shape[1], 1])
+        return paddle.concat([rows, last], 2).flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _factors(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    dtype: Any,
+) -> _Factors | None:
+    """The constants of one sample's map as a product, or None if it is none: with a radius."""
+    if geometry.rank == 1 or "r" in coords.channels:
+        return None
+    grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
+    parts = [_outer(channel.reshape(-1, grid.shape[-1])) for channel in grid]
+    functions = np.unique([row for _, row in parts], axis=0)
+    coefficients = np.zeros((len(functions), *grid.shape[:-1]), grid.dtype)
+    for channel, (column, row) in enumerate(parts):
+        at = np.flatnonzero((functions == row).all(axis=1))[0]
+        coefficients[at, channel] = column.reshape(grid.shape[1:-1])
+    stride, dilation = position_bias.map_stride(geometry)[-1], geometry.per_axis.dilation[-1]
+    taps, length = geometry.kernel[-1], lengths[-1]
+    met = np.arange(taps)[:, None] * dilation + np.arange(length) * stride
+    right = functions[:, met].swapaxes(0, 1).reshape(-1, length)
+    right = np.concatenate([right, np.ones((1, length), right.dtype)])
+    cpu = paddle.CPUPlace()
+    constants = [paddle.to_tensor(array, place=cpu) for array in (coefficients, right)]
+    return _Factors(constants[0], constants[1], geometry)
+
+
+def _outer(matrix: Array) -> tuple[Array, Array]:
+    """A column and a row whose outer product is an axis's coordinate, to the last bit.
+
+    One of the two is 0 and 1: where padding reads zeros, and where it does not.
+    """
+    i, j = np.unravel_index(np.abs(matrix).argmax(), matrix.shape)
+    largest = matrix[i, j] or 1
+    if np.isin(matrix[i], (0, largest)).all():
+        return matrix[:, j], matrix[i] / largest
+    return matrix[:, j] / largest, matrix[i]
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``output + left @ right``, the product reshaped, in place if a gradient can be had of that.
+
+    Paddle takes long to allocate a tensor, and longer for the gradient of a sum.
+    """
+    if not output.stop_gradient:
+        return _AddProduct.apply([_anchor(), output, left, right])  # type: ignore[no-any-return]
+    if left.stop_gradient and right.stop_gradient:
+        return _add_in_place(output, left, right)
+    return output + paddle.matmul(left, right).reshape(output.shape)
+
+
+def _add_in_place(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    flat = output.reshape([len(left), -1])  # a view, but by Paddle's flags it may be a copy
+    return paddle.addmm_(flat, left, right).reshape(output.shape)
+
+
+class _AddProduct(paddle.autograd.PyLayer):
+    """:func:`_add_in_place` where there are gradients.
+
+    Paddle's own would copy the output's gradient, and has no derivative. Takes one list: its first
+    tensor, of :func:`_anchor`, is always in need of a gradient. Of separate tensors, and of a list
+    whose first is not in need, Paddle refuses gradients where ``paddle.grad`` is asked for some of
+    the inputs alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensors: list[Tensor]) -> Tensor:
+        _, output, left, right = tensors
+        ctx.left = None if right.stop_gradient else left
+        ctx.right = None if left.stop_gradient else right
+        ctx.rows = len(left)
+        return _add_in_place(output, left, right)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        left, right = ctx.left, ctx.right
+        with _no_autocast():
+            flat = gradient.reshape([ctx.rows, -1])
+            return (
+                [
+                    None,
+                    gradient,
+                    None if right is None else paddle.matmul(flat, right, transpose_y=True),
+                    None if left is None else paddle.matmul(left, flat, transpose_x=True),
+                ],
+            )
+
+
+@lru_cache(maxsize=1)
+def _anchor() -> Tensor:
+    """A tensor that takes gradients, though it never gets one."""
+    anchor = paddle.zeros([1])
+    anchor.stop_gradient = False
+    return anchor
+
+
+@lru_cache(maxsize=16)
+def _ones(count: int, dtype: Any) -> Tensor:
+    return paddle.ones([count, 1], dtype, device="cpu")

@@ -1,0 +1,252 @@
+"""CoordConv for Paddle: subclasses of ``paddle.nn``'s own convolutions.
+
+Paddle's convolutions call a functional, such as ``paddle.nn.functional.conv2d``, in a ``forward``
+of a few lines. That ``forward`` is written anew, as no step of it can be replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+from paddle.utils.decorator_utils import param_one_alias
+
+from coordconv.backends.paddle import adding, options
+from coordconv.backends.paddle.arrays import concatenate, to_numpy, zeros
+from coordconv.backends.paddle.initializer import coordinates_at_zero
+from coordconv.coordinates import Coordinates, CoordinatesLike
+from coordconv.grid import Array
+from coordconv.layers import CoordLayer
+from coordconv.position_bias import APPEND
+from coordconv.weights.kernels import KernelLayout, Position, fit_state
+
+
+class _CoordLayer(CoordLayer):
+    """What all CoordConvs of Paddle share; :class:`coordconv.layers.CoordLayer` has the arguments.
+
+    ``set_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
+    becomes zero), and another implementation's kernel over features and coordinates, all of them
+    also under ``conv.``. Inside a network see :func:`adapt_state_dict`.
+
+    Shape:
+        input ``(N, C, *S)``, or ``(N, *S, C)`` by ``data_format``; output as the base class.
+
+    Example:
+        >>> layer = CoordConv2D(3, 8, 3, padding=1, coords="xyr")
+        >>> layer(paddle.zeros([2, 3, 16, 20])).shape
+        paddle.Size([2, 8, 16, 20])
+        >>> layer.weight.shape  # over 3 features and 3 coordinates
+        paddle.Size([8, 6, 3, 3])
+    """
+
+    CHANNELS_ATTRIBUTE = "_in_channels"
+    transposed = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, nn.Layer):
+            # to_static without full_graph simulates Python, and fails on the core's: so it is told
+            # to leave the layer to eager execution. With full_graph the layer is in the graph.
+            paddle.jit.marker.force_dynamic(cls)
+
+    def _rank(self, arguments: Mapping[str, Any]) -> int:
+        options.check_arguments(arguments, self.rank)
+        return self.rank
+
+    @property
+    def layout(self) -> KernelLayout:
+        """Where features and coordinates lie in ``weight``."""
+        return KernelLayout(self.coords, self._in_channels, self._groups, self.transposed)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the channels are the last axis."""
+        return self._data_format.endswith("C")
+
+    def create_parameter(
+        self, shape: Any, attr: Any = None, dtype: Any = None, is_bias: bool = False, **rest: Any
+    ) -> Tensor:
+        """As the base class; the kernel is drawn as ``coord_init`` says."""
+        if self.coord_init == "zeros" and not is_bias and not hasattr(self, "weight"):
+            channels = self._in_channels - self._groups * len(self.coords)  # not yet set back
+            layout = KernelLayout(self.coords, channels, self._groups, self.transposed)
+            attr = coordinates_at_zero(attr, layout, self._kernel_size)
+        return super().create_parameter(shape, attr, dtype, is_bias, **rest)
+
+    def _forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """The layer's output, for a transposed layer of the size that the call wants."""
+        options.check(x, self.rank, self.channels_last, self._in_channels, len(self.coords))
+        shape = adding.spatial_shape(x, self.channels_last)
+        if all(isinstance(n, int) for n in shape):
+            options.check_output(options.geometry(self, shape, output_size), shape)
+        if adding.choose(self, x) == APPEND:
+            x = adding.append(self.coords, x, self.channels_last, self._groups)
+            return adding.convolve(self, x, self.weight, self.bias, output_size)
+        features, coordinates = adding.split(self.layout, self.weight)
+        output = adding.convolve(self, x, features, None, output_size)
+        return adding.add_map(self, output, x, coordinates, output_size)
+
+    def set_state_dict(
+        self, state_dict: dict[str, Any], use_structured_name: bool = True
+    ) -> tuple[list[str], list[str]]:
+        """As Paddle's; another implementation's state is adapted, see :func:`adapt_state_dict`."""
+        if use_structured_name:
+            state_dict = adapt_state_dict(self, state_dict)
+        return super().set_state_dict(state_dict, use_structured_name)  # type: ignore[no-any-return]
+
+    set_dict = load_dict = set_state_dict
+
+    def _canonical(self) -> dict[str, Array]:
+        found = {"weight": self.weight, "bias": self.bias}
+        return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
+
+    def _assign(self, arrays: Mapping[str, Array]) -> None:
+        with paddle.no_grad():
+            for name, array in arrays.items():
+                tensor = getattr(self, name)
+                tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coords={self.coords!r}"
+
+
+class _CoordConv(_CoordLayer):
+    @paddle.jit.marker.unified  # to_static traces the method, and rewrites nothing
+    @param_one_alias(["x", "input"])  # as the base class
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of ``x`` and its coordinates."""
+        return self._forward(x)
+
+
+class _CoordConvTranspose(_CoordLayer):
+    transposed = True
+
+    @paddle.jit.marker.unified
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """The transposed convolution of ``x`` and its coordinates."""
+        return self._forward(x, output_size)
+
+
+def adapt_state_dict(
+    layer: nn.Layer, state_dict: Mapping[str, Any], *, position: Position = "last"
+) -> dict[str, Any]:
+    """Another implementation's state, as a network with CoordConvs takes it.
+
+    A CoordConv does the same in its own ``set_state_dict``, but Paddle asks the outermost layer
+    alone: for a network write ``net.set_state_dict(adapt_state_dict(net, state_dict))``.
+
+    Args:
+        layer: the network, or one layer.
+        state_dict: tensors or arrays by structured name; it is left as it is.
+        position: where the coordinates are among the input channels of each group. Where they come
+            before the features, as in SparseInst, CondInst and CAM-Convs, no shape tells it.
+
+    Returns:
+        The same, but for the kernels of CoordConvs: those over features and coordinates have the
+        coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
+        ``weight``.
+
+    Raises:
+        ValueError: a kernel whose channels fit neither; another ``position``.
+
+    Example:
+        >>> net = nn.Sequential(CoordConv2D(3, 8, 1), nn.ReLU())
+        >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2D(3, 8, 1).state_dict().items()}
+        >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
+        {'0.weight': (8, 5, 1, 1), '0.bias': (8,)}
+    """
+    state = dict(state_dict)
+    for name, each in layer.named_sublayers(include_self=True, remove_duplicate=False):
+        if isinstance(each, _CoordLayer):
+            fit_state(
+                state,
+                f"{name}." if name else "",
+                each.layout,
+                nested="conv" not in dict(each.named_children()),
+                position=position,
+                concatenate=concatenate,
+                zeros=zeros,
+            )
+    return state
+
+
+class CoordConv1D(_CoordConv, nn.Conv1D):
+    """``paddle.nn.Conv1D`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
+
+    rank = 1
+
+
+class CoordConv2D(_CoordConv, nn.Conv2D):
+    """``paddle.nn.Conv2D`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
+
+    rank = 2
+
+
+class CoordConv3D(_CoordConv, nn.Conv3D):
+    """``paddle.nn.Conv3D`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
+
+    rank = 3
+
+
+class CoordConv1DTranspose(_CoordConvTranspose, nn.Conv1DTranspose):
+    """As :class:`CoordConv1D`, of ``paddle.nn.Conv1DTranspose``."""
+
+    rank = 1
+
+
+class CoordConv2DTranspose(_CoordConvTranspose, nn.Conv2DTranspose):
+    """As :class:`CoordConv2D`, of ``paddle.nn.Conv2DTranspose``."""
+
+    rank = 2
+
+
+class CoordConv3DTranspose(_CoordConvTranspose, nn.Conv3DTranspose):
+    """As :class:`CoordConv3D`, of ``paddle.nn.Conv3DTranspose``."""
+
+    rank = 3
+
+
+@paddle.jit.marker.force_dynamic  # as the convolutions are
+class AddCoords(nn.Layer):
+    """Append the coordinate channels to an input, for layers that have no CoordConv.
+
+    Args:
+        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
+        rank: the number of spatial axes, 1 to 3.
+        data_format: one of Paddle's for that rank, such as ``"NHWC"``; None for channels first.
+
+    Shape:
+        input ``(N, C, *S)`` or ``(N, *S, C)``; output with ``n`` channels more.
+
+    Raises:
+        TypeError: the input is not floating-point.
+        ValueError: ``coords`` or a ``data_format`` that do not fit the rank; an input of another
+            rank, or with an empty axis.
+
+    Example:
+        >>> AddCoords("x", rank=1)(paddle.zeros([1, 1, 3])).numpy()
+        array([[[ 0.,  0.,  0.],
+                [-1.,  0.,  1.]]], dtype=float32)
+    """
+
+    def __init__(
+        self, coords: CoordinatesLike = None, *, rank: int = 2, data_format: str | None = None
+    ) -> None:
+        super().__init__()
+        self.coords = Coordinates.resolve(coords, rank)
+        if data_format is not None:
+            options.check_data_format(data_format, rank)
+        self.rank = rank
+        self.data_format = data_format
+
+    @paddle.jit.marker.unified
+    def forward(self, x: Tensor) -> Tensor:
+        """The input with the coordinates behind its channels."""
+        last = self.data_format is not None and self.data_format.endswith("C")
+        options.check(x, self.rank, last)
+        return adding.append(self.coords, x, last)
+
+    def extra_repr(self) -> str:
+        return f"coords={self.coords!r}, rank={self.rank}, data_format={self.data_format!r}"
