@@ -153,7 +153,7 @@ def save(
             "weights do not say whose they are: name the network, one of "
             f"{', '.join(networks.NETWORKS)}"
         )
-    network = networks.get(network or metadata["network"])
+    network = networks.get(metadata["network"] if network is None else network)
     weights = fitted(weights, network)
     for name, array in weights.items():
         if array.dtype.name not in _DTYPES:

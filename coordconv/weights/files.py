@@ -188,9 +188,10 @@ def _check_version(path: str, version: str) -> None:
         )
     if int(version) < FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}, in which a CoordConv has two kernels, "
-            f"coord_weight beside weight; this coordconv reads version {FORMAT_VERSION}, in which "
-            "it has one: join the two by coordconv.weights.join_kernel, or save the weights anew"
+            f"{path} has format version {version}, in which a CoordConv has two kernels, weight "
+            f"and coord_weight; this coordconv reads version {FORMAT_VERSION}, in which it has "
+            "one: read the file by safetensors.numpy.load_file, join each such pair by "
+            "coordconv.weights.join_kernel, and save the weights anew"
         )
 
 

@@ -7,7 +7,7 @@ k * dilation`` of the padded input. A transposed one scatters: sample ``i`` adds
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -98,6 +98,31 @@ def coordinate(
     coords: Coordinates, token: str, place: tuple[int, ...], shape: tuple[int, ...]
 ) -> Fraction:
     """A coordinate of one sample, exactly (the radius to a hundred digits)."""
+    values = axis_coordinates(coords, place, shape)
+    if token != "r":
+        return values[{"x": -1, "y": -2, "z": -3}[token]]
+    return root(sum(((v - Fraction(coords.r_center)) ** 2 for v in values), Fraction(0)))
+
+
+def magnitude(
+    coords: Coordinates, token: str, place: tuple[int, ...], shape: tuple[int, ...]
+) -> Fraction:
+    """The size of the terms that a coordinate is computed from: they may cancel, their errors not.
+
+    An axis coordinate is a share of half the span, plus the middle of the span.
+    """
+    first, last = map(Fraction, coords.span)
+    unit = axis_coordinates(replace(coords, span=(-1, 1)), place, shape)
+    sizes = [abs(u * (last - first) / 2) + abs(first + last) / 2 for u in unit]
+    if token != "r":
+        return sizes[{"x": -1, "y": -2, "z": -3}[token]]
+    return root(sum(((size + abs(Fraction(coords.r_center))) ** 2 for size in sizes), Fraction(0)))
+
+
+def axis_coordinates(
+    coords: Coordinates, place: tuple[int, ...], shape: tuple[int, ...]
+) -> list[Fraction]:
+    """The coordinate of one sample on each axis."""
     first, last = map(Fraction, coords.span)
     values = []
     for i, n in zip(place, shape, strict=True):
@@ -105,25 +130,7 @@ def coordinate(
             values.append(first + (last - first) * Fraction(2 * i + 1, 2 * n))
         else:
             values.append(first + (last - first) * Fraction(i, n - 1) if n > 1 else Fraction(0))
-    if token != "r":
-        return values[{"x": -1, "y": -2, "z": -3}[token]]
-    return root(sum(((v - Fraction(coords.r_center)) ** 2 for v in values), Fraction(0)))
-
-
-def steps(
-    g: ConvGeometry, coords: Coordinates, token: str, shape: tuple[int, ...]
-) -> list[Fraction]:
-    """The steps in that coordinate from the middle tap's sample to another tap's, and back."""
-    if token == "r":
-        return []
-    axis = len(shape) - 1 - "xyz".index(token)
-    here, n, k = (0,) * len(shape), shape[axis], g.kernel[axis]
-    there = tuple(int(i == axis) for i in range(len(shape)))
-    step = coordinate(coords, token, there, shape) - coordinate(coords, token, here, shape)
-    most = max(abs(tap - k // 2) for tap in range(k)) * g.per_axis[2][axis]
-    if k > 1 and g.padding_mode != "zeros" and coords.outside == "zero":
-        most = max(most, n - 1)  # a copy of one end may lie beside the other
-    return [abs(step)] * (2 * most)
+    return values
 
 
 def root(square: Fraction) -> Fraction:
@@ -134,40 +141,54 @@ def root(square: Fraction) -> Fraction:
 
 @dataclass(frozen=True)
 class Term:
-    """One product of the sum: ``output[o, t] += kernel[weight] * value``."""
+    """One product of the sum: ``output[o, t] += weight[index] * value``."""
 
     output: tuple[int, ...]
-    kernel: str
-    weight: tuple[int, ...]
+    index: tuple[int, ...]  # of the one kernel
     source: tuple[int, ...] | None  # of a feature: its index in the input, without the batch
     value: Fraction = Fraction(0)  # of a coordinate
+    exact: bool = True  # whether floating point has the coordinate, and what it is computed from
 
 
 def terms(
-    g: ConvGeometry, coords: Coordinates | None, channels: int, out: int, shape: tuple[int, ...]
+    g: ConvGeometry,
+    coords: Coordinates | None,
+    channels: int,
+    out: int,
+    shape: tuple[int, ...],
+    value_of: Callable[..., Fraction] = coordinate,
 ) -> Iterator[Term]:
     """Every term of the convolution of one sample."""
     axes = reads(g, shape)
     ins, outs = channels // g.groups, out // g.groups
+    width = ins + (len(coords) if coords else 0)
     for t in product(*(range(len(outputs)) for outputs in axes)):
         for tap in product(*(outputs[p] for outputs, p in zip(axes, t, strict=True))):
             place = tuple(outputs[p][k] for outputs, p, k in zip(axes, t, tap, strict=True))
             sample = [folded(i, n, g.padding_mode) for i, n in zip(place, shape, strict=True)]
             inside = None if None in sample else tuple(i for i in sample if i is not None)
             seen = place if coords and coords.outside == "extend" else inside
-            values = (
-                [coordinate(coords, token, seen, shape) for token in coords.channels]
-                if coords and seen is not None
-                else []
-            )
+            values: list[tuple[Fraction, bool]] = []
+            if coords and seen is not None:
+                ramps = all(map(representable, axis_coordinates(coords, seen, shape)))
+                for token in coords.channels:
+                    value = value_of(coords, token, seen, shape)
+                    values.append((value, representable(value) and (ramps or token != "r")))
             for o in range(out):
+                group = o // outs
+
+                def index(j: int, o: int = o, group: int = group, tap: Any = tap) -> Any:
+                    return (group * width + j, o % outs, *tap) if g.transposed else (o, j, *tap)
+
                 if inside is not None:
                     for j in range(ins):
-                        c = o // outs * ins + j
-                        weight = (c, o % outs, *tap) if g.transposed else (o, j, *tap)
-                        yield Term((o, *t), "weight", weight, (c, *inside))
-                for j, value in enumerate(values):
-                    yield Term((o, *t), "coord_weight", (o, j, *tap), None, value)
+                        yield Term((o, *t), index(j), (group * ins + j, *inside))
+                for j, (value, exact) in enumerate(values):
+                    yield Term((o, *t), index(ins + j), None, value, exact)
+
+
+def representable(value: Fraction) -> bool:
+    return Fraction(float(value)) == value
 
 
 @dataclass
@@ -186,10 +207,12 @@ class Sums:
     def zeros(cls, shape: tuple[int, ...]) -> "Sums":
         return cls(*(np.full(shape, Fraction(0), dtype=object) for _ in range(3)))
 
-    def add(self, index: tuple[int, ...], factor: Fraction, value: Fraction) -> None:
+    def add(
+        self, index: tuple[int, ...], factor: Fraction, value: Fraction, exact: bool = True
+    ) -> None:
         self.value[index] += factor * value
         self.magnitude[index] += abs(factor * value)
-        if Fraction(float(value)) != value:
+        if not exact:
             self.inexact[index] += abs(factor)
 
     def check(self, computed: Any, count: int, coordinate_error: float = 0.0) -> None:
@@ -208,34 +231,33 @@ def exact(array: Any) -> Any:
 
 def forward(case: "Case") -> Sums:
     """The output for the case's input and weights."""
-    x, weights = exact(case.x), {k: exact(v) for k, v in case.weights.items()}
+    x, weight = exact(case.x), exact(case.weights["weight"])
     y = Sums.zeros((len(x), case.out, *(len(axis) for axis in reads(case.geometry, case.shape))))
     for batch in range(len(x)):
         for term in case.terms():
             value = term.value if term.source is None else x[(batch, *term.source)]
-            y.add((batch, *term.output), weights[term.kernel][term.weight], value)
-    if "bias" in weights:
-        bias = weights["bias"].reshape(-1, *(1,) * len(case.shape))
+            y.add((batch, *term.output), weight[term.index], value, term.exact)
+    if "bias" in case.weights:
+        bias = exact(case.weights["bias"]).reshape(-1, *(1,) * len(case.shape))
         y.value, y.magnitude = y.value + bias, y.magnitude + abs(bias)
     return y
 
 
 def gradients(case: "Case", dy: Any) -> dict[str, Sums]:
     """The gradients of ``sum(dy * output)``: each term's derivative, added up."""
-    x, dy = exact(case.x), exact(dy)
-    weights = {k: exact(v) for k, v in case.weights.items()}
-    sums = {name: Sums.zeros(array.shape) for name, array in {"x": x, **weights}.items()}
+    x, dy, weight = exact(case.x), exact(dy), exact(case.weights["weight"])
+    shapes = {"x": x.shape, **{name: array.shape for name, array in case.weights.items()}}
+    sums = {name: Sums.zeros(shape) for name, shape in shapes.items()}
     for batch in range(len(x)):
         for term in case.terms():
             back = dy[(batch, *term.output)]
-            weight = weights[term.kernel][term.weight]
             if term.source is None:
-                sums[term.kernel].add(term.weight, back, term.value)
+                sums["weight"].add(term.index, back, term.value, term.exact)
             else:
                 source = (batch, *term.source)
-                sums[term.kernel].add(term.weight, back, x[source])
-                sums["x"].add(source, back, weight)
-    if "bias" in weights:
+                sums["weight"].add(term.index, back, x[source])
+                sums["x"].add(source, back, weight[term.index])
+    if "bias" in case.weights:
         sums["bias"].value = dy.sum(axis=(0, *range(2, dy.ndim)))
     return sums
 
@@ -254,25 +276,16 @@ class Case:
     shape: tuple[int, ...]
     x: Any
     weights: dict[str, Any]
-    absolute_terms: bool = False
+    value_of: Callable[..., Fraction] = coordinate
 
     def terms(self) -> Iterator[Term]:
-        every = terms(self.geometry, self.coords, self.channels, self.out, self.shape)
-        for term in every:
-            if self.absolute_terms and self.coords and term.kernel == "coord_weight":
-                token = self.coords.channels[term.weight[1]]
-                for value in (term.value, *steps(self.geometry, self.coords, token, self.shape)):
-                    yield replace(term, value=abs(value))
-            else:
-                yield term
+        sizes = self.channels, self.out, self.shape
+        return terms(self.geometry, self.coords, *sizes, self.value_of)
 
     def absolute(self) -> "Case":
-        """The same with every factor's size for the factor, which error bounds are made of.
-
-        The steps that a coordinate may be computed by count, too.
-        """
+        """The same with every factor's size for the factor, which error bounds are made of."""
         weights = {name: abs(array) for name, array in self.weights.items()}
-        return replace(self, x=abs(self.x), weights=weights, absolute_terms=True)
+        return replace(self, x=abs(self.x), weights=weights, value_of=magnitude)
 
     @property
     def count(self) -> int:
@@ -287,7 +300,7 @@ coordinates_of_rank = {
         st.permutations("zyx"[-rank:] + "r").flatmap(
             lambda tokens: st.integers(1, len(tokens)).map(lambda n: tuple(tokens[:n]))
         ),
-        span=st.sampled_from([(-1, 1), (0, 1), (1, -1), (-3, 5), (0.25, 0.5)]),
+        span=st.sampled_from([(-1, 1), (0, 1), (1, -1), (-3, 5), (0.25, 0.5), (-1, -0.5)]),
         align=st.sampled_from(["corners", "edges"]),
         outside=st.sampled_from(["zero", "extend"]),
         r_center=st.sampled_from([0, 0.5, -2]),
@@ -370,13 +383,12 @@ def cases(draw: st.DrawFn, *, with_coords: bool = True) -> Case:
     def integers(*size: int) -> Any:
         return rng.integers(-4, 5, size).astype(np.float64)
 
+    n = len(coords) if coords else 0
     weights = {
-        "weight": integers(channels, out // groups, *geometry.kernel)
+        "weight": integers(channels + groups * n, out // groups, *geometry.kernel)
         if geometry.transposed
-        else integers(out, channels // groups, *geometry.kernel)
+        else integers(out, channels // groups + n, *geometry.kernel)
     }
-    if coords:
-        weights["coord_weight"] = integers(out, len(coords), *geometry.kernel)
     if draw(st.booleans()):
         weights["bias"] = integers(out)
     x = integers(draw(st.integers(1, 2)), channels, *shape)
