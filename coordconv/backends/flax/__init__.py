@@ -1,0 +1,20 @@
+"""CoordConv for Flax NNX."""
+
+from coordconv.backends.flax.files import from_state, read_state, write_state
+from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose
+from coordconv.backends.flax.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.flax.recording import recorded
+
+__all__ = [
+    "COMPILED",
+    "AddCoords",
+    "CoordConv",
+    "CoordConvTranspose",
+    "build",
+    "evaluate",
+    "from_state",
+    "read_state",
+    "recorded",
+    "trainer",
+    "write_state",
+]

@@ -1,0 +1,1 @@
+"""What the backends of Flax, NNX and Linen, stand on."""

@@ -1,0 +1,292 @@
+"""JAX's hand in append and map, for NNX and for Linen.
+
+Where the sizes are plain ints the coordinates are constants that NumPy made; where an exporter
+leaves them open, JAX makes the coordinates in the graph, by the same formula.
+
+Two things are XLA's, which fuses sums with what comes before and after, but not products:
+
+- Without a radius each coordinate is the product of a function of the first axis and one of the
+  others, so that P is, too: a convolution with one axis less, and a product along the first axis.
+- The gradient of a sum over the batch takes many times as long as that of a product.
+
+``docs/performance.md`` has what they gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from coordconv import position_bias as core
+from coordconv.backends.jax import options
+from coordconv.coordinates import Coordinates, axis_tokens
+from coordconv.geometry import ConvGeometry, check_input
+from coordconv.grid import Array, channel_values, coordinate_grid
+
+_HIGHEST = lax.Precision.HIGHEST  # else accelerators multiply float32 in bfloat16 or TF32
+_MOST_SUMS = 6  # above, a product is faster than as many sums
+_CONTRACTIONS = {  # by rank: the taps of one axis after another become its positions
+    2: ("ctuo,cuy->ctyo",),
+    3: ("ctuvo,cuy->ctyvo", "ctyvo,cvx->ctyxo"),
+}
+
+
+def check(layer: Any, inputs: Any, channels: int | None) -> None:
+    """Say what is wrong with a layer's ``inputs (..., *S, C)``."""
+    _check(inputs, len(options.kernel_size(layer)), channels, len(layer.coords))
+
+
+def add_coords(inputs: jax.Array, coords: Coordinates, rank: int) -> jax.Array:
+    """``inputs (..., *S, C)`` with the coordinates behind them, checked."""
+    if not jnp.issubdtype(inputs.dtype, jnp.inexact):
+        raise TypeError(f"input must be floating-point, got {inputs.dtype}")
+    _check(inputs, rank, None, 0)
+    return append(coords, inputs, rank)
+
+
+def _check(inputs: Any, rank: int, channels: int | None, coords: int) -> None:
+    check_input(
+        inputs.shape, rank=rank, channels=channels, coords=coords, channel_axis=-1, batched=-1
+    )
+
+
+def coord_conv(
+    layer: Any,
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    convolve: Callable[[Any, Any, Any], jax.Array],
+) -> jax.Array:
+    """The output of a layer, in one of the two ways.
+
+    Args:
+        layer: a CoordConv of either kind of Flax.
+        inputs: ``(..., *S, C)``, in the type that is computed with.
+        kernel: over features and coordinates, in that type and in Flax's layout.
+        bias: in that type, or None.
+        convolve: the layer's base class, a function of inputs, kernel and bias.
+    """
+    rank, axis = len(options.kernel_size(layer)), options.input_axis(layer)
+    shape = inputs.shape[-1 - rank : -1]
+    geometry = options.geometry(layer, shape)
+    if _way(layer, geometry, inputs, kernel.shape[-3 - axis]) == core.APPEND:
+        return convolve(append(layer.coords, inputs, rank, options.groups(layer)), kernel, bias)
+    features = kernel.shape[axis] - len(layer.coords)
+    of_features = lax.slice_in_dim(kernel, 0, features, axis=axis)
+    of_coordinates = lax.slice_in_dim(kernel, features, kernel.shape[axis], axis=axis)
+    output = convolve(inputs, of_features, bias)
+    if axis == -1:
+        of_coordinates = of_coordinates.swapaxes(-1, -2)
+    elif options.is_transposed(layer):
+        of_coordinates = lax.rev(of_coordinates, tuple(range(rank)))
+    return _add(output, position_bias(geometry, layer.coords, shape, of_coordinates))
+
+
+def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str:
+    low = jnp.finfo(inputs.dtype).bits < 32
+    if _has_own_step(layer) and not low and layer.coords.outside == "zero":
+        return core.APPEND  # whatever that function computes, it has features and coordinates
+    rank = geometry.rank
+    return core.choose(
+        geometry,
+        layer.coords,
+        inputs.shape[-1],
+        out,
+        batch=_product(inputs.shape[: -1 - rank]),
+        positions=_product(geometry.lengths(inputs.shape[-1 - rank : -1])),
+        low_precision=low,
+        fused=isinstance(inputs, jax.core.Tracer),
+    )
+
+
+def _has_own_step(layer: Any) -> bool:
+    """Whether the user gave the layer another function in place of ``lax``'s convolution."""
+    own = getattr(layer, "conv_general_dilated_cls", None)
+    own = own or getattr(layer, "conv_general_dilated", None)
+    return own not in (None, lax.conv_general_dilated)
+
+
+def _product(lengths: Sequence[Any]) -> int | None:
+    """The product of plain ints; an exporter's symbols are unknown."""
+    return math.prod(lengths) if _is_known(lengths) else None
+
+
+def _is_known(lengths: Sequence[Any]) -> bool:
+    return all(isinstance(n, int) for n in lengths)
+
+
+def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax.Array:
+    """``x (..., *S, C)`` with the coordinates behind the features of each group."""
+    shape = x.shape[-1 - rank : -1]
+    if _is_known(shape):
+        grid = np.moveaxis(coordinate_grid(shape, coords, dtype=_exact(x.dtype)), 0, -1)
+        grid = jax.device_put(np.ascontiguousarray(grid)).astype(x.dtype)
+    else:
+        with _lenient():
+            positions = [jnp.arange(n, dtype=x.dtype) for n in shape]
+            values = channel_values(coords, positions, shape, jnp.sqrt)
+            grid = jnp.stack([jnp.broadcast_to(v, shape) for v in values], -1)
+    n = len(coords)
+    if groups == 1:
+        return jnp.concatenate([x, jnp.broadcast_to(grid, (*x.shape[:-1], n))], -1)
+    grouped = x.reshape((*x.shape[:-1], groups, -1))
+    repeated = jnp.broadcast_to(jnp.expand_dims(grid, -2), (*grouped.shape[:-1], n))
+    return jnp.concatenate([grouped, repeated], -1).reshape((*x.shape[:-1], -1))
+
+
+def position_bias(
+    geometry: ConvGeometry, coords: Coordinates, shape: Sequence[Any], kernel: jax.Array
+) -> jax.Array:
+    """P, what the coordinates add to the output of every sample.
+
+    Args:
+        geometry: the convolution.
+        coords: its coordinate channels.
+        shape: the spatial shape of its input, of plain or symbolic ints.
+        kernel: the coordinates' part ``(*kernel, n, out)``, its taps in the canonical order.
+
+    Returns:
+        An array ``(*output shape, out)``, in the kernel's type, in float32 at least.
+    """
+    if jnp.finfo(kernel.dtype).bits < 32:
+        kernel = kernel.astype(jnp.float32)
+    lengths = geometry.lengths(shape)
+    if not _is_known(shape) or geometry.rank == 1:
+        return _by_convolution(geometry, coords, shape, lengths, kernel)
+    # The radius is no product of functions of one axis.
+    axes = [c for c, token in enumerate(coords.channels) if token != "r"]
+    others = [c for c, token in enumerate(coords.channels) if token == "r"]
+    bias = None
+    for channels, compute in ((axes, _by_axes), (others, _by_convolution)):
+        if channels:
+            part = replace(coords, channels="".join(coords.channels[c] for c in channels))
+            term = compute(geometry, part, shape, lengths, _channels(kernel, channels))
+            bias = term if bias is None else bias + term
+    assert bias is not None  # coords have at least one channel
+    return bias
+
+
+def _by_convolution(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: Sequence[Any],
+    lengths: Sequence[Any],
+    kernel: jax.Array,
+) -> jax.Array:
+    """P as the convolution of the padded grid, a batch of one."""
+    rank = geometry.rank
+    if _is_known(shape):
+        exact = _exact(kernel.dtype)
+        grid = jax.device_put(core.padded_grid(geometry, coords, shape, lengths, exact))
+    else:
+        with _lenient():
+            values = core.padded_values(
+                geometry,
+                coords,
+                shape,
+                lengths,
+                lambda n: jnp.arange(n, dtype=kernel.dtype),
+                jnp.sqrt,
+            )
+            whole = core.padded_shape(geometry, shape, lengths)
+            grid = jnp.stack([jnp.broadcast_to(value, whole) for value in values])
+    if geometry.transposed:
+        kernel = lax.rev(kernel, tuple(range(rank)))
+    space = "DHW"[-rank:]
+    return lax.conv_general_dilated(
+        jnp.expand_dims(grid.astype(kernel.dtype), 0),
+        kernel,
+        core.map_stride(geometry),
+        "VALID",
+        rhs_dilation=geometry.per_axis.dilation,
+        dimension_numbers=(f"NC{space}", f"{space}IO", f"N{space}C"),
+        precision=_HIGHEST,
+    )[0]
+
+
+def _by_axes(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: tuple[int, ...],
+    lengths: tuple[int, ...],
+    kernel: jax.Array,
+) -> jax.Array:
+    """P as a sum over the taps of the first axis, of products of one function for each axis."""
+    first, *others = core.known_tables(geometry, coords, shape, lengths, _exact(kernel.dtype))
+    terms = jnp.moveaxis(kernel, -2, 0)  # channel, taps of the first axis, taps of others, out
+    for table, contraction in zip(others, _CONTRACTIONS[geometry.rank], strict=True):
+        table = jax.device_put(table).astype(kernel.dtype)
+        terms = jnp.einsum(contraction, terms, table, precision=_HIGHEST)
+    # All channels but that of the first axis have the same table, so that their terms are summed.
+    along = axis_tokens(geometry.rank)[-1]
+    groups = [
+        [c for c, token in enumerate(coords.channels) if (token == along) == whether]
+        for whether in (True, False)
+    ]
+    tables = np.concatenate([first[group[0]] for group in groups if group])
+    summed = [_channels(terms, group, axis=0).sum(0) for group in groups if group]
+    return _sum_of_products(tables.astype(_exact(kernel.dtype)), lax.concatenate(summed, 0))
+
+
+def _sum_of_products(table: Array, terms: jax.Array) -> jax.Array:
+    """``sum(table[t][:, None] * terms[t] for t in ...)`` along a new first axis.
+
+    XLA fuses such sums with what P is added to, and not a product of matrices. Of many terms the
+    product is the faster one, and always for the gradient.
+    """
+
+    def product(terms: jax.Array) -> jax.Array:
+        factor = jax.device_put(table).astype(terms.dtype)
+        return jnp.tensordot(factor, terms, axes=(0, 0), precision=_HIGHEST)
+
+    @jax.custom_jvp
+    def sums(terms: jax.Array) -> jax.Array:
+        columns = table.reshape(*table.shape, *(1,) * (terms.ndim - 1))
+        return sum(column * term for column, term in zip(columns, terms, strict=True))
+
+    sums.defjvp(lambda primals, tangents: (sums(*primals), product(*tangents)))
+    if len(table) > _MOST_SUMS or not isinstance(terms, jax.core.Tracer):
+        return product(terms)
+    return sums(terms)
+
+
+def _add(output: jax.Array, bias: jax.Array) -> jax.Array:
+    """The ``output (..., *S, out)`` of a convolution and P, rounded once."""
+    batch = output.shape[: output.ndim - bias.ndim]
+    if batch in ((), (1,)) or not isinstance(bias, jax.core.Tracer):
+        repeated = bias.reshape((*(1,) * len(batch), *bias.shape))
+    else:
+        # As a product, since the gradient of that is one, too: XLA takes many times as long to sum
+        # over the batch, on a CPU. Forward it sees through the product, and just adds.
+        ones = jnp.ones((math.prod(batch), 1), bias.dtype)
+        repeated = jnp.matmul(ones, bias.reshape((1, -1)), precision=_HIGHEST)
+        repeated = repeated.reshape(output.shape)
+    wide = max(output.dtype, bias.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    return (output.astype(wide) + repeated.astype(wide)).astype(output.dtype)
+
+
+def _channels(array: jax.Array, picked: Sequence[int], axis: int = -2) -> jax.Array:
+    """The channels in ``picked`` of an axis."""
+    if list(picked) == list(range(array.shape[axis])):
+        return array
+    parts = [lax.slice_in_dim(array, c, c + 1, axis=axis) for c in picked]
+    return lax.concatenate(parts, axis % array.ndim)
+
+
+def _exact(dtype: Any) -> Any:
+    return np.float64 if jnp.finfo(dtype).bits == 64 else np.float32
+
+
+@contextmanager
+def _lenient() -> Iterator[None]:
+    """Within it JAX broadcasts and converts by itself, as the formulas of the core ask for."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
