@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from coordconv import Coordinates, load_weights, save_weights
-from coordconv.weights import FORMAT_VERSION, Weights, checked
+from coordconv import Coordinates, load_weights, networks, save_weights
+from coordconv.geometry import ConvGeometry
+from coordconv.weights import Weights, join_kernel
+from coordconv.weights.canonical import checked, layouts
+from coordconv.weights.files import FORMAT_VERSION
+from coordconv.weights.kernels import KernelLayout
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
-    "conv4.weight": RNG.normal(size=(4, 3, 3, 2)).astype(np.float32),
-    "conv4.coord_weight": RNG.normal(size=(4, 3, 3, 2)).astype(np.float32),
+    "conv4.weight": RNG.normal(size=(4, 3 + 3, 3, 2)).astype(np.float32),
     "conv4.bias": RNG.normal(size=4).astype(np.float32),
 }
 COORDS = Coordinates("yxr", span=(0, 1), align="edges", outside="extend", r_center=0.5)
+LAYOUTS = {"conv4": KernelLayout(COORDS, 3)}
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -81,7 +85,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
         assert set(file.keys()) == set(ARRAYS)
-    assert metadata["format_version"] == str(FORMAT_VERSION)
+    assert metadata["format_version"] == str(FORMAT_VERSION) == "2"
     assert json.loads(metadata["coordinates"]) == {
         "conv4": {
             "channels": "yxr",
@@ -99,6 +103,36 @@ def test_any_safetensors_file_can_be_read(tmp_path: Path) -> None:
     assert_same(load_weights(path), ARRAYS)
     safetensors.numpy.save_file(ARRAYS, path, metadata={"format": "pt"})
     assert load_weights(path).metadata == {"format": "pt"}
+
+
+@pytest.mark.parametrize("version", ["1", "01", "0"])
+def test_a_file_of_two_kernels_is_refused_by_its_version(version: str, tmp_path: Path) -> None:
+    """The first edition's: what it calls ``weight`` is the features' part alone."""
+    path = tmp_path / "w.safetensors"
+    arrays = {"weight": np.ones((4, 3, 1)), "coord_weight": np.ones((4, 1, 1))}
+    safetensors.numpy.save_file(arrays, path, metadata={"format_version": version})
+    message = (
+        rf"{path} has format version {version}, in which .* weight and coord_weight; .* reads "
+        r"version 2.*: read the file by safetensors.numpy.load_file, join each such pair by "
+        r"coordconv.weights.join_kernel"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_weights(path)
+    # What the message says to do.
+    found = safetensors.numpy.load_file(path)
+    save_weights(path, {"weight": join_kernel(found["weight"], found["coord_weight"])})
+    assert load_weights(path)["weight"].shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize("version", ["3", "10", "1.0", "-1", "", "two", "9" * 5000])
+def test_a_version_that_is_not_known(version: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(ARRAYS, path, metadata={"format_version": version})
+    with pytest.raises(
+        ValueError, match="; this coordconv reads version 2: install a newer"
+    ) as told:
+        load_weights(path)
+    assert f"{path} has format version {version[:20]};" in str(told.value)
 
 
 def test_bfloat16_is_read_as_float32(tmp_path: Path) -> None:
@@ -169,8 +203,8 @@ SHAPES = {name: array.shape for name, array in ARRAYS.items()}
 
 def test_checked_passes_what_fits() -> None:
     assert_same(checked(ARRAYS, SHAPES), ARRAYS)
-    assert_same(checked(ARRAYS, SHAPES, {"conv4": COORDS}), ARRAYS)  # a dict says nothing of them
-    assert_same(checked(Weights(ARRAYS, {"conv4": COORDS}), SHAPES, {"conv4": COORDS}), ARRAYS)
+    assert_same(checked(ARRAYS, SHAPES, LAYOUTS), ARRAYS)  # a dict says nothing of them
+    assert_same(checked(Weights(ARRAYS, {"conv4": COORDS}), SHAPES, LAYOUTS), ARRAYS)
 
 
 def test_checked_is_in_the_modules_order() -> None:
@@ -184,23 +218,38 @@ def test_lists_will_do_for_arrays() -> None:
 
 def test_all_problems_at_once() -> None:
     wrong = Weights(
-        {
-            "conv4.weight": np.ones((4, 3, 2, 3)),
-            "conv4.coord_weight": np.ones((4, 3, 3, 2), int),
-            "conv5.bias": np.ones(7),
-        },
+        {"conv4.weight": np.ones((4, 6, 2, 3)), "conv4.bias": np.ones(4, int), "b": np.ones(7)},
         {"conv4": Coordinates("yxr"), "conv6": Coordinates("x")},
     )
     with pytest.raises(ValueError, match="cannot import weights") as caught:
-        checked(wrong, SHAPES, {"conv4": COORDS})
+        checked(wrong, {**SHAPES, "linear.bias": (1,)}, LAYOUTS, {"b": "'theirs'"})
     assert str(caught.value).splitlines() == [
         "cannot import weights:",
-        "  missing: conv4.bias, shape (4,)",
-        "  wrong shape: conv4.weight is (4, 3, 2, 3), want (4, 3, 3, 2)",
-        "  not floating-point: conv4.coord_weight is int64",
-        "  unexpected: conv5.bias, shape (7,)",
-        "  other coordinates: conv4.coord_weight was made for Coordinates('yxr'), want "
+        "  missing: linear.bias, shape (1,)",
+        "  wrong shape: conv4.weight is (4, 6, 2, 3), want (4, 6, 3, 2)",
+        "  not floating-point: conv4.bias is int64",
+        "  unexpected: b (from 'theirs'), shape (7,)",
+        "  other coordinates: conv4.weight was made for Coordinates('yxr'), want "
         "Coordinates('yxr', span=(0.0, 1.0), align='edges', outside='extend', r_center=0.5)",
+    ]
+
+
+@pytest.mark.parametrize(("groups", "transposed"), [(1, False), (4, False), (1, True), (4, True)])
+@pytest.mark.parametrize("off", [-2, -1, 1])
+def test_a_kernel_of_other_channels_is_told_the_three_numbers(
+    groups: int, transposed: bool, off: int
+) -> None:
+    """As many as there are, as features and coordinates are, and as the features alone are."""
+    layout = KernelLayout(Coordinates("xy"), 16, groups, transposed)
+    shape = [layout.width, 8 // groups, 3] if transposed else [8, layout.width, 3]
+    wanted = tuple(shape)
+    shape[layout.axis] += off * (groups if transposed else 1)  # -2: a plain convolution's
+    with pytest.raises(ValueError, match="cannot import weights") as caught:
+        checked({"weight": np.ones(shape)}, {"weight": wanted}, {"": layout})
+    assert str(caught.value).splitlines()[1:] == [
+        f"  wrong shape: weight is {tuple(shape)}, want {wanted}: {shape[layout.axis]} input "
+        f"channels, where features and coordinates have {layout.width}, and features alone "
+        f"{layout.plain_width}"
     ]
 
 
@@ -210,37 +259,37 @@ def test_not_a_mapping(mapping: Any) -> None:
         checked(mapping, {"w": (2,)})
 
 
+@pytest.mark.parametrize(("groups", "transposed"), [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize(
     ("made", "wanted"), [("xy", "yx"), ("yxr", "xyr"), ("rxy", "xyr"), ("zyx", "xyz")]
 )
-def test_the_same_coordinates_in_another_order(made: str, wanted: str) -> None:
+def test_the_same_coordinates_in_another_order(
+    made: str, wanted: str, groups: int, transposed: bool
+) -> None:
     """The channels move with their coordinates, exactly, and nothing else moves."""
-    n = len(made)
-    weights = {
-        "c.coord_weight": RNG.normal(size=(5, n, 3)),
-        "c.weight": RNG.normal(size=(5, n, 3)),
-        "d.coord_weight": RNG.normal(size=(5, n, 3)),
-    }
+    layout = KernelLayout(Coordinates(wanted, span=(0, 1)), 4, groups, transposed)
+    other = KernelLayout(Coordinates(made), 4, groups, transposed)
+    sides = (layout.width, 3) if transposed else (6, layout.width)
+    weights = {f"{name}.weight": RNG.normal(size=(*sides, 3)) for name in "cd"}
     shapes = {name: array.shape for name, array in weights.items()}
     given = {"c": Coordinates(made, span=(0, 1)), "d": Coordinates(made)}
-    want = {"c": Coordinates(wanted, span=(0, 1)), "d": Coordinates(made)}
-    found = checked(Weights(weights, given), shapes, want)
+    found = checked(Weights(weights, given), shapes, {"c": layout, "d": other})
+    features, coordinates = layout.split(found["c.weight"])
+    features_before, before = layout.split(weights["c.weight"])
+    np.testing.assert_array_equal(features, features_before)
     for i, token in enumerate(wanted):
-        np.testing.assert_array_equal(
-            found["c.coord_weight"][:, i], weights["c.coord_weight"][:, made.index(token)]
-        )
-    for name in ("c.weight", "d.coord_weight"):
-        np.testing.assert_array_equal(found[name], weights[name])
+        np.testing.assert_array_equal(coordinates[:, i], before[:, made.index(token)])
+    np.testing.assert_array_equal(found["d.weight"], weights["d.weight"])
 
 
 def test_a_layer_on_its_own_has_no_prefix() -> None:
-    kernel = RNG.normal(size=(2, 2, 1))
+    kernel = RNG.normal(size=(2, 1 + 2, 1))
     found = checked(
-        Weights({"coord_weight": kernel}, {"": Coordinates("yx")}),
-        {"coord_weight": (2, 2, 1)},
-        {"": Coordinates("xy")},
+        Weights({"weight": kernel}, {"": Coordinates("yx")}),
+        {"weight": (2, 3, 1)},
+        {"": KernelLayout(Coordinates("xy"), 1)},
     )
-    np.testing.assert_array_equal(found["coord_weight"], kernel[:, ::-1])
+    np.testing.assert_array_equal(found["weight"], kernel[:, [0, 2, 1]])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +302,43 @@ def test_a_layer_on_its_own_has_no_prefix() -> None:
         Coordinates("x"),
     ],
 )
-def test_other_coordinates_are_refused(other: Coordinates) -> None:
-    weights = Weights({"coord_weight": np.ones((1, 2, 1))}, {"": other})
-    with pytest.raises(ValueError, match=r"other coordinates: coord_weight was made for .*, want"):
-        checked(weights, {"coord_weight": (1, 2, 1)}, {"": Coordinates("xy")})
+@pytest.mark.parametrize("layer", ["", "conv4"])
+def test_other_coordinates_are_refused_by_name(other: Coordinates, layer: str) -> None:
+    name, coords = f"{layer}.weight".strip("."), Coordinates("xy")
+    weights = Weights({name: np.ones((1, 5, 1))}, {layer: other})
+    with pytest.raises(ValueError, match="cannot import weights") as caught:
+        checked(weights, {name: (1, 5, 1)}, {layer: KernelLayout(coords, 3)})
+    expected = f"  other coordinates: {name} was made for {other!r}, want {coords!r}"
+    assert str(caught.value).splitlines()[1:] == [expected]
+
+
+# --- a network's ---------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_network() -> None:
+    network = networks.get("coord_cnn").with_coordinates("yx")
+    arrays = networks.initial_weights(network)
+    weights = Weights.of(network, arrays)
+    assert_same(weights, arrays)
+    assert weights.coordinates == {"conv4": Coordinates("yx")}
+    assert weights.metadata == {"network": "coord_cnn"}
+
+
+def test_the_layouts_of_a_network() -> None:
+    geometry = ConvGeometry((2, 2), groups=2, transposed=True)
+    layers = (
+        networks.Conv("a", 4, 6, ConvGeometry((3, 3), groups=2), Coordinates("yx")),
+        networks.Conv("plain", 6, 4, ConvGeometry((1, 1))),
+        networks.ReLU(),
+        networks.Conv("b", 4, 2, geometry, Coordinates("xyr")),
+    )
+    network = networks.Network("own", (4, 9, 9), layers)
+    found = layouts(network)
+    assert found == {
+        "a": KernelLayout(Coordinates("yx"), 4, 2),
+        "b": KernelLayout(Coordinates("xyr"), 4, 2, transposed=True),
+    }
+    shapes = network.weight_shapes()
+    assert {name: shapes[f"{name}.weight"][kl.axis] for name, kl in found.items()} == {
+        name: layout.width for name, layout in found.items()
+    }
