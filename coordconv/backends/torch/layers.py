@@ -144,7 +144,7 @@ class _CoordConvTranspose(TorchCoordLayer):
         _check(input, self.rank, self.in_channels, len(self.coords))
         extra = self.output_padding
         if output_size is not None:
-            extra = options.output_padding(self, input.shape[-self.rank :], output_size)
+            extra = options.output_padding(self, input.shape, output_size)
 
         def convolve(x: Any, weight: Any, bias: Any) -> Any:
             steps = self.stride, self.padding, extra, self.groups, self.dilation

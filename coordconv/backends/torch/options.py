@@ -61,13 +61,18 @@ def output_padding(layer: Any, shape: Sequence[int], output_size: Sequence[int])
 
     Args:
         layer: the transposed convolution.
-        shape: the spatial shape of its input.
+        shape: the whole shape of its input.
         output_size: the spatial shape of its output, or the whole shape, as torch takes it.
 
     Raises:
-        ValueError: the layer's stride does not leave that size open.
+        ValueError: the size has another number of elements, or the layer's stride does not leave
+            it open.
     """
-    wanted = tuple(output_size)[-layer.rank :]
+    if len(output_size) not in (layer.rank, len(shape)):
+        raise ValueError(
+            f"output_size must have {layer.rank} or {len(shape)} elements, got {tuple(output_size)}"
+        )
+    shape, wanted = shape[-layer.rank :], tuple(output_size)[-layer.rank :]
     least = replace(geometry(layer), output_padding=0).lengths(shape)
     extra = tuple(m - n for m, n in zip(wanted, least, strict=True))
     if any(not 0 <= e < s for e, s in zip(extra, layer.stride, strict=True)):

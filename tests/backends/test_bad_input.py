@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+from harness import FLAX
 
-from coordconv import Coordinates
-from layers import FLAX, as_given, make, zeros
+from coordconv import Coordinates, backends
 
 SPACE = {1: "L", 2: "H, W", 3: "D, H, W"}
 FORM = {
@@ -29,6 +29,61 @@ def rank(request):
 @pytest.fixture(params=[False, True], ids=["plain", "transposed"])
 def transposed(request):
     return request.param
+
+
+def make(backend, rank, transposed, *, kernel=3, coords=None, weights=None, **options):
+    """A layer of 3 channels to 4, and its call with arrays that have the channels first.
+
+    ``options`` are the framework's own. The weights are canonical; None leaves them to the layer,
+    in Flax at zero: JAX would compile the drawing of random numbers for every shape.
+    """
+    kind = "Transpose" if transposed else ""
+    module = backends.load(backend)
+    if backend in FLAX:
+        from flax import nnx
+
+        options = {"padding": "VALID", "kernel_init": nnx.initializers.zeros, **options}
+        sizes = (4, (kernel,) * rank)
+        if backend == "flax":
+            sizes, options["rngs"] = (3, *sizes), nnx.Rngs(0)
+        layer = bound = getattr(module, f"CoordConv{kind}")(*sizes, coords=coords, **options)
+        if backend == "linen":
+            given = weights or zeros(layer.coords, rank, transposed, kernel)
+            bound = partial(layer.apply, layer.import_weights(given))
+        elif weights:
+            layer.import_weights(weights)
+        return layer, lambda x: np.moveaxis(np.asarray(bound(channels_last(x))), -1, 1)
+    if backend == "torch":
+        from torch import tensor
+
+        name = f"CoordConv{kind}{rank}d"
+    else:
+        from paddle import to_tensor as tensor
+
+        name = f"CoordConv{rank}D{kind}"
+    layer = getattr(module, name)(3, 4, kernel, coords=coords, **options)
+    if weights:
+        layer.import_weights(weights)
+    return layer, lambda x, **at_call: layer(tensor(x), **at_call).detach().numpy()
+
+
+def channels_last(x):
+    return np.moveaxis(x, 1, -1) if x.ndim > 1 else x
+
+
+def zeros(coords, rank, transposed, kernel=3):
+    """Canonical weights of the right shapes."""
+    width = 3 + len(coords)
+    sides = (width, 4) if transposed else (4, width)
+    weight = np.zeros((*sides, *(kernel,) * rank), np.float32)
+    return {"weight": weight, "bias": np.zeros(4, np.float32)}
+
+
+def as_given(backend, shape):
+    """The shape of an array as the layer sees it: in Flax with the channels last."""
+    if backend in FLAX and len(shape) > 1:
+        return (shape[0], *shape[2:], shape[1])
+    return shape
 
 
 @pytest.fixture
@@ -142,21 +197,74 @@ def test_options_of_the_coordinates_are_no_options_of_the_layer(build, option):
         build(**option)
 
 
-def test_weights_that_do_not_fit(build, backend, rank, transposed):
+def test_weights_that_do_not_fit(build, rank, transposed):
     layer, call = build(coords="xr")
     x = ones(1, 3, *[4] * rank)
     before = call(x)
-    right = zeros(layer.coords, rank, transposed, 3, 4, 3)
-    wrong = {"weight": right["weight"] + 1, "bias": np.ones(5), "kernel": np.ones(2)}
+    wrong = {**zeros(layer.coords, rank, transposed, 2), "kernel": np.ones(2)}
+    del wrong["bias"]
+    shape = (5, 4) if transposed else (4, 5)
     with pytest.raises(ValueError, match="^cannot import weights") as caught:
         layer.import_weights(wrong)
     for problem in (
-        f"missing: coord_weight, shape {right['coord_weight'].shape}",
+        "missing: bias, shape (4,)",
         "unexpected: kernel, shape (2,)",
-        "wrong shape: bias is (5,), want (4,)",
+        f"wrong shape: weight is {(*shape, *(2,) * rank)}, want {(*shape, *(3,) * rank)}",
     ):
         assert problem in str(caught.value)
     assert np.array_equal(call(x), before)
+
+
+# --- AddCoords -----------------------------------------------------------------------------------
+
+
+def add_coords(backend, *args, **kwargs):
+    """The module and its call with arrays that have the channels first."""
+    module = backends.load(backend).AddCoords(*args, **kwargs)
+    if backend == "torch":
+        from torch import tensor
+
+        return module, lambda x: module(tensor(x))
+    if backend == "paddle":
+        from paddle import to_tensor
+
+        return module, lambda x: module(to_tensor(x))
+    call = partial(module.apply, {}) if backend == "linen" else module
+    return module, lambda x: call(channels_last(x))
+
+
+@pytest.mark.parametrize("given", [0, 4, -1])
+def test_a_rank_that_no_grid_has(backend, given):
+    with told(ValueError, f"a grid has 1, 2 or 3 axes, got {given}"):
+        add_coords(backend, rank=given)[1](ones(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize(("given", "coords"), [(1, "y"), (2, "zx"), (1, Coordinates("rxy"))])
+def test_coordinates_that_the_rank_does_not_have(backend, given, coords):
+    with pytest.raises(ValueError, match=f"which a {given}-D grid does not have: want"):
+        add_coords(backend, coords, rank=given)[1](ones(1, 1, *[3] * given))
+
+
+def test_an_input_of_another_rank(backend, rank):
+    _, call = add_coords(backend, "x", rank=rank)
+    shape = (1, 1, *[3] * (rank - 1)) if backend == "paddle" else (1, *[3] * (rank - 1))
+    form = FORM[backend].format(SPACE[rank])
+    with told(ValueError, f"input must have shape {form}, got {as_given(backend, shape)}"):
+        call(ones(*shape))
+
+
+def test_an_input_with_an_empty_axis(backend, rank):
+    _, call = add_coords(backend, "x", rank=rank)
+    shape = (1, 1, *[3] * (rank - 1), 0)
+    with told(ValueError, f"input must have no empty axis, got shape {as_given(backend, shape)}"):
+        call(ones(*shape))
+
+
+def test_integers_have_no_coordinates(backend):
+    _, call = add_coords(backend)
+    shown = "int32" if backend in FLAX else f"{backend}.int32"
+    with told(TypeError, f"input must be floating-point, got {shown}"):
+        call(ones(1, 1, 3, 3).astype(np.int32))
 
 
 # --- shapes that do not fit ----------------------------------------------------------------------
@@ -212,7 +320,7 @@ def test_reflect_padding_wider_than_the_axis(build, backend, rank):
             RuntimeError,
             (
                 "Padding size should be less than the corresponding input dimension, "
-                f"but got: padding (3, 3) at dimension {rank + 1} of input {[1, 3, *shape]}"
+                f"but got: padding (3, 3) at dimension {rank + 1} of input [1, "
             ),
         )
     with pytest.raises(error, match=re.escape(message)):
@@ -226,19 +334,15 @@ NOT_FLAX = pytest.mark.parametrize("backend", ["torch", "paddle"], indirect=True
 
 @ONLY_TRANSPOSED
 @NOT_FLAX
-@pytest.mark.parametrize(
-    ("extra", "torchs", "paddles"),
-    [
-        (2, "output padding must be smaller than either stride or dilation, .* 2 stride_", "less"),
-        (-1, "negative output_padding is not supported", r"must be at least 0, got \(-1,"),
-    ],
-)
-def test_output_padding_that_the_framework_refuses(build, backend, rank, extra, torchs, paddles):
+@pytest.mark.parametrize("extra", [2, -1])
+def test_output_padding_that_there_is_not(build, backend, rank, extra):
     _, call = build(stride=2, output_padding=extra)
-    error, message = {
-        "torch": (RuntimeError, torchs),
-        "paddle": (ValueError, f"output_padding .*{paddles}"),
-    }[backend]
+    error, message = ValueError, r"output_padding must be at least 0, got \(-1,"
+    if extra > 0:  # for the framework to refuse
+        error, message = {
+            "torch": (RuntimeError, "output padding must be smaller than either stride or dil"),
+            "paddle": (ValueError, "output_padding .*less"),
+        }[backend]
     with pytest.raises(error, match=message):
         call(ones(1, 3, *[4] * rank))
 
@@ -248,13 +352,28 @@ def test_output_padding_that_the_framework_refuses(build, backend, rank, extra, 
 @pytest.mark.parametrize("size", [8, 11])
 def test_output_size_that_the_stride_does_not_leave_open(build, backend, rank, size):
     _, call = build(stride=2)  # which leaves 9 and 10
-    wanted = [size] * rank
     message = {
-        "torch": re.escape(f"requested an output size of {wanted}, but valid sizes range from"),
+        "torch": f"output_size must be from {(9,) * rank} to {(10,) * rank} for an input of "
+        f"spatial shape {(4,) * rank}, got {(size,) * rank}",
         "paddle": "output_size of Op",
     }[backend]
-    with pytest.raises(ValueError, match=message):
-        call(ones(1, 3, *[4] * rank), output_size=wanted)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(ones(1, 3, *[4] * rank), output_size=[size] * rank)
+
+
+@ONLY_TRANSPOSED
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+@pytest.mark.parametrize("batched", [True, False])
+def test_output_size_of_another_rank(build, rank, batched):
+    _, call = build(stride=2)
+    whole = rank + 1 + batched
+    x = ones(1, 3, *[4] * rank) if batched else ones(3, *[4] * rank)
+    for length in set(range(7)) - {rank, whole}:
+        size = (9,) * length
+        with told(ValueError, f"output_size must have {rank} or {whole} elements, got {size}"):
+            call(x, output_size=size)
+    for length in (rank, whole):
+        assert call(x, output_size=[9] * length).shape[-rank:] == (9,) * rank
 
 
 @ONLY_TRANSPOSED
