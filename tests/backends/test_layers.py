@@ -258,6 +258,36 @@ def test_unbatched_input_is_a_batch_of_one(framework, geometry, monkeypatch):
         assert np.array_equal(alone, framework.call(layer, x[:1])[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "rank", "with_r"),
+    [
+        ("walsvid", 1, True),
+        ("paddle", 2, False),
+        ("paddledetection", 2, False),
+        ("uber", 2, True),
+        ("paper", 2, True),
+        ("mkocabas", 2, True),
+        ("walsvid", 2, True),
+        ("keras", 2, True),
+        ("keras", 3, False),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_sees_what_is_named(framework, transposed, name, rank, with_r):
+    """A kernel of one tap that hands every coordinate on shows them, in their order."""
+    coords = Coordinates.named(name, rank=rank, with_r=with_r)
+    n, tap = len(coords), (1,) * rank
+    layer = framework.make(
+        ConvGeometry(tap, transposed=transposed), 1, n, bias=False, coords=coords
+    )
+    features = np.zeros((1, n, *tap) if transposed else (n, 1, *tap))
+    kernel = join_kernel(features, np.eye(n).reshape(n, n, *tap), transposed=transposed)
+    framework.import_weights(layer, {"weight": kernel})
+    shape = (2, 1, 3)[-rank:]
+    y = framework.call(layer, np.zeros((2, 1, *shape), np.float32))
+    assert np.array_equal(y, [coordinate_grid(shape, coords)] * 2)
+
+
 def test_every_group_sees_every_coordinate(framework):
     layer = framework.make(ConvGeometry((1, 1), groups=4), 4, 8, bias=False)
     features, coordinates = np.zeros((8, 1, 1, 1)), integers(8, 2, 1, 1)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from coordconv import Coordinates, coordinate_grid
 from coordconv.coordinates import axis_tokens, check_coord_init
 from definition import coordinates_of_rank
-from layers import make, zeros
 
 any_coordinates = st.one_of(*coordinates_of_rank.values())
 
@@ -195,30 +194,6 @@ def test_named_in_1d(name: str, with_r: bool, expected: Any) -> None:
 def test_named_in_3d(shape: tuple[int, ...], expected: Any) -> None:
     grid = coordinate_grid(shape, Coordinates.named("keras", rank=3))
     np.testing.assert_array_equal(grid, np.array(expected, np.float32))
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "with_r", "expected"),
-    [
-        *((name, 1, with_r, values) for name, with_r, values in IN_1D),
-        *((name, 2, with_r, wide) for name, with_r, wide, _ in IN_2D),
-        ("keras", 3, False, IN_3D),
-    ],
-)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_layer_sees_what_is_named(
-    backend: str, transposed: bool, name: str, rank: int, with_r: bool, expected: Any
-) -> None:
-    """A kernel of one tap that hands every coordinate on shows them, in their order."""
-    coords = Coordinates.named(name, rank=rank, with_r=with_r)
-    values = np.array(expected, np.float32)
-    n = len(coords)
-    weights = zeros(coords, rank, transposed, channels=1, out=n, kernel=1)
-    weights["coord_weight"] = np.eye(n, dtype=np.float32).reshape(n, n, *(1,) * rank)
-    options: Any = {"channels": 1, "out": n, "kernel": 1, "weights": weights}
-    _, call = make(backend, rank, transposed, coords=coords, **options)
-    y = call(np.zeros((2, 1, *values.shape[1:]), np.float32))
-    np.testing.assert_array_equal(y, [values, values])
 
 
 def test_named_is_default_but_for_order_and_centre() -> None:
