@@ -1,4 +1,4 @@
-"""Other implementations' weights: one kernel over features and coordinates, split exactly."""
+"""Other implementations' weights: one kernel over features and coordinates, or features alone."""
 
 import warnings
 from functools import lru_cache
@@ -12,15 +12,16 @@ from coordconv import Coordinates, backends, coordinate_grid, load_weights, netw
 from coordconv.backends import BACKENDS
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Flatten, Linear, Network, ReLU
-from coordconv.parity.comparison import Expected, expected
-from coordconv.reference import Reference
-from coordconv.weights import adopt, split_fused
+from coordconv.parity.bounds import Expected, expected
+from coordconv.weights import Weights, adopt, join_kernel, split_kernel
+from coordconv.weights.foreign import fitted
 
-# Rank, groups, transposed: all that makes a fused kernel another one.
+# Rank, groups, transposed: all that makes one kernel another one.
 KINDS = [(r, g, t) for r in (1, 2, 3) for g in (1, 2, 3) for t in (False, True)]
 COORDS = {1: Coordinates("x"), 2: Coordinates("yx"), 3: Coordinates("xzy")}
 SHAPES = {1: (9,), 2: (5, 9), 3: (5, 3, 9)}  # on which all coordinates are exact
 FEATURES, OUT = 2, 3  # of each group
+POSITIONS = ("last", "first")
 
 
 def integers(*shape: int, seed: int = 0) -> Any:
@@ -28,8 +29,9 @@ def integers(*shape: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
 
 
-def fused_kernel(rank: int, groups: int, transposed: bool) -> Any:
-    inputs, kernel = FEATURES + len(COORDS[rank]), (3, 2, 2)[:rank]
+def kernel_of(rank: int, groups: int, transposed: bool, coordinates: bool = True) -> Any:
+    """Over features and coordinates, or over features alone."""
+    inputs, kernel = FEATURES + coordinates * len(COORDS[rank]), (3, 2, 2)[:rank]
     if transposed:
         return integers(groups * inputs, OUT, *kernel)
     return integers(groups * OUT, inputs, *kernel)
@@ -39,92 +41,14 @@ def as_hwio(kernel: Any) -> Any:
     return np.ascontiguousarray(kernel.transpose(*range(2, kernel.ndim), 1, 0))
 
 
-def concatenated(x: Any, coords: Coordinates, groups: int) -> Any:
-    """The definition: each group's features, then all the coordinates."""
+def concatenated(x: Any, coords: Coordinates, groups: int, position: str = "last") -> Any:
+    """The definition: each group's features, then all the coordinates, or the other way round."""
     grid = np.broadcast_to(
         coordinate_grid(x.shape[2:], coords), (len(x), len(coords), *x.shape[2:])
     )
-    parts = [part for group in np.split(x, groups, axis=1) for part in (group, grid)]
+    order = 1 if position == "last" else -1
+    parts = [p for group in np.split(x, groups, axis=1) for p in (group, grid)[::order]]
     return np.concatenate(parts, axis=1)
-
-
-# --- split_fused ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["oihw", "hwio"])
-@pytest.mark.parametrize(("rank", "groups", "transposed"), KINDS)
-def test_the_parts_are_the_whole_over_a_concatenation(
-    rank: int, groups: int, transposed: bool, layout: Any
-) -> None:
-    geometry = ConvGeometry(
-        (3, 2, 2)[:rank], stride=2, padding=1, groups=groups, transposed=transposed
-    )
-    coords, fused = COORDS[rank], fused_kernel(rank, groups, transposed)
-    x, bias = integers(2, groups * FEATURES, *SHAPES[rank], seed=1), integers(groups * OUT, seed=2)
-    given = fused if layout == "oihw" else as_hwio(fused)
-    weight, coord_weight = split_fused(given, coords, groups, layout, transposed=transposed)
-    whole = Reference(geometry).forward(concatenated(x, coords, groups), fused, None, bias)
-    parts = Reference(geometry, coords).forward(x, weight, coord_weight, bias)
-    np.testing.assert_array_equal(parts, whole)
-    assert coord_weight.shape == (groups * OUT, len(coords), *geometry.kernel)
-
-
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", "c8", "i1"])
-@pytest.mark.parametrize("layout", ["oihw", "hwio"])
-def test_the_dtype_is_kept(layout: Any, dtype: str) -> None:
-    kernel = np.arange(36).reshape(3, 4, 3).astype(dtype)
-    for part in split_fused(kernel, "x", layout=layout):
-        assert part.dtype == np.dtype(dtype)
-
-
-@pytest.mark.parametrize(("groups", "transposed"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("layout", ["oihw", "hwio"])
-def test_the_parts_are_copies(layout: Any, groups: int, transposed: bool) -> None:
-    kernel = np.ones((4, 4, 1) if layout == "oihw" else (1, 4, 4))
-    parts = split_fused(kernel, "x", groups, layout, transposed=transposed)
-    for part in parts:
-        part += 1
-    assert (kernel == 1).all()
-    assert all(part.flags.c_contiguous for part in parts)
-
-
-def test_coords_may_be_tokens_or_all_axes() -> None:
-    kernel = integers(3, 5, 1, 1)
-    for coords in (None, "yx", ("x", "r"), Coordinates("xy", span=(0, 1))):
-        weight, coord_weight = split_fused(kernel, coords)
-        np.testing.assert_array_equal(np.concatenate([weight, coord_weight], axis=1), kernel)
-        assert coord_weight.shape[1] == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((np.ones((2, 4, 1)), "x", 1, "OIHW"), ValueError, "layout must be one of .*got 'OIHW'"),
-        ((np.ones((2, 4)), "x"), ValueError, r"1 to 3 spatial axes and 2 more, got \(2, 4\)"),
-        ((np.ones([1] * 6), "x"), ValueError, "1 to 3 spatial axes and 2 more"),
-        ((np.ones((2, 4, 1)), "xy"), ValueError, "axis 'y', which a 1-D grid does not have"),
-        ((np.ones((2, 4, 1)), "x", 2.0), TypeError, "groups must be an int, got 2.0"),
-        ((np.ones((2, 4, 1)), "x", True), TypeError, "groups must be an int, got True"),
-        ((np.ones((2, 4, 1)), "x", 0), ValueError, "divide the kernel's 2 output channels, got 0"),
-        ((np.ones((2, 4, 1)), "x", 3), ValueError, "divide the kernel's 2 output channels, got 3"),
-        (
-            (np.ones((2, 2, 1, 1)), "xy"),
-            ValueError,
-            r"more than the 2 coordinates .* got 2 in shape \(2, 2, 1, 1\)",
-        ),
-        ((np.ones((1, 1, 4, 2)), "xyr", 1, "oihw"), ValueError, "more than the 3 coord.* got 1"),
-    ],
-)
-def test_what_cannot_be_split(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        split_fused(*arguments)
-
-
-def test_what_cannot_be_split_if_transposed() -> None:
-    with pytest.raises(ValueError, match="divide the kernel's 5 input channels, got 2"):
-        split_fused(np.ones((5, 4, 1)), "x", 2, transposed=True)
-    with pytest.raises(ValueError, match="got 1 in shape"):
-        split_fused(np.ones((2, 4, 1)), "x", 2, transposed=True)
 
 
 # --- the frameworks' own state -------------------------------------------------------------------
@@ -146,17 +70,17 @@ class Torch:
     def coord(self, rank: int, transposed: bool) -> Any:
         return getattr(self.ours, f"CoordConv{'Transpose' if transposed else ''}{rank}d")
 
-    def load(self, layer: Any, state: Any) -> None:
+    def load(self, layer: Any, state: Any, adapt: bool = True) -> None:
         layer.load_state_dict(state)
-
-    def partly(self, layer: Any, state: Any) -> list[str]:
-        missing, unexpected = layer.load_state_dict(state, strict=False)
-        assert unexpected == []
-        return missing
 
     def refuse(self, layer: Any, state: Any) -> None:
         for strict in (True, False):
             with pytest.raises(RuntimeError, match="size mismatch for weight"):
+                layer.load_state_dict(state, strict=strict)
+
+    def refuse_channels(self, layer: Any, state: Any, message: str) -> None:
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=message):
                 layer.load_state_dict(state, strict=strict)
 
     def bfloat16(self, layer: Any) -> Any:
@@ -182,24 +106,21 @@ class Paddle:
     def coord(self, rank: int, transposed: bool) -> Any:
         return getattr(self.ours, f"CoordConv{rank}D{'Transpose' if transposed else ''}")
 
-    def load(self, layer: Any, state: Any) -> None:
-        if type(layer) is self.nn.Sequential:  # Paddle asks the outermost layer alone
-            state = self.ours.split_state_dict(layer, state)
+    def load(self, layer: Any, state: Any, adapt: bool = True) -> None:
+        if adapt and isinstance(layer, self.nn.Sequential):  # Paddle asks the outermost layer alone
+            state = self.ours.adapt_state_dict(layer, state)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # how Paddle says that it skips something
             assert layer.set_state_dict(state) == ([], [])
 
-    def partly(self, layer: Any, state: Any) -> list[str]:
-        with pytest.warns(UserWarning, match="Skip loading"):
-            missing, unexpected = layer.set_state_dict(state)
-        assert unexpected == []
-        return missing
-
     def refuse(self, layer: Any, state: Any) -> None:
         with pytest.warns(UserWarning, match="Skip loading for weight. weight receives a shape"):
             missing, unexpected = layer.set_state_dict(state)
-        assert missing == ["weight", "coord_weight"]
-        assert unexpected == ["weight"]
+        assert (missing, unexpected) == (["weight"], ["weight"])
+
+    def refuse_channels(self, layer: Any, state: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            layer.set_state_dict(state)
 
     def bfloat16(self, layer: Any) -> Any:
         return layer.to(dtype="bfloat16")
@@ -247,32 +168,47 @@ def pair(
     return plain, layer
 
 
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("prefix", ["", "conv."])
 @pytest.mark.parametrize(("rank", "groups", "transposed"), KINDS)
-def test_a_fused_state_gives_the_same_outputs(
-    framework: Any, rank: int, groups: int, transposed: bool, prefix: str
+def test_another_implementations_state_gives_the_same_outputs(
+    framework: Any, rank: int, groups: int, transposed: bool, prefix: str, position: str
 ) -> None:
     plain, layer = pair(framework, rank, groups, transposed, stride=2, padding=1)
     framework.load(plain, filled(plain, framework))
     state = {f"{prefix}{name}": tensor for name, tensor in plain.state_dict().items()}
     given = dict(state)
-    framework.load(layer, state)
+    if position == "first":  # which no shape tells
+        framework.load(layer, framework.ours.adapt_state_dict(layer, state, position=position))
+    else:
+        framework.load(layer, state)
     assert state.keys() == given.keys()  # the caller's, as it was
     assert all(state[name] is given[name] for name in given)
     x = integers(2, groups * FEATURES, *SHAPES[rank], seed=9)
-    wanted = plain(framework.tensor(concatenated(x, COORDS[rank], groups)))
+    wanted = plain(framework.tensor(concatenated(x, COORDS[rank], groups, position)))
     np.testing.assert_array_equal(
         framework.numbers(layer(framework.tensor(x))), framework.numbers(wanted)
     )
 
 
-def test_the_same_split_as_of_an_array(framework: Any) -> None:
-    plain, layer = pair(framework, 3, 2, True)
-    state = filled(plain, framework)
-    framework.load(layer, state)
-    parts = split_fused(framework.numbers(state["weight"]), COORDS[3], 2, transposed=True)
-    for found, wanted in zip((layer.weight, layer.coord_weight), parts, strict=True):
-        np.testing.assert_array_equal(framework.numbers(found), wanted)
+@pytest.mark.parametrize("prefix", ["", "conv."])
+@pytest.mark.parametrize(("rank", "groups", "transposed"), KINDS)
+def test_a_plain_convolutions_state_gives_the_same_outputs(
+    framework: Any, rank: int, groups: int, transposed: bool, prefix: str
+) -> None:
+    """Its kernel is the features' part, and the coordinates' part zero; nothing is missing."""
+    options = {"groups": groups, "stride": 2, "padding": 1}
+    sizes = groups * FEATURES, groups * OUT, 3
+    plain = framework.plain(rank, transposed)(*sizes, **options)
+    layer = framework.coord(rank, transposed)(*sizes, coords=COORDS[rank], **options)
+    framework.load(plain, filled(plain, framework))
+    framework.load(layer, {f"{prefix}{name}": t for name, t in plain.state_dict().items()})
+    x = framework.tensor(integers(2, groups * FEATURES, *SHAPES[rank], seed=9))
+    np.testing.assert_array_equal(framework.numbers(layer(x)), framework.numbers(plain(x)))
+    weight = layer.export_weights()["weight"]
+    features, coordinates = split_kernel(weight, COORDS[rank], groups, transposed)
+    np.testing.assert_array_equal(features, framework.numbers(plain.weight))
+    assert not coordinates.any()
 
 
 @pytest.mark.parametrize("prefix", ["", "conv."])
@@ -283,7 +219,8 @@ def test_in_a_network(framework: Any, prefix: str) -> None:
     ours = nn.Sequential(nn.Sequential(layer, nn.ReLU()), last(OUT, 4, 1))
     state = filled(theirs, framework)
     framework.load(theirs, state)
-    framework.load(ours, {k.replace("0.0.", f"0.0.{prefix}"): v for k, v in state.items()})
+    state = {k.replace("0.0.", f"0.0.{prefix}"): v for k, v in state.items()}
+    framework.load(ours, state, adapt=bool(prefix))  # under our names by the framework's own loader
     x = integers(2, FEATURES, 5, 9, seed=9)
     wanted = theirs(framework.tensor(concatenated(x, COORDS[2], 1)))
     np.testing.assert_array_equal(
@@ -304,9 +241,9 @@ def test_in_a_network_of_ours(framework: Any) -> None:
     module = networks.build(network, type(framework).__name__.lower())
     weights = networks.initial_weights(network, 1)
     state = {name: framework.tensor(array) for name, array in weights.items()}
-    fused = np.concatenate([weights["conv1.weight"], weights["conv1.coord_weight"]], axis=1)
-    del state["conv1.weight"], state["conv1.coord_weight"]
-    framework.load(module, {**state, "conv1.weight": framework.tensor(fused)})
+    for name in ("weight", "bias"):
+        state[f"conv1.conv.{name}"] = state.pop(f"conv1.{name}")
+    framework.load(module, state)
     for name, array in module.export_weights().items():
         np.testing.assert_array_equal(array, weights[name])
 
@@ -322,33 +259,18 @@ def test_a_convolution_that_holds_another(framework: Any) -> None:
     framework.load(layer, {**unused, **{f"conv.{name}": t for name, t in state.items()}})
     np.testing.assert_array_equal(framework.numbers(layer.bias), framework.numbers(state["bias"]))
     np.testing.assert_array_equal(
-        framework.numbers(layer.weight), framework.numbers(state["weight"])[:, :FEATURES]
-    )
-
-
-@pytest.mark.parametrize("prefix", ["", "conv."])
-def test_a_plain_state_leaves_the_coordinates_alone(framework: Any, prefix: str) -> None:
-    layer = pair(framework)[1]
-    before = framework.numbers(layer.coord_weight).copy()
-    state = filled(framework.plain(2, False)(FEATURES, OUT, 3), framework)
-    named = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-    assert framework.partly(layer, named) == ["coord_weight"]
-    np.testing.assert_array_equal(
         framework.numbers(layer.weight), framework.numbers(state["weight"])
     )
-    np.testing.assert_array_equal(framework.numbers(layer.coord_weight), before)
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        (OUT, FEATURES + 3, 3, 3),
-        (OUT, FEATURES + 1, 3, 3),
         (OUT, FEATURES + 2, 3, 2),
         (OUT + 1, FEATURES + 2, 3, 3),
-        (FEATURES + 2, OUT, 3, 3),
-        (3, 3, FEATURES + 2, OUT),
+        (OUT + 1, FEATURES, 3, 3),  # a plain convolution's, with other outputs
         (OUT, FEATURES + 2, 3),
+        (OUT, FEATURES + 2),
     ],
 )
 def test_a_kernel_of_another_shape_is_the_frameworks_to_refuse(framework: Any, shape: Any) -> None:
@@ -360,26 +282,41 @@ def test_a_kernel_of_another_shape_is_the_frameworks_to_refuse(framework: Any, s
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_a_fused_kernel_beside_one_for_the_coordinates_is_refused(framework: Any) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [(OUT, FEATURES + 3, 3, 3), (OUT, FEATURES + 1, 3, 3), (3, 3, FEATURES + 2, OUT)],
+)
+@pytest.mark.parametrize("prefix", ["", "conv."])
+def test_a_kernel_of_other_channels_is_told_the_three_numbers(
+    framework: Any, prefix: str, shape: Any
+) -> None:
+    layer = pair(framework)[1]
+    before = {name: array.copy() for name, array in layer.export_weights().items()}
+    state = {f"{prefix}weight": framework.tensor(np.ones(shape, "f"))}
+    message = (
+        rf"weight: a kernel must have {FEATURES + 2} input channels .* or {FEATURES} .*, "
+        rf"got {shape[1]} in shape"
+    )
+    framework.refuse_channels(layer, state, message)
+    for name, array in layer.export_weights().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_position_that_is_neither_word(framework: Any) -> None:
     plain, layer = pair(framework)
-    before = layer.export_weights()["weight"]
-    state = {**layer.state_dict(), "weight": plain.state_dict()["weight"]}
-    match framework:
-        case Torch():
-            framework.refuse(layer, state)
-        case Paddle():
-            with pytest.warns(UserWarning, match="Skip loading for weight. weight receives"):
-                assert layer.set_state_dict(state) == (["weight"], ["weight"])
-    np.testing.assert_array_equal(layer.export_weights()["weight"], before)
+    with pytest.raises(ValueError, match="position must be one of .* got 'middle'"):
+        framework.ours.adapt_state_dict(layer, plain.state_dict(), position="middle")
 
 
 def test_sixteen_bits_pass_as_they_are(framework: Any) -> None:
-    plain, layer = (framework.bfloat16(each) for each in pair(framework))
-    state = dict(plain.state_dict())
-    framework.load(layer, state)
-    assert layer.coord_weight.dtype == layer.weight.dtype == state["weight"].dtype
-    parts = [framework.numbers(each) for each in (layer.weight, layer.coord_weight)]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), framework.numbers(state["weight"]))
+    fused, layer = (framework.bfloat16(each) for each in pair(framework))
+    plain = framework.bfloat16(framework.plain(2, False)(FEATURES, OUT, 3))
+    for given in (fused, plain):
+        state = dict(given.state_dict())
+        framework.load(layer, state)
+        assert layer.weight.dtype == state["weight"].dtype
+        found, wanted = framework.numbers(layer.weight), framework.numbers(state["weight"])
+        np.testing.assert_array_equal(found[:, : wanted.shape[1]], wanted)
 
 
 def test_a_layer_with_a_conv_of_its_own(framework: Any) -> None:
@@ -390,36 +327,32 @@ def test_a_layer_with_a_conv_of_its_own(framework: Any) -> None:
 
     own = Own()
     state = filled(own, framework)
-    fused = framework.tensor(fused_kernel(2, 1, False)[..., [0, 1, 0]])
-    del state["coord_weight"]
-    framework.load(own, {**state, "weight": fused})
-    inner = framework.numbers(own.conv.weight)
-    np.testing.assert_array_equal(inner, framework.numbers(state["conv.weight"]))
-    np.testing.assert_array_equal(
-        framework.numbers(own.coord_weight), framework.numbers(fused)[:, FEATURES:]
-    )
+    framework.load(own, state)
+    for found, name in ((own.conv.weight, "conv.weight"), (own.weight, "weight")):
+        np.testing.assert_array_equal(framework.numbers(found), framework.numbers(state[name]))
 
 
-def test_torch_keeps_no_part_of_what_it_was_given(torch: Any) -> None:
-    """Though ``assign=True`` makes parameters of the tensors themselves."""
-    plain, layer = pair(torch)
-    state = dict(plain.named_parameters())  # which want gradients
-    fused = plain.weight.detach().clone()
-    layer.load_state_dict(state, assign=True)
-    assert all(each.is_leaf and each.requires_grad for each in layer.parameters())
+def test_torch_may_make_parameters_of_what_it_is_given(torch: Any) -> None:
+    """By ``assign=True``, the tensor itself where it fits, and else one of its own."""
+    fused, layer = pair(torch)
+    plain = torch.plain(2, False)(FEATURES, OUT, 3)
+    for given in (fused, plain):
+        layer.load_state_dict(dict(given.named_parameters()), assign=True)
+        assert all(each.is_leaf and each.requires_grad for each in layer.parameters())
+    kernel = plain.weight.detach().clone()
     with torch.torch.no_grad():
         layer.weight.zero_()
-        layer.coord_weight.zero_()
-    assert torch.torch.equal(plain.weight, fused)
+    assert torch.torch.equal(plain.weight, kernel)
 
 
 def test_a_lazy_torch_layer_takes_one_when_it_knows_its_channels(torch: Any) -> None:
     plain, _ = pair(torch)
-    state = filled(plain, torch)
-    lazy = torch.ours.LazyCoordConv2d(OUT, 3, coords=COORDS[2])
-    lazy(torch.tensor(integers(1, FEATURES, 5, 5)))
-    lazy.load_state_dict(state)
-    assert torch.torch.equal(lazy.coord_weight, state["weight"][:, FEATURES:])
+    for state in (filled(plain, torch), filled(torch.plain(2, False)(FEATURES, OUT, 3), torch)):
+        lazy = torch.ours.LazyCoordConv2d(OUT, 3, coords=COORDS[2])
+        lazy(torch.tensor(integers(1, FEATURES, 5, 5)))
+        lazy.load_state_dict(state)
+        given = state["weight"]
+        assert torch.torch.equal(lazy.weight[:, : given.shape[1]], given)
 
 
 def test_paddle_takes_arrays_and_its_own_names() -> None:
@@ -429,18 +362,17 @@ def test_paddle_takes_arrays_and_its_own_names() -> None:
     plain, layer = pair(framework)
     state = {name: tensor.numpy() for name, tensor in filled(plain, framework).items()}
     framework.load(layer, state)
-    np.testing.assert_array_equal(
-        layer.export_weights()["coord_weight"], state["weight"][:, FEATURES:]
-    )
+    np.testing.assert_array_equal(layer.export_weights()["weight"], state["weight"])
     named = {tensor.name: tensor * 0 for tensor in layer.state_dict().values()}
     assert layer.set_state_dict(named, use_structured_name=False) == ([], [])
     assert not any(array.any() for array in layer.export_weights().values())
+    features = {**state, "weight": state["weight"][:, :FEATURES]}
     for method in ("set_dict", "load_dict", "load_state_dict"):
         layer.import_weights({k: 0 * v for k, v in layer.export_weights().items()})
-        getattr(layer, method)(state)
-        np.testing.assert_array_equal(
-            layer.export_weights()["coord_weight"], state["weight"][:, FEATURES:]
-        )
+        getattr(layer, method)(features)
+        found = layer.export_weights()["weight"]
+        np.testing.assert_array_equal(found[:, :FEATURES], state["weight"][:, :FEATURES])
+        assert not found[:, FEATURES:].any()
 
 
 def test_paddles_own_names_mean_what_they_mean_to_paddle() -> None:
@@ -449,10 +381,10 @@ def test_paddles_own_names_mean_what_they_mean_to_paddle() -> None:
     framework = Paddle()
     layer = framework.coord(2, False)(FEATURES, OUT, 3, weight_attr="weight", bias_attr=False)
     before = layer.export_weights()
-    state = {"weight": framework.tensor(fused_kernel(2, 1, False)[..., [0, 1, 0]])}
+    state = {"weight": framework.tensor(integers(OUT, FEATURES, 3, 3))}  # not to be filled up
     with pytest.warns(UserWarning, match="Skip loading for weight"):
         missing, _ = layer.set_state_dict(state, use_structured_name=False)
-    assert missing == ["weight", "weight_coord"]
+    assert missing == ["weight"]
     np.testing.assert_array_equal(layer.export_weights()["weight"], before["weight"])
 
 
@@ -569,11 +501,8 @@ def test_the_papers_classifier_with_kerass_names_and_coordinates() -> None:
     weights = networks.initial_weights(network)
     given = {}
     for i in range(1, 6):
-        kernel = weights[f"conv{i}.weight"]
-        if i == 1:
-            kernel = np.concatenate([kernel, weights["conv1.coord_weight"]], axis=1)
         given[f"conv2d_{i}/conv2d_{i}/bias:0"] = weights[f"conv{i}.bias"]
-        given[f"conv2d_{i}/conv2d_{i}/kernel:0"] = as_hwio(kernel)
+        given[f"conv2d_{i}/conv2d_{i}/kernel:0"] = as_hwio(weights[f"conv{i}.weight"])
     found = adopt(given, network, layout="hwio")
     assert list(found) == list(weights)
     assert found.coordinates == {"conv1": Coordinates("yx")}
@@ -622,37 +551,73 @@ def test_features_whose_channels_came_last_before_they_were_flattened(backend: s
     np.testing.assert_array_equal(runs(backend, DENSE, weights, x), y)
 
 
+def network_of_one(rank: int, groups: int, transposed: bool) -> Network:
+    geometry = ConvGeometry((3, 2, 2)[:rank], groups=groups, transposed=transposed)
+    sizes = groups * FEATURES, groups * OUT
+    layer = Conv("c", *sizes, geometry, coords=COORDS[rank], bias=groups > 1)
+    return Network("one", (groups * FEATURES, *SHAPES[rank]), (layer,))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("layout", ["oihw", "hwio"])
 @pytest.mark.parametrize(("rank", "groups", "transposed"), KINDS)
 def test_every_kind_of_layer_is_adopted(
-    rank: int, groups: int, transposed: bool, layout: Any
+    rank: int, groups: int, transposed: bool, layout: Any, position: Any
 ) -> None:
-    geometry = ConvGeometry((3, 2, 2)[:rank], groups=groups, transposed=transposed)
-    layer = Conv(
-        "c", groups * FEATURES, groups * OUT, geometry, coords=COORDS[rank], bias=groups > 1
-    )
-    fused = fused_kernel(rank, groups, transposed)
+    network, fused = network_of_one(rank, groups, transposed), kernel_of(rank, groups, transposed)
     given = {"kernel": fused if layout == "oihw" else as_hwio(fused)}
     if groups > 1:
         given["bias"] = integers(groups * OUT)
-    found = adopt(
-        given, Network("one", (groups * FEATURES, *SHAPES[rank]), (layer,)), layout=layout
-    )
-    parts = split_fused(fused, COORDS[rank], groups, transposed=transposed)
-    np.testing.assert_array_equal(found["c.weight"], parts[0], strict=True)
-    np.testing.assert_array_equal(found["c.coord_weight"], parts[1], strict=True)
-    found["c.weight"] += 1  # ours, and no view of theirs
-    assert not np.shares_memory(found["c.weight"], fused)
+    found = adopt(given, network, layout=layout, position=position)
+    options = groups, transposed
+    parts = split_kernel(fused, COORDS[rank], *options, position=position)
+    np.testing.assert_array_equal(found["c.weight"], join_kernel(*parts, *options), strict=True)
+    assert not np.shares_memory(found["c.weight"], given["kernel"])  # ours, and no view of theirs
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("layout", ["oihw", "hwio"])
+@pytest.mark.parametrize(("rank", "groups", "transposed"), KINDS)
+def test_a_plain_convolutions_kernel_is_given_zeros_for_the_coordinates(
+    rank: int, groups: int, transposed: bool, layout: Any, position: Any
+) -> None:
+    plain = kernel_of(rank, groups, transposed, coordinates=False)
+    given = {"c.weight": plain if layout == "oihw" else as_hwio(plain)}
+    if groups > 1:
+        given["c.bias"] = integers(groups * OUT)
+    network = network_of_one(rank, groups, transposed)
+    found = adopt(given, network, layout=layout, position=position)["c.weight"]
+    features, coordinates = split_kernel(found, COORDS[rank], groups, transposed)
+    np.testing.assert_array_equal(features, plain, strict=True)
+    assert not coordinates.any()
+    assert coordinates.dtype == plain.dtype
 
 
 def test_arrays_in_pytorchs_layout() -> None:
-    weights = networks.initial_weights(DENSE)
-    fused = np.concatenate([weights["conv1.weight"], weights.pop("conv1.coord_weight")], axis=1)
-    given = {**weights, "conv1.weight": fused}
+    given = networks.initial_weights(DENSE)
     found = adopt(dict(reversed(given.items())), DENSE, layout="oihw")
-    for name, array in networks.initial_weights(DENSE).items():
+    assert list(found) == list(given)
+    for name, array in given.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
-        assert not np.shares_memory(found[name], given.get(name, fused))
+        assert not np.shares_memory(found[name], array)
+
+
+@pytest.mark.parametrize("layout", ["oihw", "hwio"])
+def test_a_convolution_inside_a_layer(layout: Any) -> None:
+    """Under ``conv.``, beside the kernel of walsvid's outer layer, which that never uses."""
+    arrays = dense_arrays()
+    wanted = adopt(arrays, DENSE, layout="hwio")
+    given = dict(wanted)
+    if layout == "hwio":
+        names = ("conv1.weight", "linear1.weight", "linear2.weight")
+        given |= zip(names, (a for n, a in arrays.items() if "kernel" in n), strict=True)
+    given = {n.replace("conv1.", "conv1.conv."): a for n, a in given.items()}
+    unused = {"conv1.weight": np.full((7, 7), 7.0), "conv1.bias": np.full(7, 7.0)}
+    for state in (given, given | unused):
+        found = adopt(state, DENSE, layout=layout)
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+    assert adopt({**given, **unused}, DENSE, layout=layout).coordinates == DENSE.coordinates()
 
 
 def test_names_may_say_which_is_which() -> None:
@@ -683,13 +648,15 @@ def test_what_cannot_be_adopted() -> None:
         adopt(arrays, DENSE, layout="HWIO")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="network must be one of"):
         adopt(arrays, "lenet", layout="hwio")
+    with pytest.raises(ValueError, match="position must be one of .* got 'middle'"):
+        adopt(arrays, DENSE, layout="hwio", position="middle")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="arrays must be a mapping .* got <class 'list'>"):
         adopt(list(arrays.items()), DENSE, layout="hwio")  # type: ignore[arg-type]
 
 
 def test_all_problems_of_the_arrays_at_once() -> None:
     arrays = dense_arrays()
-    arrays["conv/kernel:0"] = np.ones((3, 3, 2, 3))  # a plain convolution's
+    arrays["conv/kernel:0"] = np.ones((3, 3, 7, 3))
     arrays["dense/bias:0"] = np.ones(5, int)
     del arrays["dense_1/bias:0"]
     arrays["more/kernel:0"] = np.ones((1, 1))
@@ -698,7 +665,9 @@ def test_all_problems_of_the_arrays_at_once() -> None:
     assert str(caught.value).splitlines() == [
         "cannot import weights:",
         "  missing: linear2.bias, shape (5,)",
-        "  wrong shape: conv1.weight (from 'conv/kernel:0') is (3, 3, 2, 3), want (3, 3, 4, 3)",
+        "  wrong shape: conv1.weight (from 'conv/kernel:0' of shape (3, 3, 7, 3)) is (3, 7, 3, 3), "
+        "want (3, 4, 3, 3): 7 input channels, where features and coordinates have 4, and features "
+        "alone 2",
         "  not floating-point: linear1.bias (from 'dense/bias:0') is int64",
         "  unexpected: more/kernel:0, shape (1, 1)",
     ]
@@ -719,10 +688,74 @@ def test_other_coordinates_for_a_network() -> None:
     other = Coordinates("yxr", r_center=0.5)
     network = networks.get("coord_cnn").with_coordinates(other)
     assert network.coordinates() == {"conv4": other}
-    assert network.weight_shapes()["conv4.coord_weight"] == (64, 3, 3, 3)
+    assert network.weight_shapes()["conv4.weight"] == (64, 67, 3, 3)
     assert networks.get("coord_cnn").coordinates() == {"conv4": Coordinates("xy")}
     assert network.with_coordinates(None) == networks.get("coord_cnn")
     with pytest.raises(ValueError, match="'plain_cnn' has no CoordConv"):
         networks.get("plain_cnn").with_coordinates("xy")
     with pytest.raises(ValueError, match="axis 'z'"):
         network.with_coordinates("xyz")
+
+
+# --- fitted --------------------------------------------------------------------------------------
+
+
+def coord_cnn(coords: str = "xy") -> tuple[Network, dict[str, Any]]:
+    network = networks.get("coord_cnn").with_coordinates(coords)
+    return network, networks.initial_weights(network)
+
+
+def test_what_fits_is_copied_in_the_networks_order() -> None:
+    network, arrays = coord_cnn()
+    found = fitted(dict(reversed(arrays.items())), network)
+    assert list(found) == list(arrays)
+    assert found.coordinates == network.coordinates()
+    assert found.metadata == {"network": "coord_cnn"}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+        assert not np.shares_memory(found[name], array)
+
+
+def test_what_is_fitted_is_left_as_it_is() -> None:
+    network, arrays = coord_cnn()
+    arrays["conv4.conv.weight"] = arrays.pop("conv4.weight")[:, :64]
+    given = dict(arrays)
+    found = fitted(arrays, network)
+    assert arrays.keys() == given.keys()
+    assert all(arrays[name] is given[name] for name in given)
+    np.testing.assert_array_equal(found["conv4.weight"][:, :64], given["conv4.conv.weight"])
+    assert not found["conv4.weight"][:, 64:].any()
+
+
+def test_coordinates_that_come_first() -> None:
+    network, arrays = coord_cnn()
+    kernel = arrays["conv4.weight"]
+    given = {**arrays, "conv4.weight": np.concatenate([kernel[:, 64:], kernel[:, :64]], axis=1)}
+    found = fitted(given, network, position="first")
+    np.testing.assert_array_equal(found["conv4.weight"], kernel)
+    with pytest.raises(ValueError, match="position must be one of .* got 'middle'"):
+        fitted(given, network, position="middle")  # type: ignore[arg-type]
+
+
+def test_weights_of_other_coordinates() -> None:
+    """Another order is put in the network's; what is another coordinate is refused by name."""
+    network, arrays = coord_cnn()
+    made_for_yx = Weights.of(network.with_coordinates("yx"), arrays)
+    found = fitted(made_for_yx, network)["conv4.weight"]
+    np.testing.assert_array_equal(found, arrays["conv4.weight"][:, [*range(64), 65, 64]])
+    other = Weights(arrays, {"conv4": Coordinates("xy", span=(0, 1))})
+    with pytest.raises(ValueError, match=r"other coordinates: conv4.weight was made for .*, want"):
+        fitted(other, network)
+
+
+def test_a_kernel_that_fits_neither_is_told_with_all_other_problems() -> None:
+    network, arrays = coord_cnn()
+    arrays["conv4.conv.weight"] = np.ones((64, 65, 3, 3))
+    del arrays["linear2.bias"]
+    with pytest.raises(ValueError, match="cannot import weights") as caught:
+        fitted(arrays, network)
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: linear2.bias, shape (1,)",
+        "  wrong shape: conv4.weight is (64, 65, 3, 3), want (64, 66, 3, 3): 65 input channels, "
+        "where features and coordinates have 66, and features alone 64",
+    ]
