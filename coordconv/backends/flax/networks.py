@@ -31,7 +31,7 @@ class Network(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return common.run(self.network, inputs, lambda layer: getattr(self, layer.name))
 
-    def run(self, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    def run(self, params: dict[str, Any], inputs: jax.Array) -> jax.Array:
         """The output with ``params``, arrays by layer and name, in place of its own."""
         graph, state = nnx.split(self)
         nnx.replace_by_pure_dict(state, params)

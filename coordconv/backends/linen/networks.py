@@ -31,7 +31,8 @@ class Network(nn.Module):
     @nn.nowrap
     def run(self, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
         """The output with ``params``, arrays by layer and name."""
-        return self.apply({"params": params}, inputs)
+        output: jax.Array = self.apply({"params": params}, inputs)  # type: ignore[assignment]
+        return output
 
     @nn.nowrap
     def export_weights(self, variables: Mapping[str, Any]) -> Weights:
