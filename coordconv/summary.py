@@ -44,8 +44,8 @@ class Summary:
 def summary(name: str | Network, batch: int = 1) -> Summary:
     """The per-layer table of a network.
 
-    A CoordConv is two rows: the convolution inside it, whose input has the coordinate channels,
-    and the layer around it, as in the definition. ReLU is not counted.
+    A CoordConv is two rows: the convolution inside it, whose input has the coordinate channels
+    behind the features of each group, and the layer around it. ReLU is not counted.
 
     Args:
         name: one of ``NETWORKS``, or a :class:`Network`.
@@ -69,9 +69,10 @@ def summary(name: str | Network, batch: int = 1) -> Summary:
         count = sum(int(np.prod(shape)) for shape in layer.weight_shapes().values())
         seen, made = (batch, *before), (batch, *after)
         if isinstance(layer, Conv) and layer.coords:
-            fused = (batch, before[0] + len(layer.coords), *before[1:])
+            channels = before[0] + layer.geometry.groups * len(layer.coords)
+            appended = (batch, channels, *before[1:])
             inner = layer.kind.removeprefix("Coord")
-            rows.append(SummaryRow(f"{layer.name}.conv", inner, fused, made, count))
+            rows.append(SummaryRow(f"{layer.name}.conv", inner, appended, made, count))
             count = 0
         rows.append(SummaryRow(layer.name, layer.kind, seen, made, count))
     parameters = sum(row.parameters for row in rows)
