@@ -180,10 +180,11 @@ class TestBuild:
                     ),
                     ("Flax transposed convolutions have no groups", {"transposed": True}),
                     (
-                        "XLA's gradient of a kernel is wrong",
+                        "XLA's convolutions are wrong",
                         {"transposed": True, "padding": ((3, 0), 0), "groups": 1},
                     ),
-                    ("XLA's gradient of a kernel is wrong", {"padding": ((-1, 1), 0)}),
+                    ("XLA's convolutions are wrong", {"padding": ((-1, 1), 0)}),
+                    ("XLA's convolutions are wrong", {"padding": ((-1, 1), 0), "stride": 2}),
                 )
             ),
         ],
@@ -212,7 +213,17 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[str, ...]]]
     "one axis": ((4,), {"padding": ((1, 2),), "stride": 2}, ("torch",)),
     "unequal": ((3, 2), {"padding": ((1, 2), (0, 3)), "stride": (1, 2)}, ("torch",)),
     "cut": ((3, 2), {"padding": ((2, -1), (0, 3)), "input_dilation": 2}, ("torch", "paddle")),
-    "cut, strides": ((3, 2), {"padding": ((-1, 1), 0), "stride": 2}, ("torch", "paddle")),
+    # XLA reads beyond the input, unless it is spread (jax 0.10.2, CPU): no backend is left.
+    "cut at its start": (
+        (3, 2),
+        {"padding": ((-1, 1), 0), "stride": 2},
+        ("torch", "paddle", *FLAX),
+    ),
+    "cut at its start, spread": (
+        (3, 2),
+        {"padding": ((-1, 1), 0), "stride": 2, "input_dilation": (2, 1)},
+        ("torch", "paddle"),
+    ),
     "same": ((3, 2), {"padding": "same"}, ()),
     "same, strides": ((3, 3), {"padding": "same", "stride": 2, "groups": 2}, ("torch",)),
     "same, spread": ((3, 2), {"padding": "same", "input_dilation": 2}, ("torch", "paddle")),
@@ -261,8 +272,7 @@ class TestEvaluate:
         # XLA compiles the two apart.
         assert backend in FLAX or np.array_equal(alone["y"], found["y"])
 
-    @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("with_coords", [True, False])
+    @pytest.mark.parametrize(("with_coords", "bias"), [(True, True), (False, False)])
     @pytest.mark.parametrize("name", CONVOLUTIONS)
     def test_described_convolutions(self, backend, name, with_coords, bias):
         kernel, options, lacking = CONVOLUTIONS[name]
