@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import paddle
@@ -24,7 +24,7 @@ from coordconv import position_bias
 from coordconv.backends.paddle import options
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.grid import channel_values, coordinate_grid
 from coordconv.position_bias import APPEND, MAP
 from coordconv.weights.kernels import KernelLayout
 
@@ -128,11 +128,12 @@ def add_map(
     shape, lengths = spatial_shape(x, last), spatial_shape(output, last)
     quick = _is_quick(output) and not low
     with _no_autocast():
-        if quick and len(output) == 1 and not last:
-            geometry = options.geometry(layer, shape, output_size)
-            factors = _factors(geometry, coords, shape, lengths, kernel.dtype)
-            if factors is not None:
-                return _add_product(output, factors.left(kernel, bias), factors.right)
+        if quick and not last and "r" not in coords.channels:
+            left, right = _product(layer, shape, lengths, output_size, kernel)
+            if len(output) == 1:
+                return _add_product(output, left, right)
+            added = paddle.matmul(left, right).reshape([1, -1])
+            return _add_product(output, _ones(len(output), added.dtype), added)
         if coords.outside == "zero":  # padding does to coordinates what it does to features
             grid = _coordinates(coords, x[:1], last, kernel.dtype)
             kernel = kernel.moveaxis(0, 1) if layer.transposed else kernel
@@ -244,71 +245,41 @@ def _is_quick(x: Tensor) -> bool:
     )
 
 
-class _Factors(NamedTuple):
-    """One sample's map as a product of two matrices.
-
-    The padded grid of an axis's coordinate is an outer product: of a function of the last axis, and
-    of one of all other axes. So P is a sum of products, too: of what the kernel makes of the latter
-    (``left``, one row for each output channel and place on the other axes), and of the former as
-    each tap of the last axis meets them (``right``).
-    """
-
-    coefficients: Tensor  # (functions, n, *padded shape but for the last axis)
-    right: Tensor  # (taps * functions + 1, the output's last axis); the last row, for a bias, is 1
-    geometry: ConvGeometry
-
-    def left(self, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        """The other matrix, of the coordinates' part of the kernel ``(out, n, *kernel size)``."""
-        geometry, out, taps = self.geometry, kernel.shape[0], kernel.shape[-1]
-        if geometry.transposed:
-            kernel = kernel.flip([*range(2, kernel.ndim)])
-        stride, dilation = position_bias.map_stride(geometry)[:-1], geometry.per_axis.dilation[:-1]
-        kernel = kernel.moveaxis(-1, 1).flatten(0, 1)
-        rows = _CONVOLVE[len(stride), False](self.coefficients, kernel, None, stride, 0, dilation)
-        rows = rows.reshape([len(rows), out, taps, -1]).transpose([1, 3, 2, 0]).flatten(2, 3)
-        last = paddle.zeros([out]) if bias is None else bias
-        last = last.astype(rows.dtype).reshape([out, 1, 1]).expand([out, rows.shape[1], 1])
-        return paddle.concat([rows, last], 2).flatten(0, 1)
-
-
 @lru_cache(maxsize=64)
-def _factors(
+def _tables(
     geometry: ConvGeometry,
     coords: Coordinates,
     shape: tuple[int, ...],
     lengths: tuple[int, ...],
     dtype: Any,
-) -> _Factors | None:
-    """The constants of one sample's map as a product, or None if it is none: with a radius."""
-    if geometry.rank == 1 or "r" in coords.channels:
-        return None
-    grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
-    parts = [_outer(channel.reshape(-1, grid.shape[-1])) for channel in grid]
-    functions = np.unique([row for _, row in parts], axis=0)
-    coefficients = np.zeros((len(functions), *grid.shape[:-1]), grid.dtype)
-    for channel, (column, row) in enumerate(parts):
-        at = np.flatnonzero((functions == row).all(axis=1))[0]
-        coefficients[at, channel] = column.reshape(grid.shape[1:-1])
-    stride, dilation = position_bias.map_stride(geometry)[-1], geometry.per_axis.dilation[-1]
-    taps, length = geometry.kernel[-1], lengths[-1]
-    met = np.arange(taps)[:, None] * dilation + np.arange(length) * stride
-    right = functions[:, met].swapaxes(0, 1).reshape(-1, length)
-    right = np.concatenate([right, np.ones((1, length), right.dtype)])
-    cpu = paddle.CPUPlace()
-    constants = [paddle.to_tensor(array, place=cpu) for array in (coefficients, right)]
-    return _Factors(constants[0], constants[1], geometry)
+) -> tuple[list[Tensor], Tensor]:
+    """What the axes' part of P is made of: tensors for ``contract``, and a matrix.
 
-
-def _outer(matrix: Array) -> tuple[Array, Array]:
-    """A column and a row whose outer product is an axis's coordinate, to the last bit.
-
-    One of the two is 0 and 1: where padding reads zeros, and where it does not.
+    P is the product of what ``contract`` makes of the kernel, and of the matrix: that is the table
+    of the last axis, for which ``contract`` is given the identity. The matrix's last row is 1, for
+    a bias.
     """
-    i, j = np.unravel_index(np.abs(matrix).argmax(), matrix.shape)
-    largest = matrix[i, j] or 1
-    if np.isin(matrix[i], (0, largest)).all():
-        return matrix[:, j], matrix[i] / largest
-    return matrix[:, j] / largest, matrix[i]
+    tables = position_bias.axis_tables(geometry, coords, shape, lengths, np.arange)
+    *others, last = (np.stack(np.broadcast_arrays(*t)).astype(_exact(dtype)) for t in tables)
+    n, taps, length = last.shape
+    identity = np.eye(n * taps, dtype=last.dtype).reshape(n, taps, n * taps)
+    right = np.concatenate([last.reshape(n * taps, length), np.ones((1, length), last.dtype)])
+    made = (paddle.to_tensor(t, place=paddle.CPUPlace()) for t in (*others, identity, right))
+    *left, matrix = made
+    return left, matrix
+
+
+def _product(
+    layer: Any, shape: tuple[int, ...], lengths: tuple[int, ...], output_size: Any, kernel: Tensor
+) -> tuple[Tensor, Tensor]:
+    """P and the bias of a layer without a radius as a product, ``(out * other axes, ...)``."""
+    geometry = options.geometry(layer, shape, output_size)
+    tables, right = _tables(geometry, layer.coords, shape, lengths, kernel.dtype)
+    left = position_bias.contract(kernel, tables, paddle.einsum)
+    left = left.reshape([left.shape[0], -1, left.shape[-1]])
+    bias = paddle.zeros([len(left)], left.dtype) if layer.bias is None else layer.bias
+    bias = bias.reshape([-1, 1, 1]).expand([*left.shape[:2], 1])
+    return paddle.concat([left, bias], 2).flatten(0, 1), right
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:

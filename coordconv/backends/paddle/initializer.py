@@ -20,15 +20,15 @@ from coordconv.backends.paddle.arrays import concatenate, zeros
 from coordconv.weights.kernels import KernelLayout
 
 
-class CoordinatesAtZero(nn.initializer.Initializer):
+class CoordinatesAtZero(nn.initializer.Initializer):  # type: ignore[name-defined,misc]
     """Draws the features' part as another initializer draws a plain convolution's kernel.
 
     Args:
-        drawn: the initializer of the features' part.
+        drawn: the initializer of the features' part, or None for Paddle's own choice.
         layout: of the kernel.
     """
 
-    def __init__(self, drawn: nn.initializer.Initializer, layout: KernelLayout) -> None:
+    def __init__(self, drawn: Any, layout: KernelLayout) -> None:
         super().__init__()
         self.drawn, self.layout = drawn, layout
 
@@ -36,30 +36,32 @@ class CoordinatesAtZero(nn.initializer.Initializer):
         """Initialize a parameter; in a static graph return its value, as Paddle's own do."""
         layout, shape = self.layout, list(var.shape)
         shape[layout.axis] = layout.channels if layout.transposed else layout.features
+        drawn = self.drawn or _default(layout, math.prod(shape[2:]))
         if not paddle.in_dynamic_mode():
-            plain = self.drawn.forward(type(var)(shape, var.dtype), block)
+            plain = drawn.forward(type(var)(shape, var.dtype), block)
             return layout.fitted(plain, concatenate, zeros)
         with paddle.no_grad():
             plain = paddle.empty(shape, var.dtype)
-            self.drawn.forward(plain, block)
+            drawn.forward(plain, block)
             paddle.assign(layout.fitted(plain, concatenate, zeros), var)
         return None
 
 
-def coordinates_at_zero(attr: Any, layout: KernelLayout, kernel_size: list[int]) -> Any:
+def _default(layout: KernelLayout, taps: int) -> Any:
+    """What Paddle draws a plain convolution's kernel with."""
+    if layout.transposed:
+        return nn.initializer.XavierUniform()
+    return nn.initializer.Normal(0.0, (2.0 / (taps * layout.channels)) ** 0.5)
+
+
+def coordinates_at_zero(attr: Any, layout: KernelLayout) -> Any:
     """A ``weight_attr`` that draws the features' part as a plain convolution would with ``attr``.
 
     Args:
         attr: what Paddle takes: None, a name, an initializer, a ParamAttr and so on.
         layout: of the kernel.
-        kernel_size: of the convolution.
     """
     attr = copy.copy(paddle.ParamAttr._to_attr(attr))  # what create_parameter does; nothing public
     drawn = attr.initializer or _global_weight_initializer()
-    if drawn is None and layout.transposed:
-        drawn = nn.initializer.XavierUniform()
-    elif drawn is None:
-        terms = math.prod(kernel_size) * layout.channels
-        drawn = nn.initializer.Normal(0.0, (2.0 / terms) ** 0.5)
     attr.initializer = CoordinatesAtZero(drawn, layout)
     return attr

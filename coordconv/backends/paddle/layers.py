@@ -51,9 +51,13 @@ class _CoordLayer(CoordLayer):
             # to leave the layer to eager execution. With full_graph the layer is in the graph.
             paddle.jit.marker.force_dynamic(cls)
 
-    def _rank(self, arguments: Mapping[str, Any]) -> int:
+    def _prepare(self, arguments: dict[str, Any]) -> None:
         options.check_arguments(arguments, self.rank)
-        return self.rank
+        if self.coord_init == "zeros":
+            sizes = arguments["in_channels"], arguments["groups"]
+            layout = KernelLayout(self.coords, *sizes, self.transposed)
+            attr = coordinates_at_zero(arguments["weight_attr"], layout)
+            arguments["weight_attr"] = attr
 
     @property
     def layout(self) -> KernelLayout:
@@ -64,16 +68,6 @@ class _CoordLayer(CoordLayer):
     def channels_last(self) -> bool:
         """Whether the channels are the last axis."""
         return self._data_format.endswith("C")
-
-    def create_parameter(
-        self, shape: Any, attr: Any = None, dtype: Any = None, is_bias: bool = False, **rest: Any
-    ) -> Tensor:
-        """As the base class; the kernel is drawn as ``coord_init`` says."""
-        if self.coord_init == "zeros" and not is_bias and not hasattr(self, "weight"):
-            channels = self._in_channels - self._groups * len(self.coords)  # not yet set back
-            layout = KernelLayout(self.coords, channels, self._groups, self.transposed)
-            attr = coordinates_at_zero(attr, layout, self._kernel_size)
-        return super().create_parameter(shape, attr, dtype, is_bias, **rest)
 
     def _forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """The layer's output, for a transposed layer of the size that the call wants."""
