@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coordconv import Coordinates, coordinate_grid
 from coordconv.coordinates import axis_tokens, check_coord_init
-from definition import coordinates_of_rank
+from definition import UNIT, coordinates_of_rank
 
 any_coordinates = st.one_of(*coordinates_of_rank.values())
 
@@ -151,8 +151,18 @@ HALF_R = [np.sqrt([4.5, 2.5, 2.5]), np.sqrt([2.5, 0.5, 0.5])]
 SQUARE_HALF_R = [np.sqrt([4.5, 2.5, 2.5]), np.sqrt([2.5, 0.5, 0.5]), np.sqrt([2.5, 0.5, 0.5])]
 
 
+# -1 to -0.5
+LOW_X = [[-1.0, -0.75, -0.5]] * 2
+LOW_Y = [[-1.0] * 3, [-0.5] * 3]
+SQUARE_LOW_X = [[-1.0, -0.75, -0.5]] * 3
+SQUARE_LOW_Y = [[-1.0] * 3, [-0.75] * 3, [-0.5] * 3]
+
+
 IN_2D: list[Any] = [
     ("paddle", False, [X, Y], [SQUARE_X, SQUARE_Y]),
+    ("paddledetection", False, [LOW_X, LOW_Y], [SQUARE_LOW_X, SQUARE_LOW_Y]),
+    ("paper", False, [X, Y], [SQUARE_X, SQUARE_Y]),
+    ("paper", True, [X, Y, HALF_R], [SQUARE_X, SQUARE_Y, SQUARE_HALF_R]),
     ("uber", False, [X, Y], [SQUARE_X, SQUARE_Y]),
     ("uber", True, [X, Y, R], [SQUARE_X, SQUARE_Y, SQUARE_R]),
     ("mkocabas", False, [Y, X], [SQUARE_Y, SQUARE_X]),
@@ -196,17 +206,45 @@ def test_named_in_3d(shape: tuple[int, ...], expected: Any) -> None:
     np.testing.assert_array_equal(grid, np.array(expected, np.float32))
 
 
-def test_named_is_default_but_for_order_and_centre() -> None:
-    for name in ("paddle", "uber", "mkocabas", "walsvid", "keras"):
+@pytest.mark.parametrize("shape", [(2, 3), (7, 5), (13, 13), (40, 64)])
+def test_named_is_what_the_others_code_computes(shape: tuple[int, int]) -> None:
+    """Written as their code is."""
+    h, w = shape
+    # PaddleDetection 2.0 and 2.1, and since 2.2, where parentheses have moved
+    for name, rows, columns in (
+        ("paddle", np.arange(h) / (h - 1) * 2.0 - 1, np.arange(w) / (w - 1) * 2.0 - 1),
+        ("paddledetection", np.arange(h) / ((h - 1) * 2.0) - 1, np.arange(w) / ((w - 1) * 2.0) - 1),
+    ):
+        grid = coordinate_grid(shape, Coordinates.named(name), dtype=np.float64)
+        wanted = [np.broadcast_to(columns, shape), np.broadcast_to(rows[:, None], shape)]
+        np.testing.assert_allclose(grid, wanted, rtol=0, atol=4 * UNIT)
+    # the paper's listing
+    xx, yy = np.meshgrid(np.arange(w) / (w - 1) * 2 - 1, np.arange(h) / (h - 1) * 2 - 1)
+    radius = np.sqrt(np.square(xx - 0.5) + np.square(yy - 0.5))
+    grid = coordinate_grid(shape, Coordinates.named("paper", with_r=True), dtype=np.float64)
+    np.testing.assert_allclose(grid, [xx, yy, radius], rtol=0, atol=16 * UNIT)
+
+
+def test_named_is_default_but_for_order_scale_and_centre() -> None:
+    for name in ("paddle", "uber", "paper", "mkocabas", "walsvid", "keras"):
         coords = Coordinates.named(name)
         assert coords == Coordinates(coords.channels)
+    assert Coordinates.named("paddledetection") == Coordinates("xy", span=(-1.0, -0.5))
+    assert Coordinates.named("paper", with_r=True) == Coordinates("xyr", r_center=0.5)
     assert Coordinates.named("mkocabas", with_r=True) == Coordinates("yxr", r_center=0.5)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tensorflow", {}, "name must be one of paddle, uber, mkocabas, walsvid, keras, got 'tens"),
+        (
+            "tensorflow",
+            {},
+            "name must be one of paddle, paddledetection, uber, paper, mkocabas, walsvid, keras, "
+            "got 'tensorflow'",
+        ),
+        ("paddledetection", {"with_r": True}, "'paddledetection' convention has no radius in 2-D"),
+        ("paper", {"rank": 3}, "'paper' convention has no rank 3, only 2"),
         (
             "walsvid",
             {"rank": 3},
