@@ -49,7 +49,7 @@ def add_coords(inputs: jax.Array, coords: Coordinates, rank: int) -> jax.Array:
     if not jnp.issubdtype(inputs.dtype, jnp.inexact):
         raise TypeError(f"input must be floating-point, got {inputs.dtype}")
     _check(inputs, rank, None, 0)
-    return append(coords, inputs, rank)
+    return append(coords, jnp.asarray(inputs), rank)
 
 
 def _check(inputs: Any, rank: int, channels: int | None, coords: int) -> None:
@@ -134,12 +134,13 @@ def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax
             positions = [jnp.arange(n, dtype=x.dtype) for n in shape]
             values = channel_values(coords, positions, shape, jnp.sqrt)
             grid = jnp.stack([jnp.broadcast_to(v, shape) for v in values], -1)
-    n = len(coords)
-    if groups == 1:
-        return jnp.concatenate([x, jnp.broadcast_to(grid, (*x.shape[:-1], n))], -1)
-    grouped = x.reshape((*x.shape[:-1], groups, -1))
-    repeated = jnp.broadcast_to(jnp.expand_dims(grid, -2), (*grouped.shape[:-1], n))
-    return jnp.concatenate([grouped, repeated], -1).reshape((*x.shape[:-1], -1))
+    if groups > 1:
+        x, grid = x.reshape((*x.shape[:-1], groups, -1)), jnp.expand_dims(grid, -2)
+    # JAX joins arrays of the same sharding alone, where a mesh is explicit.
+    sharding = jax.typeof(x).sharding
+    grid = jnp.broadcast_to(grid, (*x.shape[:-1], len(coords)), out_sharding=sharding)
+    x = jnp.concatenate([x, grid], -1)
+    return x.reshape((*x.shape[:-2], -1)) if groups > 1 else x
 
 
 def position_bias(
@@ -249,8 +250,9 @@ def _sum_of_products(table: Array, terms: jax.Array) -> jax.Array:
 
     @jax.custom_jvp
     def sums(terms: jax.Array) -> jax.Array:
-        columns = table.reshape(*table.shape, *(1,) * (terms.ndim - 1))
-        return sum(column * term for column, term in zip(columns, terms, strict=True))
+        columns = table.reshape(*table.shape, *(1,) * (terms.ndim - 1)).astype(terms.dtype)
+        pairs = zip(columns, lax.split(terms, (1,) * len(table)), strict=True)
+        return sum(column * term for column, term in pairs)
 
     sums.defjvp(lambda primals, tangents: (sums(*primals), product(*tangents)))
     if len(table) > _MOST_SUMS or not isinstance(terms, jax.core.Tracer):

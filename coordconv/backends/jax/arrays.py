@@ -1,9 +1,9 @@
 """Arrays of JAX as NumPy's, and canonical arrays in Flax's layout and back.
 
-Flax keeps channels last, in kernels ``(*kernel, in, out)``. A transposed convolution's kernel slides
-over the spread input, where torch's is added to the output, so that the taps are in the reverse of
-the canonical order. With ``transpose_kernel`` Flax keeps the kernel of the convolution that it is
-the transpose of, ``(*kernel, out, in)`` in the canonical order.
+Flax keeps channels last, in kernels ``(*kernel, in, out)``. A transposed convolution's kernel
+slides over the spread input, where torch's is added to the output, so that its taps are in the
+reverse of the canonical order. With ``transpose_kernel`` Flax keeps the kernel of the convolution
+that it is the transpose of, ``(*kernel, out, in)`` in the canonical order.
 """
 
 from __future__ import annotations
