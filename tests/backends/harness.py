@@ -5,6 +5,7 @@ Arrays are NumPy's with the channels first. A layer is one of ours, or the frame
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,21 @@ class Framework:
     def import_weights(self, layer: Any, weights: Mapping[str, Any]) -> None:
         layer.import_weights(weights)
 
+    def state(self, module: Any) -> dict[str, Any]:
+        """Of a module, layers inside it included: arrays by the framework's names."""
+        raise NotImplementedError
+
+    def load_state(self, module: Any, state: Mapping[str, Any]) -> None:
+        """Into a module; ValueError or RuntimeError where the framework's loader complains."""
+        raise NotImplementedError
+
+    def tensors(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def nested(self, layer: Any) -> Any:
+        """A network whose first layer, called ``0``, this is."""
+        raise NotImplementedError
+
     def filled(self, layer: Any, largest: int = 4) -> Any:
         """The layer, with small integers for all weights."""
         found = self.export_weights(layer)
@@ -123,6 +139,18 @@ class Torch(Framework):
     def parameters(self, layer):
         return {name: p.detach().numpy().copy() for name, p in layer.named_parameters()}
 
+    def state(self, module):
+        return {name: tensor.numpy().copy() for name, tensor in module.state_dict().items()}
+
+    def load_state(self, module, state):
+        module.load_state_dict(self.tensors(state))
+
+    def tensors(self, arrays):
+        return {name: self.torch.tensor(array) for name, array in arrays.items()}
+
+    def nested(self, layer):
+        return self.torch.nn.Sequential(layer, self.torch.nn.ReLU())
+
 
 class Paddle(Framework):
     name = "paddle"
@@ -149,6 +177,22 @@ class Paddle(Framework):
 
     def parameters(self, layer):
         return {name: p.numpy() for name, p in layer.named_parameters()}
+
+    def state(self, module):
+        return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+    def load_state(self, module, state):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a tensor that does not fit, which is left out
+            problems = module.set_state_dict(self.tensors(state))
+        if any(problems):
+            raise ValueError(f"missing and unexpected: {problems}")
+
+    def tensors(self, arrays):
+        return {name: self.paddle.to_tensor(array) for name, array in arrays.items()}
+
+    def nested(self, layer):
+        return self.paddle.nn.Sequential(layer, self.paddle.nn.ReLU())
 
 
 class Flax(Framework):

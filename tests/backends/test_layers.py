@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import harness
@@ -497,6 +498,94 @@ class TestWeights:
         layer = framework.make(geometry, 4, 6, coords="xr")
         framework.import_weights(layer, weights)
         assert equal(framework.export_weights(layer), weights)
+
+
+# --- states of the framework ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "paddle"], indirect=True)
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "in a network"])
+class TestStates:
+    """Through the framework's own loader, into a layer or a network that has one."""
+
+    @pytest.fixture
+    def load(self, framework, nested):
+        """What loads a state of one layer into another layer of ours."""
+
+        def load(layer, state):
+            if nested:
+                state = {f"0.{name}": array for name, array in state.items()}
+            framework.load_state(framework.nested(layer) if nested else layer, state)
+
+        return load
+
+    def test_its_own(self, framework, geometry, nested):
+        layer, other = (framework.make(geometry, 4, 6, seed=s) for s in (1, 2))
+        if nested:
+            layer, other = framework.nested(layer), framework.nested(other)
+        names = set(framework.state(layer))
+        assert names == ({"0.weight", "0.bias"} if nested else {"weight", "bias"})
+        framework.load_state(other, framework.state(layer))
+        assert equal(framework.parameters(other), framework.parameters(layer))
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("prefix", ["", "conv."])
+    def test_a_plain_convolutions(self, framework, geometry, load, prefix, groups, monkeypatch):
+        geometry = ConvGeometry(geometry.kernel, groups=groups, transposed=geometry.transposed)
+        plain = framework.make_plain(geometry, 4, 6)
+        layer = framework.make(geometry, 4, 6, coords="xr", seed=1)
+        load(layer, {f"{prefix}{name}": a for name, a in framework.state(plain).items()})
+        weight = framework.export_weights(layer)["weight"]
+        features, coordinates = split_kernel(weight, "xr", groups, geometry.transposed)
+        assert np.array_equal(features, framework.parameters(plain)["weight"])
+        assert not coordinates.any()
+        monkeypatch.setattr(position_bias, "FORCED", position_bias.MAP)
+        x = x_for(geometry)
+        assert np.array_equal(framework.call(layer, x), framework.call(plain, x))
+
+    @pytest.mark.parametrize("prefix", ["", "conv."])
+    def test_another_implementations(self, framework, geometry, load, prefix):
+        """Its kernel is over features and coordinates."""
+        fused = framework.make_plain(geometry, 4 + 2, 6)
+        layer = framework.make(geometry, 4, 6, coords="xr", seed=1)
+        load(layer, {f"{prefix}{name}": a for name, a in framework.state(fused).items()})
+        assert equal(framework.parameters(layer), framework.parameters(fused))
+
+    def test_coordinates_before_the_features(self, framework, geometry, nested):
+        layer = framework.make(geometry, 4, 6, coords="xr")
+        weights = framework.export_weights(layer)
+        features, coordinates = split_kernel(weights["weight"], "xr", 1, geometry.transposed)
+        kernel = join_kernel(features, coordinates, 1, geometry.transposed, position="first")
+        state = {"conv.weight": kernel, "conv.bias": weights["bias"]}
+        other = framework.make(geometry, 4, 6, coords="xr", seed=1)
+        module = framework.nested(other) if nested else other
+        if nested:
+            state = {f"0.{name}": array for name, array in state.items()}
+        adapted = backends.load(framework.name).adapt_state_dict(
+            module, framework.tensors(state), position="first"
+        )
+        assert set(state) == {f"{'0.' * nested}conv.{name}" for name in ("weight", "bias")}
+        framework.load_state(module, {name: each.numpy() for name, each in adapted.items()})
+        assert equal(framework.parameters(other), framework.parameters(layer))
+
+    def test_a_kernel_that_fits_neither(self, framework, geometry, load):
+        layer = framework.make(geometry, 4, 6, coords="xr")
+        before = framework.parameters(layer)
+        state = framework.state(framework.make_plain(geometry, 5, 6, seed=1))
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            load(layer, state)
+        assert "weight: a kernel must have 6 input channels (features and coordinates) or 4" in str(
+            error.value
+        )
+        assert "got 5 in shape" in str(error.value)
+        assert equal(framework.parameters(layer), before)
+
+    def test_another_position(self, framework, nested):
+        layer = framework.make(ConvGeometry((1, 1)), 4, 6)
+        adapt = backends.load(framework.name).adapt_state_dict
+        message = "position must be one of ('last', 'first'), got 'middle'"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            adapt(framework.nested(layer) if nested else layer, {}, position="middle")
 
 
 # --- AddCoords -----------------------------------------------------------------------------------
