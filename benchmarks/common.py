@@ -7,8 +7,8 @@ the same variants of a layer:
 - ``concat``: the definition. The coordinates are made once, outside of what is timed, and each call
   concatenates them to the input and runs one convolution. That is the least work concatenation can
   be; published implementations make the coordinates anew on each call.
-- ``ours``: the CoordConv layer.
-- ``map``: the position bias alone, in the mode of the same name.
+- ``ours``: the CoordConv layer, which chooses by itself between append and map.
+- ``append`` and ``map``: the CoordConv layer, made to compute in that way.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from coordconv import Coordinates, available_backends, backends, coordinate_grid
+from coordconv import Coordinates, available_backends, backends, coordinate_grid, position_bias
 from coordconv.geometry import ConvGeometry
+from coordconv.position_bias import APPEND, MAP
+from coordconv.weights import join_kernel
 
 Array: TypeAlias = npt.NDArray[Any]
 Call: TypeAlias = Callable[[], Any]
 
-PLAIN, CONCAT, OURS, MAP = "plain", "concat", "ours", "map"
-INFERENCE, TRAINING = "inference", "training"  # and MAP, the third mode
+PLAIN, CONCAT, OURS = VARIANTS = "plain", "concat", "ours"
+WAYS = APPEND, MAP  # further variants
+INFERENCE, TRAINING = "inference", "training"
 _MODULES = {
     "torch-eager": "in_torch",
     "torch-compiled": "in_torch",
@@ -71,7 +74,7 @@ class Shape:
     groups: int = 1
     dtype: str = "float32"
     channels_last: bool = False  # where the framework leaves the choice
-    coord_scale: float = 1.0  # of the coordinate kernel, over the feature kernel's
+    coord_scale: float = 1.0  # of the kernel's part for coordinates, over that for features
 
     def __str__(self) -> str:
         parts = [f"{self.batch}, {self.channels}->{self.out}, {'x'.join(map(str, self.size))}"]
@@ -96,8 +99,8 @@ class Shape:
         }
 
     @property
-    def fused_channels(self) -> int:
-        """Those of the convolution over features and coordinates: each group sees them all."""
+    def all_channels(self) -> int:
+        """Features and coordinates of all groups: each group sees all the coordinates."""
         return self.channels + self.groups * self.rank
 
     @cached_property
@@ -120,11 +123,13 @@ SHAPES = (
     Shape(8, 3, 64, (224, 224), 3),
     Shape(8, 3, 64, (224, 224), 7, stride=2),
     Shape(8, 64, 64, (56, 56), 3),
+    Shape(4, 48, 96, (40, 40), 5),
     Shape(64, 64, 64, (7, 7), 3, stride=2),  # the article's
     Shape(16, 2, 32, (64, 64), 1),  # the paper's
     Shape(16, 32, 32, (64, 64), 1),
     Shape(8, 512, 256, (20, 20), 1),  # a detector's neck
-    Shape(1, 3, 32, (512, 512), 3),
+    Shape(1, 3, 32, (512, 512), 3),  # an output far larger than the input
+    Shape(1, 512, 512, (7, 7), 3),  # a kernel far larger than the input
     Shape(8, 64, 64, (16_000,), 9),
     Shape(1, 1, 32, (64, 64, 64), 3),
     Shape(2, 32, 32, (32, 32, 32), 3),
@@ -147,27 +152,19 @@ def shapes(device: str) -> tuple[Shape, ...]:
 class Data:
     """A layer's input and canonical weights, and the coordinates ``(n, *size)``, in NumPy.
 
-    Every value has 7 bits, so that it is the same in every floating-point type.
+    ``weight`` is the kernel over features and coordinates, ``features`` its part for features.
+    Every value of input and weights has 7 bits, and so is the same in every floating-point type.
     """
 
     x: Array
     weight: Array
-    coord_weight: Array
+    features: Array
     bias: Array
     grid: Array
 
-    @property
-    def plain(self) -> dict[str, Array]:
-        return {"weight": self.weight, "bias": self.bias}
-
-    @property
-    def fused(self) -> dict[str, Array]:
-        kernel = np.concatenate([self.weight, self.coord_weight], axis=1)
-        return {"weight": kernel, "bias": self.bias}
-
-    @property
-    def ours(self) -> dict[str, Array]:
-        return {**self.plain, "coord_weight": self.coord_weight}
+    def weights(self, variant: str) -> dict[str, Array]:
+        """The canonical weights of a variant: all but the plain one have the whole kernel."""
+        return {"weight": self.features if variant == PLAIN else self.weight, "bias": self.bias}
 
 
 def data(shape: Shape, seed: int = 0) -> Data:
@@ -179,10 +176,13 @@ def data(shape: Shape, seed: int = 0) -> Data:
     def draw(*size: int, scale: float = scale) -> Array:
         return (rng.integers(-127, 128, size) * (scale / 64)).astype(np.float32)
 
+    x = draw(shape.batch, shape.channels, *shape.size, scale=1)
+    of_features = draw(shape.out, features, *taps)
+    of_coordinates = draw(shape.out, shape.rank, *taps, scale=scale * shape.coord_scale)
     return Data(
-        draw(shape.batch, shape.channels, *shape.size, scale=1),
-        draw(shape.out, features, *taps),
-        draw(shape.out, shape.rank, *taps, scale=scale * shape.coord_scale),
+        x,
+        join_kernel(of_features, of_coordinates, shape.groups),
+        of_features,
         draw(shape.out),
         coordinate_grid(shape.size, Coordinates.resolve(None, shape.rank)),
     )
@@ -191,10 +191,10 @@ def data(shape: Shape, seed: int = 0) -> Data:
 class Framework(Protocol):
     """A framework on a device, as a module ``in_*.py`` of this folder has it."""
 
-    def calls(self, shape: Shape, mode: str) -> dict[str, Call]:
+    def calls(self, shape: Shape, mode: str, variants: Sequence[str] = VARIANTS) -> dict[str, Call]:
         """What to time, by variant; in inference a call returns the output.
 
-        Concatenation is left out of training where a call of it takes minutes.
+        Where appending, by ``concat`` or by ``append``, takes minutes, that variant is left out.
         """
 
     def seconds(self, call: Call, loops: int) -> float:
@@ -210,6 +210,25 @@ def framework(name: str, device: str) -> Framework:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     loaded: Framework = importlib.import_module(_MODULES[name]).framework(name, device)
     return loaded
+
+
+def forced(variant: str, call: Call) -> Call:
+    """The call of a variant, during which layers compute in the way that the variant names.
+
+    A compiler traces a layer in the first call. The later calls are forced as well, since
+    ``torch.compile`` would trace anew wherever ``FORCED`` is not what it was.
+    """
+    if variant not in WAYS:
+        return call
+
+    def run() -> Any:
+        before, position_bias.FORCED = position_bias.FORCED, variant
+        try:
+            return call()
+        finally:
+            position_bias.FORCED = before
+
+    return run
 
 
 def event_seconds(call: Call, loops: int, start: Any, end: Any) -> float:
@@ -297,8 +316,8 @@ class Spread:
 class Result:
     """What was measured of one layer in one mode.
 
-    ``ratios`` to the plain convolution in the same round, by variant, and to concatenation
-    under ``"ours/concat"``.
+    ``ratios`` are to the plain convolution in the same round, by variant; those of ours to the
+    others are under ``"ours/concat"``, ``"ours/append"`` and ``"ours/map"``.
     """
 
     framework: str
@@ -309,15 +328,23 @@ class Result:
     ratios: dict[str, Spread]
 
 
-def timed(name: str, shape: Shape, mode: str, framework: Framework, budget: float) -> Result:
+def timed(
+    name: str,
+    shape: Shape,
+    mode: str,
+    framework: Framework,
+    budget: float,
+    variants: Sequence[str] = VARIANTS,
+) -> Result:
     """Time the variants of one layer in one mode."""
-    calls = framework.calls(shape, mode)
+    if shape.dtype != "float32":  # in 16 bits there is one way
+        variants = [v for v in variants if v not in WAYS]
+    calls = framework.calls(shape, mode, variants)
     if mode == INFERENCE:
-        _check_alike(*(framework.array(calls[v](), shape) for v in (CONCAT, OURS)))
+        _check_alike({v: framework.array(calls[v](), shape) for v in calls if v != PLAIN})
     times = measure(calls, framework.seconds, budget)
     pairs = {v: (v, PLAIN) for v in calls if v != PLAIN}
-    if {OURS, CONCAT} <= calls.keys():
-        pairs["ours/concat"] = (OURS, CONCAT)
+    pairs |= {against(v): (OURS, v) for v in calls if v not in (PLAIN, OURS)}
     return Result(
         name,
         str(shape),
@@ -331,11 +358,19 @@ def timed(name: str, shape: Shape, mode: str, framework: Framework, budget: floa
     )
 
 
-def _check_alike(concat: Array, ours: Array) -> None:
-    """That both do the same work, to a few percent; ``coordconv parity`` holds them to a bound."""
-    difference, largest = np.abs(concat - ours).max(), np.abs(concat).max()
-    if not difference <= 0.05 * largest:
-        raise AssertionError(f"ours differs from concat by {difference} of {largest}")
+def against(variant: str) -> str:
+    """Where a :class:`Result` has the ratios of ours to another variant."""
+    return f"{OURS}/{variant}"
+
+
+def _check_alike(outputs: Mapping[str, Array]) -> None:
+    """That all do the same work, to a few percent; ``coordconv parity`` holds them to a bound."""
+    ours = outputs[OURS]
+    largest = np.abs(ours).max()
+    for variant, output in outputs.items():
+        difference = np.abs(output - ours).max()
+        if not difference <= 0.05 * largest:
+            raise AssertionError(f"ours differs from {variant} by {difference} of {largest}")
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -450,7 +485,11 @@ def chosen_frameworks(wanted: str | None) -> tuple[str, ...]:
 
 
 def timed_all(
-    names: Sequence[str], device: str, cases: Sequence[tuple[Shape, str]], budget: float
+    names: Sequence[str],
+    device: str,
+    cases: Sequence[tuple[Shape, str]],
+    budget: float,
+    variants: Sequence[str] = VARIANTS,
 ) -> Iterator[tuple[str, list[Result]]]:
     """Time every case in every framework, one framework after another, behind a bar."""
     console.print(describe(machine(device)), soft_wrap=True)
@@ -463,7 +502,7 @@ def timed_all(
             loaded, results = framework(name, device), []
             for shape, mode in cases:
                 bar.update(task, description=f"{name}, {mode}: {shape}")
-                results.append(timed(name, shape, mode, loaded, budget))
+                results.append(timed(name, shape, mode, loaded, budget, variants))
                 bar.advance(task)
             yield name, results
 

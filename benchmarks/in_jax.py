@@ -6,7 +6,7 @@ An NNX layer traces to the same program and adds the handling of its state in Py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,19 @@ from jax import numpy as jnp
 
 from common import (
     CONCAT,
-    MAP,
-    OURS,
     PLAIN,
     TRAINING,
+    VARIANTS,
     Array,
     Call,
+    Data,
     Shape,
     data,
+    forced,
     wall_seconds,
 )
-from coordconv.backends import jax as adapter
 from coordconv.backends.linen import CoordConv
+from coordconv.position_bias import APPEND
 
 
 class Concat(nn.Module):
@@ -47,16 +48,29 @@ class Concat(nn.Module):
         return self.conv(z.reshape(*x.shape[:-1], -1))
 
 
-def position_bias(layer: Any, shape: Shape) -> Callable[[Any, jax.Array], jax.Array]:
-    """The map alone: the one place that knows how the adapter makes it."""
-    geometry = adapter.geometry(layer, shape.size)
+def layer(variant: str, shape: Shape, given: Data) -> nn.Module:
+    """A variant."""
+    dtype = jnp.dtype(shape.dtype)
+    options: dict[str, Any] = {
+        "kernel_size": (shape.kernel,) * shape.rank,
+        "strides": shape.stride,
+        "padding": shape.kernel // 2,
+        "feature_group_count": shape.groups,
+        "dtype": dtype,
+        "param_dtype": dtype,
+    }
+    if variant == CONCAT:
+        grid = jnp.asarray(np.moveaxis(given.grid, 0, -1), dtype)
+        return Concat(nn.Conv(shape.out, **options), grid)
+    return (nn.Conv if variant == PLAIN else CoordConv)(shape.out, **options)
 
-    def run(variables: Any, x: jax.Array) -> jax.Array:
-        kernel = variables["params"]["coord_kernel"]
-        bias = adapter.position_bias(kernel, geometry, layer.coords, shape.size)
-        return bias.astype(x.dtype)
 
-    return run
+def params(variant: str, given: Data) -> dict[str, Any]:
+    """A variant's weights, in Flax's names and layout; all variants have the same."""
+    weights = given.weights(variant)
+    kernel = np.moveaxis(weights["weight"], (1, 0), (-2, -1))
+    own = {"kernel": kernel, "bias": weights["bias"]}
+    return {"conv": own} if variant == CONCAT else own
 
 
 class Jax:
@@ -65,32 +79,13 @@ class Jax:
     def __init__(self, device: str) -> None:
         self.device = jax.devices(device)[0]
 
-    def calls(self, shape: Shape, mode: str) -> dict[str, Call]:
+    def calls(self, shape: Shape, mode: str, variants: Sequence[str] = VARIANTS) -> dict[str, Call]:
         jax.clear_caches()  # programs of the shapes before, and the memory that they hold
         given, dtype = data(shape), jnp.dtype(shape.dtype)
-        options: dict[str, Any] = {
-            "kernel_size": (shape.kernel,) * shape.rank,
-            "strides": shape.stride,
-            "padding": shape.kernel // 2,
-            "feature_group_count": shape.groups,
-            "dtype": dtype,
-            "param_dtype": dtype,
-        }
-        plain, ours = nn.Conv(shape.out, **options), CoordConv(shape.out, **options)
-        grid = jnp.asarray(np.moveaxis(given.grid, 0, -1), dtype)
-        concat = Concat(nn.Conv(shape.out, **options), grid)
-        functions: dict[str, tuple[Any, Any]] = {
-            PLAIN: (plain.apply, _params(given.plain)),
-            CONCAT: (concat.apply, {"conv": _params(given.fused)}),
-            OURS: (ours.apply, _params(given.ours)),
-        }
-        if mode == TRAINING and shape.groups > 1 and self.device.platform == "cpu":
-            del functions[CONCAT]  # XLA takes minutes for one gradient of such a kernel
-        if mode == MAP:
-            functions = {
-                PLAIN: functions[PLAIN],
-                MAP: (position_bias(ours, shape), functions[OURS][1]),
-            }
+        on_cpu = self.device.platform == "cpu"
+        if mode == TRAINING and shape.groups > 1 and on_cpu:
+            # XLA takes minutes for one gradient of a kernel over features and coordinates.
+            variants = [v for v in variants if v not in (CONCAT, APPEND)]
         put: Any = partial(
             jax.tree.map, lambda a: jax.device_put(jnp.asarray(a, dtype), self.device)
         )
@@ -98,14 +93,17 @@ class Jax:
         rng, out_shape = np.random.default_rng(1), shape.geometry.output_shape(shape.size)
         dy = put(rng.standard_normal((shape.batch, *out_shape, shape.out), np.float32))
         calls: dict[str, Call] = {}
-        for name, (function, params) in functions.items():
-            variables = {"params": put(params)}
+        for name in variants:
+            apply = layer(name, shape, given).apply
+            variables = {"params": put(params(name, given))}
+            # A new function for each variant: to JAX, methods of equal layers may be the same one,
+            # and what it traced for one way would then be run for the other.
             if mode == TRAINING:
-                call = partial(jax.jit(partial(_step, function)), variables, x, dy)
+                call = partial(jax.jit(partial(_step, apply)), variables, x, dy)
             else:
-                call = partial(jax.jit(function), variables, x)
+                call = partial(jax.jit(partial(apply)), variables, x)
             # On a CPU calls in flight would run side by side, and not one after another.
-            calls[name] = partial(_finished, call) if self.device.platform == "cpu" else call
+            calls[name] = forced(name, partial(_finished, call) if on_cpu else call)
         return calls
 
     def seconds(self, call: Call, loops: int) -> float:
@@ -113,10 +111,6 @@ class Jax:
 
     def array(self, output: jax.Array, shape: Shape) -> Array:
         return np.moveaxis(np.asarray(output.astype(jnp.float32), np.float64), -1, 1)
-
-
-def _params(weights: dict[str, Array]) -> dict[str, Array]:
-    return adapter.to_params(weights)
 
 
 def _step(function: Any, variables: Any, x: jax.Array, dy: jax.Array) -> Any:

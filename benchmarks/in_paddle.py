@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,15 +10,16 @@ import numpy as np
 
 from common import (
     CONCAT,
-    MAP,
-    OURS,
     PLAIN,
     TRAINING,
+    VARIANTS,
     Array,
     Call,
+    Data,
     Shape,
     data,
     event_seconds,
+    forced,
     wall_seconds,
 )
 from coordconv.backends import paddle as adapter
@@ -33,7 +35,7 @@ class Concat(nn.Layer):
         super().__init__()
         self.groups, self.last = shape.groups, shape.channels_last
         self.conv = getattr(nn, f"Conv{shape.rank}D")(
-            shape.fused_channels, shape.out, **shape.options, **options
+            shape.all_channels, shape.out, **shape.options, **options
         )
         lead = [shape.batch] if shape.groups == 1 else [shape.batch, shape.groups]
         grid = grid.expand([*lead, *grid.shape])
@@ -46,17 +48,20 @@ class Concat(nn.Layer):
         return self.conv(paddle.concat([grouped, self.grid], 2).flatten(1, 2))
 
 
-class PositionBias(nn.Layer):
-    """The map alone: the one place that knows how the adapter makes it."""
-
-    def __init__(self, layer: Any, shape: Shape) -> None:
-        super().__init__()
-        self.layer, self.size = layer, shape.size
-
-    def forward(self, x: Tensor) -> Tensor:
-        geometry = self.layer._conv_geometry(self.size)
-        made = self.layer._map_arguments(geometry, self.size)
-        return self.layer._position_bias(*made, x.dtype)
+def layer(variant: str, shape: Shape, given: Data) -> nn.Layer:
+    """A variant; all have the same weights."""
+    options = {"data_format": "NHWC"} if shape.channels_last else {}
+    if variant == CONCAT:
+        module = Concat(shape, paddle.to_tensor(given.grid), options)
+        conv = module.conv
+    else:
+        source, kind = (nn, "Conv") if variant == PLAIN else (adapter, "CoordConv")
+        cls = getattr(source, f"{kind}{shape.rank}D")
+        module = conv = cls(shape.channels, shape.out, **shape.options, **options)
+    arrays = given.weights(variant)
+    for name, parameter in conv.named_parameters():
+        parameter.set_value(arrays[name])
+    return module.to(dtype=getattr(paddle, shape.dtype))
 
 
 class Paddle:
@@ -66,28 +71,17 @@ class Paddle:
         self.device = device
         paddle.device.set_device("gpu" if device == "cuda" else device)
 
-    def calls(self, shape: Shape, mode: str) -> dict[str, Call]:
+    def calls(self, shape: Shape, mode: str, variants: Sequence[str] = VARIANTS) -> dict[str, Call]:
         given, dtype = data(shape), getattr(paddle, shape.dtype)
-        channels = shape.channels, shape.out
-        options = {"data_format": "NHWC"} if shape.channels_last else {}
-        plain = getattr(nn, f"Conv{shape.rank}D")(*channels, **shape.options, **options)
-        concat = Concat(shape, paddle.to_tensor(given.grid), options)
-        ours = getattr(adapter, f"CoordConv{shape.rank}D")(*channels, **shape.options, **options)
-        _set(plain, given.plain)
-        _set(concat.conv, given.fused)
-        _set(ours, given.ours)
-        layers = {PLAIN: plain, CONCAT: concat, OURS: ours}
-        if mode == MAP:
-            layers = {PLAIN: plain, MAP: PositionBias(ours, shape)}
+        layers = {v: layer(v, shape, given) for v in variants}
         x = paddle.to_tensor(np.moveaxis(given.x, 1, -1) if shape.channels_last else given.x)
         x = x.astype(dtype)
-        for layer in layers.values():
-            layer.to(dtype=dtype)
-        if mode != TRAINING:
-            return {name: partial(_forward, layer, x) for name, layer in layers.items()}
-        x.stop_gradient = False
-        dy = paddle.randn(plain(x).shape).astype(dtype)
-        return {name: partial(_step, layer, x, dy) for name, layer in layers.items()}
+        run: Any = partial(_forward, x=x)
+        if mode == TRAINING:
+            x.stop_gradient = False
+            dy = paddle.randn(layers[PLAIN](x).shape).astype(dtype)
+            run = partial(_step, x=x, dy=dy)
+        return {name: forced(name, partial(run, module)) for name, module in layers.items()}
 
     def seconds(self, call: Call, loops: int) -> float:
         if self.device == "cpu":
@@ -98,11 +92,6 @@ class Paddle:
     def array(self, output: Tensor, shape: Shape) -> Array:
         array = output.astype("float64").numpy()
         return np.moveaxis(array, -1, 1) if shape.channels_last else array
-
-
-def _set(layer: nn.Layer, arrays: dict[str, Array]) -> None:
-    for name, parameter in layer.named_parameters():
-        parameter.set_value(arrays[name])
 
 
 @paddle.no_grad()

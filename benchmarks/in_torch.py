@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,17 +11,16 @@ from torch import Tensor, nn
 
 from common import (
     CONCAT,
-    INFERENCE,
-    MAP,
-    OURS,
     PLAIN,
     TRAINING,
+    VARIANTS,
     Array,
     Call,
     Data,
     Shape,
     data,
     event_seconds,
+    forced,
     wall_seconds,
 )
 from coordconv.backends import torch as adapter
@@ -33,7 +33,7 @@ class Concat(nn.Module):
         super().__init__()
         self.groups = shape.groups
         self.conv = getattr(nn, f"Conv{shape.rank}d")(
-            shape.fused_channels, shape.out, **shape.options
+            shape.all_channels, shape.out, **shape.options
         )
         lead = (shape.batch,) if shape.groups == 1 else (shape.batch, shape.groups)
         layout = torch.channels_last if shape.channels_last else torch.contiguous_format
@@ -48,51 +48,23 @@ class Concat(nn.Module):
         return self.conv(z)
 
 
-class PositionBias(nn.Module):
-    """The map alone: the one place that knows how the adapter makes it."""
-
-    def __init__(self, layer: Any, shape: Shape) -> None:
-        super().__init__()
-        self.layer = layer
-        self.output_shape = shape.geometry.output_shape(shape.size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        shapes = tuple(x.shape[2:]), self.output_shape
-        kernel, options = layer.coord_weight, layer._options
-        if torch.compiler.is_compiling():
-            grad = torch.is_grad_enabled()
-            made_for = options, layer.coords.to_dict(), shapes
-            return adapter._traced_position_bias(kernel, *made_for, not grad)
-        arrays = adapter._constants(options, layer.coords, *shapes, kernel.dtype, kernel.device)
-        return adapter._position_bias(kernel, arrays)
-
-
-def layers(shape: Shape, given: Data, device: str) -> dict[str, nn.Module]:
-    """Plain, concatenated and ours, with the same weights."""
-    channels = shape.channels, shape.out
-    built: dict[str, tuple[nn.Module, dict[str, Array]]] = {
-        PLAIN: (getattr(nn, f"Conv{shape.rank}d")(*channels, **shape.options), given.plain),
-        CONCAT: (
-            Concat(shape, torch.tensor(given.grid)),
-            {f"conv.{name}": array for name, array in given.fused.items()},
-        ),
-        OURS: (getattr(adapter, f"CoordConv{shape.rank}d")(*channels, **shape.options), given.ours),
-    }
-    for module, arrays in built.values():
-        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-        module.load_state_dict(tensors, strict=False)  # not the grid
-    return {name: module.to(**_like(shape, device)) for name, (module, _) in built.items()}
+def layer(variant: str, shape: Shape, given: Data, device: str) -> nn.Module:
+    """A variant; all have the same weights."""
+    if variant == CONCAT:
+        module = Concat(shape, torch.tensor(given.grid))
+        conv = module.conv
+    else:
+        source, kind = (nn, "Conv") if variant == PLAIN else (adapter, "CoordConv")
+        cls = getattr(source, f"{kind}{shape.rank}d")
+        module = conv = cls(shape.channels, shape.out, **shape.options)
+    arrays = given.weights(variant)
+    conv.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+    return module.to(**_like(shape, device))
 
 
 def _like(shape: Shape, device: str) -> dict[str, Any]:
     layout = {"memory_format": torch.channels_last} if shape.channels_last else {}
     return {"device": device, "dtype": getattr(torch, shape.dtype), **layout}
-
-
-def tensor(shape: Shape, given: Data, device: str) -> Tensor:
-    """The input."""
-    return torch.tensor(given.x).to(**_like(shape, device))
 
 
 class Torch:
@@ -101,27 +73,26 @@ class Torch:
     def __init__(self, device: str, compiled: bool) -> None:
         self.device, self.compiled = device, compiled
 
-    def modules(self, shape: Shape, mode: str = INFERENCE) -> tuple[dict[str, nn.Module], Tensor]:
-        """The variants and the input."""
+    def modules(self, shape: Shape, variants: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+        """The variants, compiled or not, and the input."""
         given = data(shape)
-        modules, x = layers(shape, given, self.device), tensor(shape, given, self.device)
-        if mode == MAP:
-            modules = {PLAIN: modules[PLAIN], MAP: PositionBias(modules[OURS], shape)}
+        modules: dict[str, Any] = {v: layer(v, shape, given, self.device) for v in variants}
         if self.compiled:
-            torch._dynamo.reset()  # else the shapes before count against its limit of recompiling
+            torch.compiler.reset()  # else earlier shapes count against the limit of recompiling
             for name, module in modules.items():
-                block = module if name == MAP else nn.Sequential(module, nn.ReLU())
-                modules[name] = torch.compile(block, fullgraph=True, dynamic=False)  # type: ignore[assignment]
-        return modules, x
+                block = nn.Sequential(module, nn.ReLU())
+                modules[name] = torch.compile(block, fullgraph=True, dynamic=False)
+        return modules, torch.tensor(given.x).to(**_like(shape, self.device))
 
-    def calls(self, shape: Shape, mode: str) -> dict[str, Call]:
-        modules, x = self.modules(shape, mode)
-        if mode != TRAINING:
-            return {name: partial(_forward, module, x) for name, module in modules.items()}
-        x.requires_grad_()
-        with torch.no_grad():
-            dy = torch.randn_like(modules[PLAIN](x))
-        return {name: partial(_step, module, x, dy) for name, module in modules.items()}
+    def calls(self, shape: Shape, mode: str, variants: Sequence[str] = VARIANTS) -> dict[str, Call]:
+        modules, x = self.modules(shape, variants)
+        run: Any = partial(_forward, x=x)
+        if mode == TRAINING:
+            x.requires_grad_()
+            with torch.no_grad():
+                dy = torch.randn_like(modules[PLAIN](x))
+            run = partial(_step, x=x, dy=dy)
+        return {name: forced(name, partial(run, module)) for name, module in modules.items()}
 
     def seconds(self, call: Call, loops: int) -> float:
         if self.device == "cpu":

@@ -2,36 +2,50 @@
 
 python benchmarks/layers.py --json results.json --picture layers.png
 python benchmarks/layers.py --check results.json
+python benchmarks/layers.py --ways
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import common
-from common import CONCAT, INFERENCE, MAP, OURS, PLAIN, TRAINING, Result, Spread, console
+from common import (
+    CONCAT,
+    INFERENCE,
+    OURS,
+    PLAIN,
+    TRAINING,
+    VARIANTS,
+    WAYS,
+    Result,
+    Spread,
+    against,
+    console,
+)
+from coordconv.position_bias import MAP
 
-# The one place that has the targets: ratios to the plain convolution.
+# The goals of the project's design, section 8: ratios to the plain convolution.
 TARGETS = {  # (geometric mean, worst)
-    ("torch-compiled", INFERENCE): (1.03, 1.10),
-    ("torch-compiled", TRAINING): (1.06, 1.15),
-    ("torch-eager", INFERENCE): (1.08, 1.20),
-    ("torch-eager", TRAINING): (1.08, 1.20),
-    ("jax-jit", INFERENCE): (1.05, 1.15),
-    ("jax-jit", TRAINING): (1.10, 1.25),
-    ("paddle-eager", INFERENCE): (1.08, 1.20),
-    ("paddle-eager", TRAINING): (1.08, 1.20),
+    ("torch-eager", INFERENCE): (1.04, 1.25),
+    ("torch-eager", TRAINING): (1.04, 1.25),
+    ("torch-compiled", INFERENCE): (0.95, 1.12),
+    ("torch-compiled", TRAINING): (1.00, 1.12),
+    ("jax-jit", INFERENCE): (0.92, 1.08),
+    ("jax-jit", TRAINING): (1.05, 1.20),
+    ("paddle-eager", INFERENCE): (0.82, 1.15),
+    ("paddle-eager", TRAINING): (0.83, 1.15),
 }
-AGAINST_CONCAT = 1.02  # each case
-MAP_SHARE, MAP_BATCH = 0.02, 8  # of the plain convolution's time at that batch, each case
-AGAINST = "ours/concat"
+# Each shape's ratio to concatenation: a layer may itself append.
+AGAINST_CONCAT = 1.03
+AGAINST = against(CONCAT)
 _DRAWN = 0.5, 3.0  # what lies beyond is drawn there
 
 
@@ -68,15 +82,12 @@ def check(results: Iterable[Result], device: str) -> list[Check]:
         value = _mean(of, OURS) if of else math.nan
         label = f"{mode}: geometric mean"
         checks.append(Check(name, label, mean, value, shapes=len(of), expected=expected))
-        each = [(f"{mode}: worst", of, OURS, worst)]
-        each.append((f"{mode}: against concat", of, AGAINST, AGAINST_CONCAT))
-        if mode == TRAINING:
-            maps = found.get((name, MAP), [])
-            each.append((f"map at batch {MAP_BATCH}", maps, MAP, MAP_SHARE))
-        for label, of, key, limit in each:
+        each = [("worst", OURS, worst), ("against concat", AGAINST, AGAINST_CONCAT)]
+        for which, key, limit in each:
             medians = {r.shape: r.ratios[key].median for r in of if key in r.ratios}
             where = max(medians, key=medians.__getitem__, default="")
             value, over = medians.get(where, math.nan), sum(v > limit for v in medians.values())
+            label = f"{mode}: {which}"
             checks.append(Check(name, label, limit, value, where, over, len(of), expected))
     return checks
 
@@ -117,26 +128,46 @@ def print_results(name: str, results: list[Result]) -> None:
         columns = "plain ms", "concat/plain", "ours/plain", AGAINST
         table = common.table(f"{name}, {mode}: median (quartiles)", "shape", *columns)
         for r in of:
-            found = (str(r.ratios[k]) if k in r.ratios else "minutes" for k in keys)
-            table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *found)
+            table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *_cells(r, keys))
         table.add_section()
         table.add_row("geometric mean", "", *(f"{_mean(of, k):.3f}" for k in keys))
         worst = (max(r.ratios[k].median for r in of if k in r.ratios) for k in keys)
         table.add_row("worst", "", *(f"{value:.3f}" for value in worst))
         console.print(table)
-    of = [r for r in results if (r.framework, r.mode) == (name, MAP)]
-    if of:
-        columns = "shape", "plain ms", "map ms", "map/plain"
-        table = common.table(f"{name}, the map alone, at batch {MAP_BATCH}", *columns)
-        for r in of:
-            share = r.ratios[MAP]
-            table.add_row(
-                r.shape,
-                _ms(r.milliseconds[PLAIN]),
-                _ms(r.milliseconds[MAP]),
-                f"{share.median:.1%} ({share.low:.1%}-{share.high:.1%})",
-            )
+
+
+def print_ways(name: str, results: list[Result]) -> None:
+    """A framework's choices between append and map, where both were timed.
+
+    ``chosen`` is the layer as it is, over the plain convolution; ``chosen/best`` is the layer over
+    the faster of the two ways in the same round. Well above 1, the other way was the right one.
+    """
+    for mode in (INFERENCE, TRAINING):
+        of = [r for r in results if (r.framework, r.mode) == (name, mode) and MAP in r.ratios]
+        if not of:
+            continue
+        columns = "append/plain", "map/plain", "chosen", "chosen/best"
+        table = common.table(f"{name}, {mode}: append or map", "shape", *columns)
+        best = [min(WAYS, key=lambda way: _median(r, way)) for r in of]
+        to_best = [r.ratios[against(way)] for r, way in zip(of, best, strict=True)]
+        for r, ratio in zip(of, to_best, strict=True):
+            ways = (f"{_median(r, way):.2f}" for way in WAYS)
+            table.add_row(r.shape, *ways, str(r.ratios[OURS]), str(ratio))
+        table.add_section()
+        means = (_mean(of, key) for key in (*WAYS, OURS))
+        mean = common.geometric_mean([ratio.median for ratio in to_best])
+        table.add_row("geometric mean", *(f"{value:.3f}" for value in means), f"{mean:.3f}")
+        mean = common.geometric_mean([_median(r, way) for r, way in zip(of, best, strict=True)])
+        table.add_row("of the better way", "", "", f"{mean:.3f}")
         console.print(table)
+
+
+def _cells(result: Result, keys: Iterable[str]) -> Iterator[str]:
+    return (str(result.ratios[k]) if k in result.ratios else "minutes" for k in keys)
+
+
+def _median(result: Result, key: str) -> float:
+    return result.ratios[key].median if key in result.ratios else math.inf
 
 
 def _ms(spread: Spread) -> str:
@@ -171,7 +202,7 @@ def draw(path: Path, results: list[Result]) -> None:
 
     least, most = _DRAWN
     names = list(dict.fromkeys(r.framework for r in results))
-    shapes = list(dict.fromkeys(r.shape for r in results if r.mode != MAP))
+    shapes = list(dict.fromkeys(r.shape for r in results))
     figure = Figure(figsize=(2.5 + 2.8 * len(names), 2.5 + 0.5 * len(shapes)), layout="constrained")
     grid = figure.subplots(2, len(names), sharex=True, sharey=True, squeeze=False)
     for axes, mode in zip(grid, (INFERENCE, TRAINING), strict=True):
@@ -214,8 +245,14 @@ def main(
     frameworks: common.FrameworksOption = None,
     shapes: common.ShapesOption = None,
     modes: Annotated[
-        str, typer.Option(help="Comma-separated: the layer's two modes, and the map alone.")
-    ] = f"{INFERENCE},{TRAINING},{MAP}",
+        str, typer.Option(help=f"Comma-separated: {INFERENCE}, {TRAINING}.")
+    ] = f"{INFERENCE},{TRAINING}",
+    ways: Annotated[
+        bool,
+        typer.Option(
+            "--ways", help="Time both ways of the layer, too, append and map, and judge its choice."
+        ),
+    ] = False,
     seconds: common.SecondsOption = 4.0,
     json_file: common.JsonOption = None,
     check_file: Annotated[
@@ -245,17 +282,17 @@ def main(
             raise typer.Exit(1)
         return
     names = common.chosen_frameworks(frameworks)
-    if unknown := set(modes.split(",")) - {INFERENCE, TRAINING, MAP}:
-        raise common.fail(f"--modes: {', '.join(unknown)} not among {INFERENCE}, {TRAINING}, {MAP}")
+    if unknown := set(modes.split(",")) - {INFERENCE, TRAINING}:
+        raise common.fail(f"--modes: {', '.join(unknown)} not among {INFERENCE}, {TRAINING}")
     cases = [
-        (shape if mode != MAP else replace(shape, batch=MAP_BATCH), mode)
-        for mode in modes.split(",")
-        for shape in common.chosen_shapes(shapes, device)
+        (shape, mode) for mode in modes.split(",") for shape in common.chosen_shapes(shapes, device)
     ]
+    variants = (*VARIANTS, *WAYS) if ways else VARIANTS
     results = []
-    for name, found in common.timed_all(names, device, cases, seconds):
+    for name, found in common.timed_all(names, device, cases, seconds, variants):
         results += found
         print_results(name, results)
+        print_ways(name, results)
         if json_file is not None:  # after each, so that what was measured is not lost
             common.write_json(json_file, device, results)
     print_checks([c for c in check(results, device) if c.shapes])

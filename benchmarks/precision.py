@@ -22,8 +22,8 @@ TARGET = 1.1  # ours, over what is allowed
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 SIGNIFICAND = {"bfloat16": 8, "float16": 11}  # bits, the leading one included
 
-
-# How large coordinate kernels are beside feature kernels: as drawn, and where position decides.
+# How large the kernel's part for coordinates is beside that for features: as drawn, and where
+# position decides.
 SCALES = (1.0, 16.0)
 
 
@@ -66,11 +66,10 @@ def rounded(array: Array, dtype: str) -> Array:
 def exact(shape: Shape) -> tuple[Array, Array]:
     """The reference's output with coordinates, and without."""
     given, coords = common.data(shape), Coordinates.resolve(None, shape.rank)
-    with_coords = Reference(shape.geometry, coords)
-    plain = Reference(shape.geometry)
+    with_coords, plain = Reference(shape.geometry, coords), Reference(shape.geometry)
     return (
-        with_coords.forward(given.x, given.weight, given.coord_weight, given.bias),
-        plain.forward(given.x, given.weight, None, given.bias),
+        with_coords.forward(given.x, given.weight, given.bias),
+        plain.forward(given.x, given.features, given.bias),
     )
 
 
