@@ -93,7 +93,8 @@ def fitted(
             CoordConv's kernel may be a plain convolution's, whose coordinates' part is then zero,
             and it may be under ``conv.weight``.
         network: what they are to be the weights of.
-        position: where the coordinates are among the channels of each group.
+        position: where the coordinates are among the channels of each group; ``"last"`` for
+            :class:`Weights` with Coordinates, which are canonical.
 
     Returns:
         New arrays in the order of the network, with its Coordinates and its name.
@@ -118,8 +119,13 @@ def _fitted(
     sources: Mapping[str, str] | None = None,
 ) -> Weights:
     check_position(position)
-    found = Weights(arrays, getattr(arrays, "coordinates", {}))
-    kernels = layouts(network)
+    coordinates, kernels = getattr(arrays, "coordinates", {}), layouts(network)
+    if position == "first" and coordinates.keys() & kernels.keys():
+        raise ValueError(
+            "position must be 'last' for weights that carry their Coordinates: these are "
+            "canonical, with the coordinates after the features"
+        )
+    found = Weights(_without_nesting(arrays, network), coordinates)
     for name, layout in kernels.items():
         # What does not fit is told of with all other problems.
         with suppress(ValueError):
@@ -127,6 +133,7 @@ def _fitted(
                 found,
                 f"{name}.",
                 layout,
+                nested=False,
                 position=position,
                 concatenate=np.concatenate,
                 zeros=_zeros,
@@ -137,9 +144,10 @@ def _fitted(
 
 def _without_nesting(arrays: Mapping[str, Array], network: networks.Network) -> dict[str, Array]:
     """The same, but ``conv.weight`` of a CoordConv is called ``weight``."""
-    found = dict(arrays)
+    found, names = dict(arrays), {layer.name for layer in network.layers}
     for layer in layouts(network):
-        take_nested(found, f"{layer}.")
+        if f"{layer}.conv" not in names:
+            take_nested(found, f"{layer}.")
     return found
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import inspect
 import itertools
 import json
 import os
@@ -16,15 +15,26 @@ import numpy as np
 import pytest
 
 from coordconv import available_backends, backends, load_weights, networks, save_weights
-from coordconv import convert as conversion
 from coordconv.convert import CANONICAL, FORMATS, convert, describe, format_of, load, save
 from coordconv.coordinates import Coordinates
-from coordconv.weights import Weights
+from coordconv.weights import Weights, join_kernel, split_kernel
 
 INSTALLED = (CANONICAL, *available_backends())
 SUFFIX = {name: (b.suffixes or ("",))[0] for name, b in backends.BACKENDS.items()}
 SUFFIX[CANONICAL] = ".safetensors"
 FOLDERS = ("flax", "linen")
+
+
+def initial(network: str | networks.Network, seed: int = 0) -> Weights:
+    network = networks.get(network)
+    return Weights.of(network, networks.initial_weights(network, seed))
+
+
+def params_of(network: str, weights: Any) -> Any:
+    """As Flax has them."""
+    from coordconv.backends.jax.files import to_params
+
+    return to_params(networks.get(network), weights)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -72,7 +82,7 @@ def save_as_users_do(backend: str, path: Path, network: Any, weights: Any) -> No
 
 def load_as_users_do(backend: str, path: Path, network: Any) -> Any:
     """Into a module of other weights; what it has afterwards."""
-    other = networks.initial_weights(network, seed=9)
+    other = initial(network, seed=9)
     module = backends.load(backend).build(networks.get(network), other)
     if backend == "torch":
         import torch
@@ -112,7 +122,7 @@ def without_pickle(path: Path) -> Path:
 def test_what_users_save_is_read_and_its_network_is_found(
     backend: str, network: str, tmp_path: Path
 ) -> None:
-    path, weights = named(tmp_path, backend), networks.initial_weights(network, seed=3)
+    path, weights = named(tmp_path, backend), initial(network, seed=3)
     save_as_users_do(backend, path, network, weights)
     found = load(path)
     assert_same(found, weights)
@@ -122,14 +132,14 @@ def test_what_users_save_is_read_and_its_network_is_found(
 
 @pytest.mark.parametrize("network", networks.NETWORKS)
 def test_what_is_written_is_what_users_load(backend: str, network: str, tmp_path: Path) -> None:
-    path, weights = named(tmp_path, backend), networks.initial_weights(network, seed=3)
+    path, weights = named(tmp_path, backend), initial(network, seed=3)
     save(path, weights, format=backend)
     assert_same(load_as_users_do(backend, path, network), weights)
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(INSTALLED, INSTALLED)))
 def test_from_any_format_to_any_other_and_back(source: str, target: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("coord_cnn", seed=4)
+    weights = initial("coord_cnn", seed=4)
     first, second = named(tmp_path, source), named(tmp_path, target, "second")
     save(first, weights, format=source)
     convert(without_pickle(first), second, target_format=target)
@@ -148,7 +158,7 @@ def test_every_form_of_a_flax_checkpoint(reader: str, kind: str, tmp_path: Path)
         pytest.skip(f"{reader} is not installed")
     from flax import nnx
 
-    weights = networks.initial_weights("coord_classifier", seed=5)
+    weights = initial("coord_classifier", seed=5)
     module = backends.load("flax").build(networks.get("coord_classifier"), weights)
     pure = nnx.to_pure_dict(nnx.state(module))
     moments = {"mu": pure, "nu": None}
@@ -163,36 +173,84 @@ def test_every_form_of_a_flax_checkpoint(reader: str, kind: str, tmp_path: Path)
         assert_same(found, weights)
 
 
-@pytest.mark.parametrize("prefix", ["conv4.", "conv4.conv."])
-@pytest.mark.parametrize("framework", ["torch", "paddle"])
-def test_another_implementations_fused_kernel(framework: str, prefix: str, tmp_path: Path) -> None:
-    if backends.BACKENDS[framework].missing:
-        pytest.skip(f"{framework} is not installed")
-    weights = networks.initial_weights("coord_cnn", seed=6)
-    state = dict(weights)
-    fused = [state.pop(f"conv4.{name}") for name in ("weight", "coord_weight")]
-    state[f"{prefix}weight"] = np.concatenate(fused, axis=1)
-    state[f"{prefix}bias"] = state.pop("conv4.bias")
-    path = named(tmp_path, framework)
-    if framework == "torch":
+def save_unchecked(format: str, path: Path, weights: dict[str, Any]) -> None:
+    """What ``save`` would refuse, as the framework would write it."""
+    if format == CANONICAL:
+        save_weights(path, weights)
+    elif format == "torch":
         import torch
 
-        torch.save({name: torch.tensor(array) for name, array in state.items()}, path)
+        torch.save({name: torch.tensor(array) for name, array in weights.items()}, path)
+    elif format == "paddle":
+        swapped = {n: a.T if n.startswith("linear") else a for n, a in weights.items()}
+        save_weights(path, swapped)
     else:
-        import paddle
+        tree: dict[str, dict[str, Any]] = {}
+        for name, array in weights.items():
+            layer, _, own = name.partition(".")
+            own, axes = own.replace("weight", "kernel"), (*range(2, array.ndim), 1, 0)
+            tree.setdefault(layer, {})[own] = array.transpose(axes) if array.ndim > 1 else array
+        orbax(path, tree if format == "flax" else {"params": tree}, "PyTreeCheckpointer")
 
-        swapped = {n: array.T if n.startswith("linear") else array for n, array in state.items()}
-        tensors = {name: paddle.to_tensor(array) for name, array in swapped.items()}
-        paddle.save(tensors, str(path), safetensors=True)
-    assert_same(load(path), weights)
-    canonical = tmp_path / "fused.safetensors"
-    save_weights(canonical, state)
-    assert_same(load(canonical), weights)
+
+@pytest.mark.parametrize("position", ["last", "first"])
+@pytest.mark.parametrize(
+    ("format", "prefix"),
+    [
+        (f, p)
+        for f in INSTALLED
+        for p in ("conv4.", "conv4.conv.")
+        if f not in FOLDERS or p == "conv4."
+    ],
+)
+def test_another_implementations_kernel(
+    format: str, prefix: str, position: Any, tmp_path: Path
+) -> None:
+    weights = initial("coord_cnn", seed=6)
+    state = dict(weights)
+    parts = split_kernel(state.pop("conv4.weight"), "xy")
+    state[f"{prefix}weight"] = join_kernel(*parts, position=position)
+    state[f"{prefix}bias"] = state.pop("conv4.bias")
+    path, target = named(tmp_path, format), tmp_path / "target.safetensors"
+    save_unchecked(format, path, state)
+    assert_same(load(path, format=format, position=position), weights)
+    assert_same(convert(path, target, source_format=format, position=position), weights)
+    assert_same(load(target), weights)  # which has the coordinates last
+
+
+@pytest.mark.parametrize("format", INSTALLED)
+def test_a_plain_networks_weights_in_a_network_with_coordinates(
+    format: str, tmp_path: Path
+) -> None:
+    """Which they are taken for when it is named alone: the coordinates' part is zero."""
+    weights, path = initial("plain_cnn", seed=6), named(tmp_path, format)
+    save_unchecked(format, path, dict(weights))
+    found = load(path, format=format)
+    assert found.metadata == {"network": "plain_cnn"}
+    assert_same(found, weights)
+    filled = load(path, "coord_cnn", format=format)
+    assert filled.metadata == {"network": "coord_cnn"}
+    features, coordinates = split_kernel(filled.pop("conv4.weight"), "xy")
+    assert not coordinates.any()
+    np.testing.assert_array_equal(features, weights.pop("conv4.weight"))
+    assert_same(filled, weights)
+
+
+@pytest.mark.parametrize("format", INSTALLED)
+def test_a_position_that_is_neither_word(format: str, tmp_path: Path) -> None:
+    """It is told before anything is read."""
+    path, target = named(tmp_path, format), tmp_path / "target.safetensors"
+    for call in (
+        lambda: load(path, position="middle"),  # type: ignore[arg-type]
+        lambda: convert(path, target, position="middle"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"position must be one of \('last', 'first'\), got"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_the_type_is_kept(backend: str, dtype: Any, tmp_path: Path) -> None:
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     weights.update({name: array.astype(dtype) for name, array in weights.items()})
     path = named(tmp_path, backend)
     save(path, weights, format=backend)
@@ -200,7 +258,7 @@ def test_the_type_is_kept(backend: str, dtype: Any, tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_read_as_float32(backend: str, tmp_path: Path) -> None:
-    path, weights = named(tmp_path, backend), networks.initial_weights("plain_cnn")
+    path, weights = named(tmp_path, backend), initial("plain_cnn")
     if backend == "paddle":
         import paddle
 
@@ -215,7 +273,7 @@ def test_bfloat16_is_read_as_float32(backend: str, tmp_path: Path) -> None:
     else:
         import jax
 
-        params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+        params = params_of("plain_cnn", weights)
         orbax(path, jax.tree.map(lambda a: jax.numpy.asarray(a, "bfloat16"), params))
     found = load(path)
     for name, array in weights.items():
@@ -231,8 +289,8 @@ def test_what_jax_has_in_8_bits_is_not_taken_for_weights(
     """Quantized, that is, with a scale elsewhere."""
     import jax
 
-    path, weights = named(tmp_path, backend), networks.initial_weights("plain_cnn")
-    params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+    path, weights = named(tmp_path, backend), initial("plain_cnn")
+    params = params_of("plain_cnn", weights)
     params["conv1"]["kernel"] = jax.numpy.asarray(params["conv1"]["kernel"], dtype)
     orbax(path, params)
     for reader in (load, describe):
@@ -244,8 +302,8 @@ def test_what_jax_has_in_8_bits_is_not_taken_for_weights(
 
 @pytest.mark.parametrize("backend", [name for name in FOLDERS if name in INSTALLED])
 def test_text_beside_the_weights_of_a_checkpoint(backend: str, tmp_path: Path) -> None:
-    path, weights = named(tmp_path, backend), networks.initial_weights("plain_cnn")
-    params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+    path, weights = named(tmp_path, backend), initial("plain_cnn")
+    params = params_of("plain_cnn", weights)
     orbax(path, {"params": params, "note": "squares"}, "PyTreeCheckpointer")
     assert_same(load(path, format=backend), weights)
     rows = {row.name: row for row in describe(path, format=backend).arrays}
@@ -255,7 +313,7 @@ def test_text_beside_the_weights_of_a_checkpoint(backend: str, tmp_path: Path) -
 @pytest.mark.parametrize("change", ["bytes", "strides", "view"])
 @pytest.mark.parametrize("format", INSTALLED)
 def test_arrays_of_any_layout_are_written(format: str, change: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("coord_cnn")
+    weights = initial("coord_cnn")
     changed = {
         "bytes": lambda a: a.astype(a.dtype.newbyteorder()),
         "strides": lambda a: np.flip(np.flip(a).copy()),
@@ -269,7 +327,7 @@ def test_arrays_of_any_layout_are_written(format: str, change: str, tmp_path: Pa
 @pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is double here")
 @pytest.mark.parametrize("format", INSTALLED)
 def test_a_type_that_no_file_has(format: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     weights["conv1.bias"] = weights["conv1.bias"].astype(np.longdouble)
     with pytest.raises(ValueError, match="float16, float32, float64, got 'conv1.bias': float"):
         save(named(tmp_path, format), weights, format=format)
@@ -278,7 +336,7 @@ def test_a_type_that_no_file_has(format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", INSTALLED)
 def test_paths_of_bytes(format: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     path, copy = os.fsencode(named(tmp_path, format)), os.fsencode(tmp_path / "copy.safetensors")
     save(path, weights, format=format)
     if format == "paddle":
@@ -293,20 +351,20 @@ def test_paths_of_bytes(format: str, tmp_path: Path) -> None:
 def test_metadata_goes_from_canonical_to_canonical(tmp_path: Path) -> None:
     """And so do Coordinates: another order is put in the network's."""
     yx = networks.get("coord_cnn").with_coordinates("yx")
-    weights = networks.initial_weights(yx)
+    weights = initial(yx)
     save_weights(tmp_path / "a.safetensors", weights, {"trained_on": "squares"})
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     found = load_weights(tmp_path / "b.safetensors")
     assert found.metadata == {"network": "coord_cnn", "trained_on": "squares"}
     assert found.coordinates == {"conv4": Coordinates("xy")}
-    flipped = weights["conv4.coord_weight"][:, ::-1]
-    np.testing.assert_array_equal(found["conv4.coord_weight"], flipped)
+    flipped = weights["conv4.weight"][:, [*range(64), 65, 64]]
+    np.testing.assert_array_equal(found["conv4.weight"], flipped)
 
 
 def test_every_networks_export_names_it(backend: str, tmp_path: Path) -> None:
     module = networks.build("coord_cnn", backend)
     exported = (
-        module.export_weights(module.import_weights(networks.initial_weights("coord_cnn")))
+        module.export_weights(module.import_weights(initial("coord_cnn")))
         if backend == "linen"
         else module.export_weights()
     )
@@ -316,7 +374,7 @@ def test_every_networks_export_names_it(backend: str, tmp_path: Path) -> None:
 
 def test_a_network_of_ones_own(backend: str, tmp_path: Path) -> None:
     network = networks.Network("mine", (1, 2, 2), (networks.Linear("linear", 3, 2),))
-    weights = networks.initial_weights(network)
+    weights = initial(network)
     path = named(tmp_path, backend)
     save(path, weights, network, format=backend)
     assert_same(load(without_pickle(path), network), weights)
@@ -358,8 +416,8 @@ def test_an_unknown_format() -> None:
 @pytest.mark.parametrize("format", [f for f in FORMATS if f != CANONICAL])
 def test_a_missing_framework(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "w.safetensors"
-    save_weights(source, networks.initial_weights("plain_cnn"))
-    missing = backends.Backend(format, ("no_such_package",), (), "extra", (".missing",))
+    save_weights(source, initial("plain_cnn"))
+    missing = backends.BackendInfo(format, ("no_such_package",), (), "extra", (".missing",))
     monkeypatch.setitem(backends.BACKENDS, format, missing)
     for call in (
         lambda: load(tmp_path / "w.missing"),
@@ -374,7 +432,11 @@ def test_a_missing_framework(format: str, tmp_path: Path, monkeypatch: pytest.Mo
 # --- what goes wrong -----------------------------------------------------------------------------
 
 MISFITS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "missing: conv4.coord_weight, shape (64, 2, 3, 3)": lambda w: w.pop("conv4.coord_weight"),
+    "missing: conv4.weight, shape (64, 66, 3, 3)": lambda w: w.pop("conv4.weight"),
+    "wrong shape: conv4.weight is (64, 65, 3, 3), want (64, 66, 3, 3): 65 input channels, where "
+    "features and coordinates have 66, and features alone 64": lambda w: w.update(
+        {"conv4.weight": np.ones((64, 65, 3, 3))}
+    ),
     "missing: linear2.bias, shape (1,)": lambda w: w.pop("linear2.bias"),
     "unexpected: conv9.bias, shape (1,)": lambda w: w.update({"conv9.bias": np.ones(1)}),
     "wrong shape: conv1.weight is (32, 3, 5, 5)": lambda w: w.update(
@@ -386,30 +448,10 @@ MISFITS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def save_unchecked(format: str, path: Path, weights: dict[str, Any]) -> None:
-    """What ``save`` would refuse, as the framework would write it."""
-    if format == CANONICAL:
-        save_weights(path, weights)
-    elif format == "torch":
-        import torch
-
-        torch.save({name: torch.tensor(array) for name, array in weights.items()}, path)
-    elif format == "paddle":
-        swapped = {n: a.T if n.startswith("linear") else a for n, a in weights.items()}
-        save_weights(path, swapped)
-    else:
-        tree: dict[str, dict[str, Any]] = {}
-        for name, array in weights.items():
-            layer, _, own = name.partition(".")
-            own, axes = own.replace("weight", "kernel"), (*range(2, array.ndim), 1, 0)
-            tree.setdefault(layer, {})[own] = array.transpose(axes) if array.ndim > 1 else array
-        orbax(path, tree if format == "flax" else {"params": tree}, "PyTreeCheckpointer")
-
-
 @pytest.mark.parametrize("problem", MISFITS)
 @pytest.mark.parametrize("format", INSTALLED)
 def test_arrays_that_do_not_fit(format: str, problem: str, tmp_path: Path) -> None:
-    weights = dict(networks.initial_weights("coord_cnn"))
+    weights = dict(initial("coord_cnn"))
     path = named(tmp_path, format)
     MISFITS[problem](weights)
     save_unchecked(format, path, weights)
@@ -417,17 +459,14 @@ def test_arrays_that_do_not_fit(format: str, problem: str, tmp_path: Path) -> No
         load(path, "coord_cnn")
     assert problem in str(caught.value)
     assert str(path) in str(caught.value)
-    if "coord_weight" in problem:  # without it, it is the other of the article's networks
-        assert load(path).metadata["network"] == "plain_cnn"
-    else:
-        with pytest.raises(ValueError, match=r"they fit none: name the network \(--network\)"):
-            load(path)
+    with pytest.raises(ValueError, match=r"they fit none: name the network \(--network\)"):
+        load(path)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "params.", ""])
 @pytest.mark.parametrize("format", [f for f in INSTALLED if f not in FOLDERS])
 def test_arrays_that_fit_no_network_are_named(format: str, prefix: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("coord_cnn")
+    weights = initial("coord_cnn")
     changed = {f"{prefix}{name}": array for name, array in weights.items()}
     changed[f"{prefix}conv9.bias"] = np.ones(1, np.float32)
     path = named(tmp_path, format)
@@ -444,8 +483,8 @@ def test_arrays_that_fit_no_network_are_named(format: str, prefix: str, tmp_path
 @pytest.mark.parametrize("format", INSTALLED)
 def test_another_network(format: str, tmp_path: Path) -> None:
     path = named(tmp_path, format)
-    save(path, networks.initial_weights("coord_cnn"), format=format)
-    with pytest.raises(ValueError, match="unexpected: conv4.coord_weight"):
+    save(path, initial("coord_cnn"), format=format)
+    with pytest.raises(ValueError, match=r"wrong shape: conv4.weight is \(64, 66, 3, 3\), want"):
         load(without_pickle(path), "plain_cnn")
     with pytest.raises(ValueError, match="network must be one of plain_cnn, .*, got 'resnet'"):
         load(without_pickle(path), "resnet")
@@ -453,7 +492,7 @@ def test_another_network(format: str, tmp_path: Path) -> None:
 
 def test_metadata_of_a_network_that_is_unknown(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    save_weights(path, networks.initial_weights("coord_cnn"), {"network": "mine"})
+    save_weights(path, initial("coord_cnn"), {"network": "mine"})
     with pytest.raises(ValueError, match="network must be one of .* got 'mine'") as caught:
         load(path)
     assert str(path) in str(caught.value)
@@ -470,7 +509,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", [name for name in available_backends() if name not in FOLDERS])
 def test_a_file_cut_short(backend: str, length: int, tmp_path: Path) -> None:
     path = named(tmp_path, backend)
-    save_as_users_do(backend, path, "plain_cnn", networks.initial_weights("plain_cnn"))
+    save_as_users_do(backend, path, "plain_cnn", initial("plain_cnn"))
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match="damaged") as caught:
         load(path)
@@ -480,7 +519,7 @@ def test_a_file_cut_short(backend: str, length: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", [name for name in FOLDERS if name in INSTALLED])
 def test_a_damaged_folder(backend: str, tmp_path: Path) -> None:
     """A file of it empty, or gone: told of, or what is read is right all the same."""
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     whole = named(tmp_path, backend)
     save(whole, weights, format=backend)
     told = set()
@@ -506,8 +545,8 @@ def test_a_folder_of_checkpoints(backend: str, tmp_path: Path) -> None:
     """As an Orbax CheckpointManager leaves it: the error says what to name."""
     import orbax.checkpoint as ocp
 
-    weights = networks.initial_weights("plain_cnn")
-    params = backends.load(backend).common.network_params(networks.get("plain_cnn"), weights)
+    weights = initial("plain_cnn")
+    params = params_of("plain_cnn", weights)
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.save(7, args=ocp.args.StandardSave(params))
     for folder, inside in (("run", "7/default"), ("run/7", "default")):
@@ -539,7 +578,7 @@ def test_files_of_torch_that_hold_no_state(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", INSTALLED)
 def test_what_cannot_be_written(format: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     with pytest.raises(FileNotFoundError, match="cannot write weights: No such file"):
         save(named(tmp_path / "none", format), weights, format=format)
     (tmp_path / "file").write_text("")
@@ -550,12 +589,15 @@ def test_what_cannot_be_written(format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", INSTALLED)
 def test_what_is_refused_leaves_no_file(format: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     del weights["conv1.bias"]
     with pytest.raises(ValueError, match="missing: conv1.bias"):
         save(named(tmp_path, format), weights, format=format)
-    with pytest.raises(ValueError, match="network must be one of"):
+    with pytest.raises(ValueError, match="do not say whose they are: name the network, one of"):
         save(named(tmp_path, format), dict(weights), format=format)
+    for name in ("resnet", ""):
+        with pytest.raises(ValueError, match=f"network must be one of .*, got '{name}'"):
+            save(named(tmp_path, format), weights, name, format=format)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -575,7 +617,7 @@ def test_whole_or_not_at_all(
     for step in ("replace", "rename"):
         monkeypatch.setattr(os, step, fail)
     with pytest.raises(type(problem), match="cannot write weights: No space|^$"):
-        save(path, networks.initial_weights("plain_cnn"), format=format)
+        save(path, initial("plain_cnn"), format=format)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == ([] if format in FOLDERS else [path])
     if format not in FOLDERS:
@@ -588,7 +630,7 @@ def test_a_disk_that_takes_a_part(format: str, tmp_path: Path) -> None:
     import resource
 
     network = networks.Network("large", (1, 2, 2), (networks.Linear("linear", 512, 512),))
-    weights = networks.initial_weights(network)
+    weights = initial(network)
     save(named(tmp_path, format, "before"), weights, network, format=format)  # what it caches is
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -608,7 +650,7 @@ def test_a_folder_is_not_replaced(backend: str, tmp_path: Path) -> None:
         for name in content:
             (path / name).write_text("")
         with pytest.raises(FileExistsError, match="cannot write weights: it exists") as caught:
-            save(path, networks.initial_weights("plain_cnn"), format=backend)
+            save(path, initial("plain_cnn"), format=backend)
         assert caught.value.filename == str(path)
         assert [file.name for file in path.iterdir()] == content
     assert list(tmp_path.iterdir()) == [path]
@@ -616,7 +658,7 @@ def test_a_folder_is_not_replaced(backend: str, tmp_path: Path) -> None:
 
 def test_a_file_is_not_converted_into_itself(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    save(path, networks.initial_weights("plain_cnn"))
+    save(path, initial("plain_cnn"))
     content = path.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(path)
     for target in (path, tmp_path / "." / "w.safetensors", tmp_path / "link.safetensors"):
@@ -626,7 +668,7 @@ def test_a_file_is_not_converted_into_itself(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_are_told_of(backend: str, tmp_path: Path) -> None:
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     weights["conv1.bias"][0] = np.nan
     path = named(tmp_path, backend)
     save(path, weights, format=backend)
@@ -682,7 +724,7 @@ def test_code_among_the_weights_of_paddle(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", [name for name in FOLDERS if name in INSTALLED])
 def test_code_in_the_place_of_any_file_of_a_checkpoint(backend: str, tmp_path: Path) -> None:
     marker, path = tmp_path / "it ran", named(tmp_path, backend)
-    weights = networks.initial_weights("plain_cnn")
+    weights = initial("plain_cnn")
     save(path, weights, format=backend)
     for file in [file for file in path.rglob("*") if file.is_file()]:
         content = file.read_bytes()
@@ -726,154 +768,15 @@ def test_a_description(tmp_path: Path) -> None:
 
 def test_a_description_of_what_users_save(backend: str, tmp_path: Path) -> None:
     """Under their own names, in their own layout."""
-    path, weights = named(tmp_path, backend), networks.initial_weights("coord_cnn")
+    path, weights = named(tmp_path, backend), initial("coord_cnn")
     save_as_users_do(backend, path, "coord_cnn", weights)
     found = describe(path, format=backend)
     shapes = {row.name: row.shape for row in found.arrays}
     expected = {
-        "torch": {"linear1.weight": (64, 1024), "conv4.coord_weight": (64, 2, 3, 3)},
-        "paddle": {"linear1.weight": (1024, 64), "conv4.coord_weight": (64, 2, 3, 3)},
-        "flax": {"linear1.kernel": (1024, 64), "conv4.coord_kernel": (3, 3, 2, 64)},
+        "torch": {"linear1.weight": (64, 1024), "conv4.weight": (64, 66, 3, 3)},
+        "paddle": {"linear1.weight": (1024, 64), "conv4.weight": (64, 66, 3, 3)},
+        "flax": {"linear1.kernel": (1024, 64), "conv4.kernel": (3, 3, 66, 64)},
         "linen": {"params.linear1.kernel": (1024, 64), "params.conv1.bias": (32,)},
     }
     assert expected[backend].items() <= shapes.items()
     assert (found.format, found.parameters) == (backend, 160_065)
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run() -> Any:
-    pytest.importorskip("typer")
-    pytest.importorskip("matplotlib")
-    from typer.testing import CliRunner
-
-    from coordconv import cli
-
-    return lambda *arguments: CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
-def test_command_weights(run: Any, tmp_path: Path) -> None:
-    weights = networks.initial_weights("coord_cnn")
-    weights["conv1.bias"][:2] = np.nan
-    weights["conv1.bias"][2] = -np.inf
-    path = tmp_path / "w.safetensors"
-    save_weights(path, weights, {"trained_on": "squares"})
-    shown = run("weights", path)
-    assert shown.exit_code == 0
-    assert re.search(r"conv4\.coord_weight .* 64x2x3x3 .* float32 .* 1,152 ", shown.output)
-    assert "not finite in conv1.bias: 2 NaN, 1 inf" in shown.output
-    assert "coordinates of conv4: Coordinates('xy')" in shown.output
-    assert "metadata: network: coord_cnn" in shown.output
-    assert "metadata: trained_on: squares" in shown.output
-    assert "parameters: 160,065" in shown.output
-    table = [line for line in shown.output.splitlines() if "│" in line]
-    assert max(map(len, table)) <= 80
-    found = json.loads(run("weights", path, "--json").output)
-    assert found == describe(path).to_dict()
-
-
-def test_command_weights_shows_what_a_terminal_would_obey(run: Any, tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_weights(path, {"\x1b[2J": np.ones(1)}, {"[bold]": "\x1b]0;title\x07\n"})
-    shown = run("weights", path)
-    assert shown.exit_code == 0
-    assert "\x1b" not in shown.output
-    assert "\x07" not in shown.output
-    assert "[bold]" in shown.output
-
-
-def test_command_weights_shows_whole_names(run: Any, tmp_path: Path) -> None:
-    names = [f"backbone.blocks.{'inner.' * 9}conv{i}.weight" for i in range(2)]
-    shape = (1,) * 12 + (1234567,)
-    path = tmp_path / "w.safetensors"
-    save_weights(path, {name: np.zeros(shape, np.float16) for name in names})
-    rows = [line.split("│")[1:-1] for line in run("weights", path).output.splitlines()]
-    columns = ["".join(map(str.strip, column)) for column in zip(*filter(None, rows), strict=True)]
-    assert columns[:3] == ["".join(names), "x".join(map(str, shape)) * 2, "float16" * 2]
-    assert "…" not in "".join(columns)
-
-
-@pytest.mark.parametrize("command", ["weights_command", "convert_command"])
-def test_command_help_keeps_its_lines(run: Any, command: str) -> None:
-    from coordconv import cli
-
-    shown = run(command.partition("_")[0], "--help").output
-    for line in inspect.getdoc(getattr(cli, command)).splitlines():  # type: ignore[union-attr]
-        assert f" {line} " in shown
-    assert not re.search(r"Of (IN|OUT): One", shown)
-
-
-def test_command_says_what_is_wrong_without_what_a_terminal_would_obey(
-    run: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "\x1b[2J.safetensors"
-    save_weights(path, {"\x1b]0;title\x07\u202e[bold]": np.ones(1)})
-    shown = run("convert", path, tmp_path / "out.safetensors", "--network", "coord_cnn")
-    assert shown.exit_code == 2
-    assert all(c.isprintable() or c == "\n" for c in shown.stderr)
-    assert r"\x1b]0;title\x07\u202e[bold], shape (1,)" in shown.stderr
-    assert r"\x1b[2J.safetensors: cannot import weights:" in shown.stderr
-    assert len(shown.stderr.splitlines()) > 10
-
-
-def test_command_convert(run: Any, tmp_path: Path) -> None:
-    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    weights = networks.initial_weights("coord_cnn")
-    weights["conv1.bias"][0] = np.nan
-    save_weights(source, dict(weights))  # which does not name the network
-    shown = run("convert", source, target)
-    assert shown.exit_code == 0
-    assert "warning: NaN or infinity in conv1.bias" in shown.stderr
-    assert "coord_cnn, 160,065 parameters: " in shown.stdout
-    assert_same(conversion.read_weights(target), weights)
-
-
-def test_command_convert_names_formats_and_network(run: Any, backend: str, tmp_path: Path) -> None:
-    source, target = tmp_path / "a.safetensors", tmp_path / "weights"
-    weights = networks.initial_weights("coord_classifier")
-    save_weights(source, weights)
-    arguments = ("convert", source, target, "--network", "coord_classifier", "--to", backend)
-    assert run(*arguments).exit_code == 0
-    assert_same(load_as_users_do(backend, target, "coord_classifier"), weights)
-    if backend != "paddle":
-        back = tmp_path / "back.safetensors"
-        assert run("convert", target, back, "--from", backend).exit_code == 0
-        assert_same(load_weights(back), weights)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("convert", "a.safetensors", "a.safetensors"), "are the same file"),
-        (("convert", "a.safetensors", "b.weird"), "name it (--from, --to or --format)"),
-        (("convert", "a.weird", "b.safetensors"), "name it (--from, --to or --format)"),
-        (("convert", "none.safetensors", "b.safetensors"), "No such file or directory"),
-        (("convert", "a.safetensors", "none/b.safetensors"), "cannot write weights: No such file"),
-        (("convert", "a.safetensors", "b.safetensors", "--to", "keras"), "got 'keras'"),
-        (("convert", "a.safetensors", "b.safetensors", "--network", "x"), "got 'x'"),
-        (
-            ("convert", "a.safetensors", "b.safetensors", "--network", "plain_cnn"),
-            "unexpected: conv4.coord_weight",
-        ),
-        (("weights", "none.safetensors"), "No such file or directory"),
-        (("weights", "a.weird"), "name it (--from, --to or --format)"),
-        (("weights", "text.safetensors"), "not a safetensors file, or is damaged"),
-    ],
-)
-def test_commands_say_what_is_wrong(
-    run: Any,
-    arguments: tuple[str, ...],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_weights("a.safetensors", networks.initial_weights("coord_cnn"))
-    Path("text.safetensors").write_text("text, and no weights at all")
-    shown = run(*arguments)
-    assert shown.exit_code == 2
-    assert shown.stderr.startswith("error: ")
-    assert message in shown.stderr
-    assert not Path("b.safetensors").exists()

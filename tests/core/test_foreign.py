@@ -735,6 +735,18 @@ def test_coordinates_that_come_first() -> None:
     np.testing.assert_array_equal(found["conv4.weight"], kernel)
     with pytest.raises(ValueError, match="position must be one of .* got 'middle'"):
         fitted(given, network, position="middle")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be 'last' for weights that carry their Coordinates"):
+        fitted(Weights.of(network, arrays), network, position="first")
+
+
+def test_a_network_with_a_layer_of_the_nested_name() -> None:
+    geometry, coords = ConvGeometry((1,)), Coordinates("x")
+    layers = Conv("a", 1, 1, geometry, coords), Conv("a.conv", 1, 1, geometry)
+    network = Network("two", (1, 5), layers)
+    arrays = networks.initial_weights(network)
+    for found in (fitted(arrays, network), adopt(arrays, network, layout="oihw")):
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
 
 
 def test_weights_of_other_coordinates() -> None:
