@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say how to install what it needs."""
+    """Run the command, or say how to install what the command needs."""
     try:
         from coordconv.cli import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The cases that backends are compared on: plain data, drawn from a seed."""
+"""The cases that backends are compared on: plain data, sampled from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import PADDING_MODES, ConvGeometry
 from coordconv.grid import Array
 from coordconv.networks import Conv, Layer, Network, get, initial_weights
-from coordconv.parity.comparison import PRECISIONS
+from coordconv.parity.bounds import PRECISIONS
 from coordconv.weights import Weights
 
 ARTICLE_NETWORKS = ("plain_cnn", "coord_cnn", "coord_classifier")
@@ -31,10 +31,10 @@ class Case:
     Args:
         network: what is built.
         batch: the number of samples.
-        seed: what weights, inputs and output gradients are drawn with.
-        exact: draw small integers, on which float32 arithmetic has no rounding, so that every
-            backend must give the same bits (DESIGN: exact arithmetic); otherwise normal data.
-        dtype: what it is run in: float32, float64, bfloat16 or float16.
+        seed: what weights, inputs and output gradients are sampled with.
+        exact: whether the data are small integers, on which float32 arithmetic has no rounding, so
+            that every backend must give the same bits; otherwise the data are normal.
+        dtype: the type to compute in: float32, float64, bfloat16 or float16.
     """
 
     network: Network
@@ -43,37 +43,36 @@ class Case:
     exact: bool = False
     dtype: str = "float32"
 
-    def draw(self) -> tuple[Weights, Array, Array]:
+    def data(self) -> tuple[Weights, Array, Array]:
         """Weights, input ``(N, C, *S)`` and output gradient, all of them values of ``dtype``.
 
-        The arrays are float64 for float64, and float32 for the others.
+        A network's weights are those that it starts with. The arrays are float64 where ``dtype``
+        is, and float32 otherwise.
         """
         rng = np.random.default_rng(self.seed)
         rounded = PRECISIONS[self.dtype].rounded
         *_, (_, _, output_shape) = self.network.shapes()
 
-        def array(shape: tuple[int, ...]) -> Array:
+        def sample(shape: tuple[int, ...]) -> Array:
             if self.exact:
                 return rounded(rng.integers(-4, 5, shape))
             return rounded(rng.standard_normal(shape))
 
         if self.is_layer:
             shapes = self.network.weight_shapes()
-            weights = Weights(
-                {name: array(shape) for name, shape in shapes.items()}, self.network.coordinates()
-            )
+            arrays = {name: sample(shape) for name, shape in shapes.items()}
         else:
-            weights = initial_weights(self.network, self.seed)
-            weights.update({name: rounded(array) for name, array in weights.items()})
+            start = initial_weights(self.network, self.seed)
+            arrays = {name: rounded(array) for name, array in start.items()}
         return (
-            weights,
-            array((self.batch, *self.network.input_shape)),
-            array((self.batch, *output_shape)),
+            Weights.of(self.network, arrays),
+            sample((self.batch, *self.network.input_shape)),
+            sample((self.batch, *output_shape)),
         )
 
     @property
     def plain(self) -> Case:
-        """The same without coordinates."""
+        """The same case without coordinates."""
         layers = tuple(
             replace(layer, coords=None) if isinstance(layer, Conv) else layer
             for layer in self.network.layers
@@ -82,12 +81,12 @@ class Case:
 
     @property
     def is_layer(self) -> bool:
-        """Whether this is a single layer rather than a network."""
+        """Whether the network is a single layer."""
         return len(self.network.layers) == 1
 
     @property
     def kind(self) -> str:
-        """What a report counts it under: rank and padding mode of a layer, a network's name."""
+        """What a report counts the case under: a layer's rank and padding, a network's name."""
         return _kind(self.network.layers[0]) if self.is_layer else self.network.name
 
 
@@ -99,12 +98,12 @@ def _kind(layer: Layer) -> str:
 
 
 def generate(count: int, seed: int = 0, *, dtype: str = "float32") -> list[Case]:
-    """Draw layers of every rank, transposed or not, half of them exact; then the networks.
+    """Sample layers of every rank, transposed or not, half of them exact; then the networks.
 
     Args:
         count: the number of layers; the networks come on top.
-        seed: what they are drawn with.
-        dtype: what they are run in. In 16 bits no sum is exact: there all data are normal.
+        seed: what the layers are sampled with.
+        dtype: the type to compute in. In 16 bits no sum is exact: there all data are normal.
 
     Raises:
         ValueError: there is no such ``dtype``.
@@ -117,19 +116,19 @@ def generate(count: int, seed: int = 0, *, dtype: str = "float32") -> list[Case]
     if dtype not in PRECISIONS:
         raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
     rng, exact_too = random.Random(seed), not PRECISIONS[dtype].rounding
-    cases = [layer_case(rng, i, exact_too and i % 2 == 0, dtype) for i in range(count)]
+    cases = [sample_case(rng, i, exact_too and i % 2 == 0, dtype) for i in range(count)]
     return cases + [Case(get(name), 2, seed, dtype=dtype) for name in ARTICLE_NETWORKS]
 
 
-def layer_case(rng: random.Random, seed: int, exact: bool, dtype: str = "float32") -> Case:
-    """A layer with options drawn from ``rng``, and data from ``seed``."""
-    while (network := _layer(rng, exact)) is None:
+def sample_case(rng: random.Random, seed: int, exact: bool, dtype: str = "float32") -> Case:
+    """A layer with options sampled from ``rng``, and data from ``seed``."""
+    while (network := _sample_layer(rng, exact)) is None:
         pass
     return Case(network, rng.randint(1, 3), seed, exact, dtype)
 
 
-def _layer(rng: random.Random, exact: bool) -> Network | None:
-    """A layer on its own, or None where the options drawn do not fit the shape drawn."""
+def _sample_layer(rng: random.Random, exact: bool) -> Network | None:
+    """A layer on its own, or None where the sampled options do not fit the sampled shape."""
     rank = rng.choice((1, 2, 2, 3))
     align: Any = rng.choice(("corners", "corners", "edges"))
     tokens = axis_tokens(rank) + ("" if exact else "r")
@@ -146,7 +145,7 @@ def _layer(rng: random.Random, exact: bool) -> Network | None:
     transposed = rng.random() < 0.4
     groups = rng.choice((1, 1, 2, 4))
     channels = groups * rng.randint(1, 3), groups * rng.randint(1, 3)
-    options = _transposed_options(rng, rank) if transposed else _options(rng, rank)
+    options = _sample_transposed_options(rng, rank) if transposed else _sample_options(rng, rank)
     geometry = ConvGeometry(groups=groups, transposed=transposed, **options)
     layer = Conv("conv", *channels, geometry, coords, bias=rng.random() < 0.7)
     if geometry.padding_mode == "circular" and max(map(max, geometry.pads(shape))) > min(shape):
@@ -158,7 +157,7 @@ def _layer(rng: random.Random, exact: bool) -> Network | None:
     return Network("layer", (channels[0], *shape), (layer,))
 
 
-def _options(rng: random.Random, rank: int) -> dict[str, Any]:
+def _sample_options(rng: random.Random, rank: int) -> dict[str, Any]:
     def each(least: int, most: int) -> tuple[int, ...]:
         return tuple(rng.randint(least, most) for _ in range(rank))
 
@@ -174,7 +173,7 @@ def _options(rng: random.Random, rank: int) -> dict[str, Any]:
     elif kind == "mode":
         options["padding_mode"] = rng.choice(PADDING_MODES)
         k, d = rng.choice((1, 3, 5)), rng.randint(1, 2)
-        # half of them padded as Flax pads, by half the kernel: it has no other circular padding
+        # Half of these layers are padded by half the kernel, the only circular padding of Flax.
         half = (k - 1) // 2 * d
         options |= {"kernel": (k,) * rank, "dilation": d}
         options["padding"] = rng.choice((half, rng.randint(0, 4)))
@@ -184,11 +183,11 @@ def _options(rng: random.Random, rank: int) -> dict[str, Any]:
     return options
 
 
-def _transposed_options(rng: random.Random, rank: int) -> dict[str, Any]:
+def _sample_transposed_options(rng: random.Random, rank: int) -> dict[str, Any]:
     stride = tuple(rng.randint(1, 3) for _ in range(rank))
     dilation = tuple(rng.randint(1, 2) for _ in range(rank))
     kernel = tuple(rng.randint(1, 4) for _ in range(rank))
-    # Less than the stride, as Paddle wants it: more would only add places that no tap reaches.
+    # Less than the stride, as Paddle demands: more would only add places that no tap reaches.
     extra = tuple(rng.randint(0, s - 1) for s in stride)
     padding: Any = tuple(rng.randint(0, 2) for _ in range(rank))
     if rng.random() < 0.2:

@@ -1,4 +1,4 @@
-"""One file of weights in every backend: each saves it, and every other one gives its answers."""
+"""Files of weights between backends: each saves one, and all give the same answers from it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from coordconv import backends, networks
 from coordconv.grid import Array
-from coordconv.parity.comparison import PRECISIONS, expected
-from coordconv.parity.models import likely_error, longest_axis
+from coordconv.parity.bounds import PRECISIONS, expected
+from coordconv.parity.compare import likely_error, longest_axis
 from coordconv.weights import load_weights, save_weights
 
 NETWORKS = ("coord_cnn", "coord_classifier")
@@ -23,13 +23,20 @@ _BATCH = 50
 
 @dataclass(frozen=True)
 class Pair:
-    """What ``loaded`` made of a file of ``saved``.
+    """What one backend computes from the file of another.
 
-    ``error`` is the outputs' largest from the float64 reference, in units of the bound that
-    :func:`expected` proves. Through many layers that is far from what happens; so ``likely`` is the
-    same in units of what rounding makes likely, by the rule of :func:`compare`. ``same`` counts the
-    inputs, of all ``inputs``, that both give the same answer: the largest logit, or the sign of a
-    single one.
+    Args:
+        network: the name of the network.
+        saved: the backend that saved the file.
+        loaded: the backend that loaded the file.
+        inputs: the number of inputs.
+        error: the largest difference of an output from the float64 reference, in units of the bound
+            that :func:`coordconv.parity.bounds.expected` proves. Through many layers that bound is
+            far above what happens.
+        likely: the same difference in units of what rounding makes likely, by the rule of
+            :func:`coordconv.parity.compare`.
+        same: the number of inputs to which both backends give the same answer: the index of the
+            largest output, or the sign of a single one.
     """
 
     network: str
@@ -42,17 +49,19 @@ class Pair:
 
     @property
     def ok(self) -> bool:
+        """Whether both errors are within their bounds, and all answers the same."""
         return self.error <= 1 and self.likely <= 1 and self.same == self.inputs
 
 
 @dataclass(frozen=True)
 class ExchangeReport:
-    """A pair for each two backends, in each network; ``ok`` says that nothing failed."""
+    """What :func:`check_exchange` found: a pair for each two backends and each network."""
 
     pairs: list[Pair]
 
     @property
     def ok(self) -> bool:
+        """Whether nothing failed."""
         return all(pair.ok for pair in self.pairs)
 
     def to_json(self) -> str:
@@ -61,7 +70,7 @@ class ExchangeReport:
         return json.dumps({"ok": self.ok, "pairs": pairs}, indent=2)
 
 
-def check(
+def check_exchange(
     chosen: Iterable[str | networks.Network],
     names: Iterable[str],
     inputs: int = 1000,
@@ -69,20 +78,25 @@ def check(
     *,
     advance: Callable[[], Any] = lambda: None,
 ) -> ExchangeReport:
-    """Build networks in each backend, save them, load them in every one, and run the same inputs.
+    """Save networks in each backend, load each file in every backend, and run the same inputs.
 
     Args:
         chosen: the networks, or their names.
         names: the backends.
-        inputs: the number of inputs, drawn from the normal distribution.
-        seed: what weights and inputs are drawn with.
-        advance: called ``units`` times for a network.
+        inputs: the number of inputs, from the normal distribution.
+        seed: what weights and inputs are sampled with.
+        advance: called :func:`count_steps` times for each network.
 
     Raises:
-        ValueError, ImportError: a network or a backend is unknown, or one is not installed.
+        ValueError: a network or a backend is unknown.
+        ImportError: a backend is not installed.
+
+    Returns:
+        A report. A pair fails if an output is farther from the float64 reference than its bound, or
+        than rounding makes likely, or if the two backends answer an input differently.
 
     Example:
-        >>> report = check(["coord_cnn"], backends.available_backends()[:1], inputs=1)
+        >>> report = check_exchange(["coord_cnn"], backends.available_backends()[:1], inputs=1)
         >>> report.ok
         True
     """
@@ -94,8 +108,8 @@ def check(
     return ExchangeReport(pairs)
 
 
-def units(network: networks.Network, names: Sequence[str], inputs: int) -> int:
-    """How often ``check`` calls ``advance`` for a network."""
+def count_steps(network: networks.Network, names: Sequence[str], inputs: int) -> int:
+    """How often :func:`check_exchange` calls ``advance`` for a network."""
     return -(-inputs // _BATCH) * (1 + len(names) ** 2)
 
 
@@ -112,7 +126,7 @@ def _pairs(
         backend = backends.load(name)
         _, export = backend.trainer(backend.build(network, start), start)
         save_weights(file, export())
-        # Of other weights, which those of a file are to replace.
+        # Built with other weights, so that the test is whether those of a file replace them.
         other = networks.initial_weights(network, seed + 1)
         modules[name] = backend, backend.build(network, other)
     loaded = {name: load_weights(file) for name, file in files.items()}
@@ -121,7 +135,8 @@ def _pairs(
     longest = longest_axis(shape for _, *shapes in network.shapes() for shape in shapes)
     rng = np.random.default_rng(seed)
     for first in range(0, inputs, _BATCH):
-        # All batches are as long, so that a compiler meets one shape; the rest is not counted.
+        # All batches have the same length, so that a compiler sees one shape; what the last batch
+        # has too many is not counted.
         x = rng.standard_normal((_BATCH, *network.input_shape)).astype(np.float32)
         counted = min(_BATCH, inputs - first)
         wanted = expected(network, start, x, None)["y"]

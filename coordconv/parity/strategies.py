@@ -1,10 +1,10 @@
-"""A hypothesis strategy for what :func:`coordconv.parity.generate` draws; needs hypothesis."""
+"""A Hypothesis strategy over the cases of :func:`coordconv.parity.generate`; needs Hypothesis."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from coordconv.parity.cases import Case, layer_case
+from coordconv.parity.cases import Case, sample_case
 
 
 def cases(*, exact: bool | None = None, dtype: str = "float32") -> st.SearchStrategy[Case]:
@@ -12,19 +12,19 @@ def cases(*, exact: bool | None = None, dtype: str = "float32") -> st.SearchStra
 
     Args:
         exact: whether the data are small integers; None for either.
-        dtype: what they are run in.
+        dtype: the type to compute in.
 
     Returns:
-        A strategy whose examples are what ``coordconv parity`` runs, and shrink to few options.
+        A strategy whose examples are such as ``coordconv parity`` runs, and shrink to few options.
 
     Example:
         >>> from hypothesis import find
         >>> case = find(cases(exact=True), lambda case: case.network.layers[0].geometry.rank == 2)
-        >>> case.draw()[1].ndim
+        >>> case.data()[1].ndim
         4
     """
     return st.builds(
-        layer_case,
+        sample_case,
         st.randoms(use_true_random=False),
         st.integers(0, 2**32 - 1),
         st.booleans() if exact is None else st.just(exact),

@@ -1,44 +1,45 @@
 """Training in every backend: the same start, batches and optimiser must give the same weights.
 
-How far float32 may lead a weight astray in so many steps is part derived and part measured, all in
-float64 NumPy and without any framework:
+How far float32 may lead a weight away in so many steps is partly derived and partly measured, all
+in float64 NumPy and without any framework:
 
-- Derived, for each element: what rounding the last sum of a gradient may do, and an optimiser's own
-  arithmetic. Adam's moments carry intervals, so an element whose gradient may be of either sign may
-  move by the whole learning rate in either direction. All steps add up, and nothing cancels.
-- Measured: what the sums before the last one, and the weights' own straying so far, do to a
-  gradient. Beside the exact run some others have every sum in them off, at random up or down, by
-  the size that rounding errors are expected to reach, and each goes where that takes it. Their
-  gradients' largest distance from the exact ones in an array counts for all of the array: a ReLU
-  that changes its sign by rounding is another one in every run.
+- Derived, for each element: what rounding the last sum of a gradient may do, and the optimiser's
+  own arithmetic. Adam's moments carry intervals, so that an element whose gradient may be of either
+  sign may move by the whole learning rate in either direction. The bounds of all steps are added
+  up, and nothing cancels.
+- Measured: what the sums before the last one, and the errors of the weights so far, do to a
+  gradient. Beside the exact run there are perturbed runs, in which every sum is off, at random up
+  or down, by the size that rounding errors are expected to reach, and whose weights go where that
+  leads. The largest distance of their gradients from the exact ones in an array counts for every
+  element of the array, since rounding changes the sign of another ReLU in every run.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coordconv import backends, networks
 from coordconv.grid import Array, coordinate_grid
-from coordconv.parity.comparison import PRECISIONS, Expected, Precision, simulated
+from coordconv.parity.bounds import PRECISIONS, Expected, Precision, simulated
 
 STEPS = 50
 EVERY = 10  # steps between two comparisons
 BETAS = (0.9, 0.999)
 _UNIT = PRECISIONS["float32"].unit
 _BATCHES = 4
-_HALF = 4  # of a square, which is 9 pixels wide as the paper's
-_ASTRAY = 2  # runs beside the exact one
+_HALF = 4  # pixels on each side of a square's centre: it is 9 wide, as the paper's
+_PERTURBED_RUNS = 2
 
 
-class _Probable(Precision):
-    """Rounding errors that are up as often as down: a sum's grows as the root of its terms.
+class _ProbablePrecision(Precision):
+    """Rounding errors as often up as down: that of a sum grows as the root of its terms' number.
 
     Source:
         Higham and Mary, *A new approach to probabilistic rounding error analysis*, 2019.
@@ -48,24 +49,25 @@ class _Probable(Precision):
         return super().error(size, math.sqrt(terms), roundings)
 
 
-_PROBABLE = _Probable("float32", _UNIT, 0, 0)
+_PROBABLE = _ProbablePrecision("float32", _UNIT, 0, 0)
 
 
 @dataclass(frozen=True)
 class Task:
     """What is trained, and how.
 
-    The pictures have one white square on a black canvas. A network of one output learns the x of
-    its centre by the squared error; one with an output per pixel is given the centre's x and y,
-    tiled over the canvas, and learns to name its pixel by the cross-entropy.
+    Each sample is about a square on a canvas. A network of one output is given a picture of the
+    white square on black, and learns the x of the square's centre by the squared error. A network
+    with an output for each pixel is given the centre's x and y, tiled over the canvas, and learns
+    to name the centre's pixel by the cross-entropy.
 
     Args:
         network: what is trained.
         optimizer: ``"sgd"`` or ``"adam"``.
         learning_rate: the same in every step.
         batch: the number of samples; four batches take turns.
-        seed: what the initial weights and the batches are drawn with.
-        epsilon: Adam's.
+        seed: what the initial weights and the batches are sampled with.
+        epsilon: Adam's constant beside the root of the second moment.
     """
 
     network: networks.Network
@@ -81,8 +83,8 @@ class Task:
         canvas = "x".join(map(str, self.network.input_shape[1:]))
         return f"{self.network.name} {canvas}, {self.optimizer}"
 
-    def rule(self) -> _Sgd | _Adam:
-        """The optimiser, of one array."""
+    def update_rule(self) -> _Sgd | _Adam:
+        """The optimiser's state and arithmetic for one array."""
         return _Adam(self.epsilon) if self.optimizer == "adam" else _Sgd()
 
     @property
@@ -109,9 +111,9 @@ class Task:
                 yield x, rows * shape[1] + columns
 
     def loss(self, y: Array, target: Array) -> tuple[float, Expected]:
-        """The loss, and its gradient with a bound on what float32 makes of the same ``y``.
+        """The loss, and its gradient with a bound on the error of float32 for the same ``y``.
 
-        A framework's ``exp`` and ``log`` are taken to be within four roundings.
+        A framework's ``exp`` and ``log`` are taken to be off by four roundings at most.
         """
         if self._regresses:
             difference = y - target
@@ -120,7 +122,8 @@ class Task:
         logits = y - y.max(axis=1, keepdims=True)
         total = np.exp(logits).sum(axis=1, keepdims=True)
         gradient = np.exp(logits) / total
-        # The argument of exp, perhaps less the sum's logarithm; the sum; exp, log and the rest.
+        # Errors of the argument of exp (from which a framework may subtract the logarithm of the
+        # sum) are absolute ones; then come the sum of all classes, and exp, log and the rest.
         roundings = np.abs(logits) + np.log(total) + y.shape[1] + 12
         error = gradient * roundings * _UNIT
         chosen = np.arange(len(y)), target
@@ -136,16 +139,17 @@ class Task:
 
 
 class _Sgd:
-    """The move that a gradient makes of one array, for a learning rate of 1."""
+    """Plain gradient descent of one array."""
 
     def update(self, gradient: Expected) -> Expected:
-        # the learning rate is rounded, and so is its product
+        """What is subtracted from the array, for a learning rate of 1."""
+        # the learning rate is rounded, and so is its product with the gradient
         rounding = 3 * _UNIT * (np.abs(gradient.value) + gradient.bound)
         return Expected(gradient.value, gradient.bound + rounding)
 
 
 class _Adam:
-    """The same, from what it keeps of the gradients before."""
+    """Adam of one array, with intervals for what rounding makes of the moments."""
 
     def __init__(self, epsilon: float) -> None:
         self._epsilon = epsilon
@@ -153,6 +157,7 @@ class _Adam:
         self._steps, self._moments = 0, [nothing, nothing]
 
     def update(self, gradient: Expected) -> Expected:
+        """What is subtracted from the array, for a learning rate of 1."""
         self._steps += 1
         size = np.abs(gradient.value)
         square = Expected(gradient.value**2, (2 * size + gradient.bound) * gradient.bound)
@@ -169,12 +174,15 @@ class _Adam:
         return Expected(move, np.maximum(bound, 0) + 8 * _UNIT * np.abs(move))
 
     def _moment(self, which: int, given: Expected) -> Expected:
-        """The corrected mean; what its coefficients lose by ``1 - beta`` in float32 is the most."""
+        """The corrected running mean.
+
+        Most of its error comes from ``1 - beta``, which float32 holds with few digits.
+        """
         beta, old = BETAS[which], self._moments[which]
         kept = beta * (np.abs(old.value) + old.bound)
         added = (1 - beta) * (
             np.abs(given.value) + given.bound + np.abs(old.value) + old.bound
-        )  # or the difference of the two, as some write it
+        )  # some implementations add a share of the difference of the two
         mean = Expected(
             beta * old.value + (1 - beta) * given.value,
             beta * old.bound
@@ -184,13 +192,13 @@ class _Adam:
         self._moments[which] = mean
         power = beta**self._steps
         correction = 1 - power
-        # beta is rounded, and then multiplied by itself, step by step
+        # beta itself is rounded, and so is each of its powers
         rounding = ((2 * self._steps + 2) * power / correction + 2) * _UNIT
         off = mean.bound + (np.abs(mean.value) + mean.bound) * rounding
         return Expected(mean.value / correction, off / correction)
 
     def _limit(self) -> float:
-        """What no move is beyond, by Cauchy and Schwarz, whatever the gradients were."""
+        """The largest move there can be, whatever the gradients were (Cauchy and Schwarz)."""
         ages = np.arange(self._steps)
         first, second = ((1 - b) * b**ages / (1 - b**self._steps) for b in BETAS)
         return float(np.sqrt((first**2 / second).sum()))
@@ -202,22 +210,22 @@ TASKS = (
     Task(_CNN, "sgd", 0.05),
     Task(_CNN, "adam", 0.001),
     Task(_CLASSIFIER, "sgd", 0.2),
-    # Many of its gradients are 0 but for rounding, since softmax ignores what all logits share.
-    # With the usual epsilon Adam would divide that noise by its own size, and two runs of the same
-    # framework would part.
+    # Many gradients of the classifier are 0 but for rounding, since softmax ignores what all logits
+    # have in common. With the usual epsilon Adam would divide that noise by its own size, and even
+    # two runs of the same framework would end at different weights.
     Task(_CLASSIFIER, "adam", 0.001, epsilon=1e-4),
 )
 
 
 class _Run:
-    """Training in float64, with every sum off by its probable error if there is a seed."""
+    """Training in float64: the exact run, or with a seed a perturbed one."""
 
     def __init__(self, task: Task, seed: int | None = None) -> None:
         self.task = task
         self.weights = {name: array.astype(np.float64) for name, array in task.start.items()}
-        self.rules = {name: task.rule() for name in self.weights}
+        self.rules = {name: task.update_rule() for name in self.weights}
         self.rng = None if seed is None else np.random.default_rng((task.seed, seed))
-        # The same in every step: errors that push one way lead the farthest.
+        # The same signs in every step: errors that push in one direction lead the farthest.
         self.signs = {
             name: 0 if self.rng is None else self.rng.choice((-1.0, 1.0), array.shape)
             for name, array in self.weights.items()
@@ -245,11 +253,15 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one backend made of one task.
+class TrainingOutcome:
+    """How one backend trained one task.
 
-    ``errors`` are the largest deviations in units of the bound after so many steps, ``worst`` the
-    weights where they are, and ``losses`` those of every step.
+    Args:
+        task: the task's name.
+        backend: the backend's name.
+        errors: by the number of steps, the largest deviation of a weight in units of its bound.
+        worst: by the number of steps, the name of the weight with that deviation.
+        losses: the loss of every step.
     """
 
     task: str
@@ -260,27 +272,41 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """Whether every weight stayed within its bound."""
         return all(error <= 1 for error in self.errors.values())
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The exact run of a task: losses, and after every tenth step the weights with their bound."""
+class ExactRun:
+    """Training a task in float64.
+
+    Args:
+        task: what was trained.
+        losses: the loss of every step.
+        weights: by the number of steps (every tenth), the weights with their bounds.
+    """
 
     task: Task
     losses: list[float]
     weights: dict[int, dict[str, Expected]]
 
-    def check(self, name: str, advance: Callable[[], Any] = lambda: None) -> Outcome:
-        """Train in a backend, and compare.
+    def check_backend(
+        self, name: str, advance: Callable[[], Any] = lambda: None
+    ) -> TrainingOutcome:
+        """Train the same task in a backend, and compare the weights with the exact run's.
+
+        Args:
+            name: the backend.
+            advance: called after each step.
 
         Raises:
-            ValueError, ImportError: the backend is unknown or not installed.
+            ValueError: the backend is unknown.
+            ImportError: the backend is not installed.
         """
         backend, start = backends.load(name), self.task.start
         module = backend.build(self.task.network, start)
         step, export = backend.trainer(module, start, self.task.optimizer, self.task.epsilon)
-        outcome = Outcome(self.task.name, name, {}, {}, [])
+        outcome = TrainingOutcome(self.task.name, name, {}, {}, [])
         for count, (x, target) in enumerate(self.task.batches(len(self.losses)), 1):
             outcome.losses.append(step(x, target, self.task.learning_rate))
             if count in self.weights:
@@ -292,37 +318,37 @@ class Reference:
         return outcome
 
 
-def reference(
+def exact_run(
     task: Task, steps: int = STEPS, advance: Callable[[], Any] = lambda: None
-) -> Reference:
-    """Train in float64, with a bound on where float32 may end; see the module.
+) -> ExactRun:
+    """Train in float64, with a bound on where float32 may end, as the module describes it.
 
     Args:
         task: what to train.
         steps: the number of steps.
-        advance: called after each.
+        advance: called after each step.
 
     Example:
         >>> small = replace(TASKS[2].network, input_shape=(2, 9, 9))
-        >>> found = reference(Task(small, "sgd", 0.1, batch=1), 10)
-        >>> weights = found.weights[10]["conv1.coord_weight"]
-        >>> weights.value.shape, bool((weights.bound < 1e-5).all())
-        ((32, 2, 1, 1), True)
+        >>> found = exact_run(Task(small, "sgd", 0.1, batch=1), 10)
+        >>> kernel = found.weights[10]["conv1.weight"]
+        >>> kernel.value.shape, bool((kernel.bound < 1e-5).all())
+        ((32, 4, 1, 1), True)
     """
-    exact, others = _Run(task), [_Run(task, seed) for seed in range(_ASTRAY)]
-    rules = {name: task.rule() for name in exact.weights}
+    exact, perturbed = _Run(task), [_Run(task, seed) for seed in range(_PERTURBED_RUNS)]
+    rules = {name: task.update_rule() for name in exact.weights}
     bounds = {name: np.zeros(array.shape) for name, array in exact.weights.items()}
-    found = Reference(task, [], {})
+    found = ExactRun(task, [], {})
     for count, batch in enumerate(task.batches(steps), 1):
         loss, gradients = exact.gradients(*batch)
-        astray = [run.gradients(*batch)[1] for run in others]
+        others = [run.gradients(*batch)[1] for run in perturbed]
         found.losses.append(loss)
         for name, gradient in gradients.items():
-            distance = max(np.abs(other[name].value - gradient.value).max() for other in astray)
+            distance = max(np.abs(other[name].value - gradient.value).max() for other in others)
             move = rules[name].update(Expected(gradient.value, gradient.bound + distance))
             bounds[name] = bounds[name] + task.learning_rate * move.bound
         exact.step(gradients)
-        for run, other in zip(others, astray, strict=True):
+        for run, other in zip(perturbed, others, strict=True):
             run.step(other)
         for name, array in exact.weights.items():
             bounds[name] += _UNIT * (np.abs(array) + bounds[name])
@@ -336,13 +362,19 @@ def reference(
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What came of all tasks in all backends; ``references`` are the exact losses by task."""
+    """What :func:`check_training` found.
 
-    references: dict[str, list[float]]
-    outcomes: list[Outcome]
+    Args:
+        exact_losses: by the task's name, the loss of every step of the exact run.
+        outcomes: an outcome for each task in each backend.
+    """
+
+    exact_losses: dict[str, list[float]]
+    outcomes: list[TrainingOutcome]
 
     @property
     def ok(self) -> bool:
+        """Whether every weight stayed within its bound."""
         return all(outcome.ok for outcome in self.outcomes)
 
     def to_json(self) -> str:
@@ -350,7 +382,7 @@ class TrainingReport:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
 
 
-def check(
+def check_training(
     tasks: Iterable[Task],
     names: Iterable[str],
     steps: int = STEPS,
@@ -365,28 +397,37 @@ def check(
         advance: called after each step, of the exact run too.
 
     Raises:
-        ValueError, ImportError: a backend is unknown or not installed.
+        ValueError: a backend is unknown.
+        ImportError: a backend is not installed.
+
+    Returns:
+        A report. An outcome fails if a weight is off by more than its bound at any comparison.
+
+    Example:
+        >>> small = Task(replace(TASKS[2].network, input_shape=(2, 9, 9)), "sgd", 0.1, batch=1)
+        >>> check_training([small], backends.available_backends()[:1], 10).ok
+        True
     """
     report, names = TrainingReport({}, []), tuple(names)
     for task in tasks:
-        exact = reference(task, steps, advance)
-        report.references[task.name] = exact.losses
-        report.outcomes.extend(exact.check(name, advance) for name in names)
+        exact = exact_run(task, steps, advance)
+        report.exact_losses[task.name] = exact.losses
+        report.outcomes.extend(exact.check_backend(name, advance) for name in names)
     return report
 
 
-def draw(path: Path, report: TrainingReport) -> None:
-    """Write the picture: for each task the loss curves, and beneath them the deviations.
+def plot_training(path: str | os.PathLike[str], report: TrainingReport) -> None:
+    """Write a picture: for each task the loss curves, and beneath them the deviations.
 
     Args:
         path: a file that matplotlib can write.
-        report: what to draw.
+        report: what to show.
     """
     from matplotlib.figure import Figure  # only the picture needs it
 
-    figure = Figure(figsize=(4 * len(report.references), 6), layout="constrained")
-    axes = figure.subplots(2, len(report.references), squeeze=False, sharex="col")
-    for (above, below), (task, losses) in zip(axes.T, report.references.items(), strict=True):
+    figure = Figure(figsize=(4 * len(report.exact_losses), 6), layout="constrained")
+    axes = figure.subplots(2, len(report.exact_losses), squeeze=False, sharex="col")
+    for (above, below), (task, losses) in zip(axes.T, report.exact_losses.items(), strict=True):
         steps = range(1, len(losses) + 1)
         above.plot(steps, losses, color="0.8", linewidth=7, label="float64")
         outcomes = [outcome for outcome in report.outcomes if outcome.task == task]

@@ -1,4 +1,4 @@
-"""The demonstration: a CoordConv network learns in one framework and answers alike in all.
+"""The task of the demonstration: its data, training, prediction and picture.
 
 The task is the paper's supervised coordinate classification on Not-so-Clevr: given the centre of
 a 9x9 square on a 64x64 canvas as two numbers, name its pixel among the 4,096.
@@ -24,15 +24,18 @@ BATCH = 8
 LEARNING_RATE = 0.005
 DECAY_EPOCHS = 10
 TRAINED_SHARE = 0.8
-_PREDICT_BATCH = 112  # divides the 3,136 positions, so that compiled frameworks compile once
+_PREDICT_BATCH = 112  # divides the 3,136 positions, so that a compiler sees one shape
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The squares' centres.
+    """The centres of all squares.
 
-    ``coordinates (N, 2)`` are x and y on the scale -1 to 1; ``labels (N,)`` the centre's pixel,
-    counted row by row; ``trained`` and ``held_out`` the indices of a random split.
+    Args:
+        coordinates: x and y on the scale -1 to 1, shape ``(N, 2)``.
+        labels: the pixel at the centre, counted row by row, shape ``(N,)``.
+        trained: the indices of the positions to train on, a random choice.
+        held_out: the indices of the others.
     """
 
     coordinates: Array
@@ -48,6 +51,9 @@ class Positions:
 
 def positions(seed: int = 0) -> Positions:
     """All centres of a square that fits on the canvas, 80% of them to train on.
+
+    Args:
+        seed: what the split is sampled with.
 
     Example:
         >>> p = positions()
@@ -72,7 +78,7 @@ def positions(seed: int = 0) -> Positions:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Where training stands after an epoch: the mean loss and how many it gets right."""
+    """Where training stands after an epoch: the mean loss, and the number of right answers."""
 
     number: int
     loss: float
@@ -82,13 +88,12 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Training:
-    """What training gave: weights, each step's loss, each epoch, and the time it took."""
+    """The result of training: weights, the loss of each step, each epoch, and the time taken."""
 
     weights: Weights
     losses: list[float]
     epochs: list[Epoch]
     seconds: float
-    solved: bool
 
 
 def train(
@@ -108,7 +113,7 @@ def train(
         backend: the framework to train in.
         data: the positions.
         seconds: the time limit.
-        seed: what the initial weights and the batches are drawn with.
+        seed: what the initial weights and the batches are sampled with.
         on_step: called with the time taken so far and the step's loss.
         on_epoch: called after each epoch.
     """
@@ -137,7 +142,7 @@ def train(
         counts = (int(right[which].sum()) for which in (data.trained, data.held_out))
         epochs.append(Epoch(len(epochs) + 1, loss, *counts))
         on_epoch(epochs[-1])
-    return Training(export(), losses, epochs, time.monotonic() - start, solved)
+    return Training(export(), losses, epochs, time.monotonic() - start)
 
 
 def predict(name: str, backend: str, weights: Mapping[str, Array], data: Positions) -> Array:
@@ -153,18 +158,18 @@ def predict(name: str, backend: str, weights: Mapping[str, Array], data: Positio
     )
 
 
-def draw(
+def plot(
     path: Path, data: Positions, panels: Mapping[str, Array], curves: Mapping[str, list[float]]
 ) -> None:
-    """Write the picture: the true positions, each network's predictions, the loss curves.
+    """Write a picture: the true positions, each network's predictions, the loss curves.
 
     Args:
         path: a file that matplotlib can write.
         data: the positions.
-        panels: the predicted pixel of every position, under a title.
-        curves: the loss of every step, under the same titles.
+        panels: by title, the predicted pixel of every position.
+        curves: by the same titles, the loss of every step.
     """
-    from matplotlib.figure import Figure  # only the pictures need it
+    from matplotlib.figure import Figure  # only the picture needs it
 
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels) + 2)

@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from coordconv import available_backends, backends
+from coordconv import available_backends, backends, networks
 from coordconv.parity import exchange
-from coordconv.parity.exchange import Pair, check
+from coordconv.parity.exchange import Pair, check_exchange, count_steps
 
 
 def test_every_backend_reads_what_another_wrote(backend):
     others = available_backends()
     advanced = []
-    report = check(["coord_cnn"], others, inputs=60, advance=lambda: advanced.append(1))
+    report = check_exchange(["coord_cnn"], others, inputs=60, advance=lambda: advanced.append(1))
     assert report.ok, report.pairs
+    assert len(advanced) == count_steps(networks.get("coord_cnn"), others, 60)
     pairs = {(pair.saved, pair.loaded): pair for pair in report.pairs}
     assert pairs.keys() == {(a, b) for a in others for b in others}
     for pair in pairs.values():
@@ -45,7 +46,7 @@ def pretender(monkeypatch):
     def use(network, export=lambda weights: weights, answer=lambda y: y):
         made = {"right": real, "wrong": Wrong(export, answer)}
         monkeypatch.setattr(backends, "load", made.__getitem__)
-        return check([network], ["right", "wrong"], inputs=1)
+        return check_exchange([network], ["right", "wrong"], inputs=1)
 
     return use
 
@@ -53,11 +54,12 @@ def pretender(monkeypatch):
 @pytest.mark.parametrize(
     ("network", "name", "wrong"),
     [
-        ("coord_classifier", "conv1.coord_weight", lambda kernel: kernel[:, ::-1]),
-        ("coord_cnn", "conv4.coord_weight", lambda kernel: kernel[:, ::-1]),
-        ("coord_cnn", "conv4.coord_weight", lambda kernel: kernel.swapaxes(2, 3)),
+        ("coord_classifier", "conv1.weight", lambda kernel: kernel[:, [0, 1, 3, 2]]),
+        ("coord_cnn", "conv4.weight", lambda kernel: kernel[:, [*range(64), 65, 64]]),
+        ("coord_cnn", "conv4.weight", lambda kernel: np.roll(kernel, 2, axis=1)),
+        ("coord_cnn", "conv4.weight", lambda kernel: kernel.swapaxes(2, 3)),
     ],
-    ids=["coordinates", "coordinates of a later layer", "axes of a later layer"],
+    ids=["coordinates", "a later layer's coordinates", "coordinates first", "axes"],
 )
 def test_a_wrong_export_fails_wherever_it_is_loaded(pretender, network, name, wrong):
     def swapped(weights):

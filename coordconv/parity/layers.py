@@ -1,4 +1,4 @@
-"""Running cases through backends, and what came of it."""
+"""Generated layers through every backend, and what came of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +19,27 @@ import numpy as np
 
 from coordconv import backends, position_bias
 from coordconv.grid import Array
+from coordconv.parity.bounds import PRECISIONS, Expected, expected
 from coordconv.parity.cases import Case
-from coordconv.parity.comparison import PRECISIONS, Expected, expected
+from coordconv.weights import Weights
 
-_MOST_TOGETHER = {"apart": 0, "together": 2**40}
+WAYS = (position_bias.APPEND, position_bias.MAP)
+
+# The output of a second call, in which no gradient is wanted: there a layer may compute otherwise.
+_WITHOUT_GRADIENTS = "y without gradients"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CaseOutcome:
     """What one backend made of one case.
 
-    Either ``excluded`` says why it did nothing; or ``forward`` and ``gradient`` are the largest
-    errors in units of the bound, ``bitwise`` says whether everything equals the reference to the
-    last bit, and ``problems`` what is wrong.
+    Args:
+        excluded: why the backend did not run the case; empty if it did.
+        compiled: whether the framework's compiler was used.
+        forward: the largest error of the output, in units of its bound.
+        gradient: the largest error of output and gradients, in units of their bounds.
+        bitwise: whether every array equals the reference to the last bit.
+        problems: what is wrong.
     """
 
     excluded: str = ""
@@ -41,16 +50,22 @@ class Outcome:
     problems: tuple[str, ...] = ()
 
 
-_ALONE = "y without gradients"
-
-
 @dataclass
 class Tally:
-    """What one backend did.
+    """The sum of one backend's outcomes.
 
-    ``bitwise`` of the ``exact`` cases gave the reference's value to the last bit; the errors are
-    the largest of all cases, in units of the bound; ``kinds`` counts the layers by rank, transposed
-    or not, and padding mode, ``modes`` all cases by their type and whether they were compiled.
+    Args:
+        backend: its name.
+        layers: the number of layers that it ran.
+        networks: the number of networks that it ran.
+        exact: how many of these cases are in exact arithmetic.
+        bitwise: how many of the exact cases equal the reference to the last bit.
+        forward_error: the largest error of an output, in units of its bound.
+        gradient_error: the largest error of an output or a gradient, in units of its bound.
+        failures: a line for each case that failed, which has the case in it.
+        excluded: the number of cases that it did not run, by reason.
+        kinds: the number of layers by rank and by padding mode, or transposed.
+        modes: the number of cases by type and by whether they were compiled.
     """
 
     backend: str
@@ -65,7 +80,7 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, case: Case, outcome: Outcome) -> None:
+    def add(self, case: Case, outcome: CaseOutcome) -> None:
         """Count one outcome."""
         if outcome.excluded:
             self.excluded[outcome.excluded] += 1
@@ -86,16 +101,13 @@ class Tally:
 
 @dataclass
 class CaseReport:
-    """A tally per backend; ``ok`` says that nothing failed."""
+    """What :func:`check_layers` found: a tally for each backend."""
 
     tallies: list[Tally]
 
     @property
-    def backends(self) -> list[str]:
-        return [tally.backend for tally in self.tallies]
-
-    @property
     def ok(self) -> bool:
+        """Whether nothing failed."""
         return not any(tally.failures for tally in self.tallies)
 
     def to_json(self) -> str:
@@ -105,43 +117,52 @@ class CaseReport:
         )
 
 
-def check(
+def check_layers(
     cases: Sequence[Case],
     names: Iterable[str],
     advance: Callable[[], Any] = lambda: None,
     *,
     compiled: bool | None = None,
-    maps: str | None = None,
+    way: str | None = None,
     workers: int = 1,
 ) -> CaseReport:
-    """Run every case through every backend and compare with the float64 reference.
+    """Run every case through every backend, and compare with the float64 reference.
 
     Args:
         cases: what to run.
         names: the backends.
         advance: called after each case.
-        compiled: put every framework's compiler before it, or none; None for what its users
+        compiled: whether to use the framework's compiler; None for what the users of the framework
             mostly do: JAX compiled, torch and Paddle not.
-        maps: ``"apart"`` has the position bias made axis by axis, as that of a large map is, and
-            ``"together"`` from one table; None leaves it to the size, and generated cases are
-            small.
-        workers: the number of processes; 1 runs the cases in this one, unless ``maps`` are given:
-            what they are made from is kept for as long as a process lives.
+        way: ``"append"`` or ``"map"`` computes every layer in that one of the two ways of
+            :mod:`coordconv.position_bias` wherever both are right; None leaves the choice to the
+            layers.
+        workers: the number of processes; 1 runs the cases in this process.
 
     Raises:
-        ValueError, ImportError: a backend that is unknown or not installed; other ``maps``.
+        ValueError: a backend that is unknown, or another ``way``.
+        ImportError: a backend that is not installed.
 
     Returns:
         A report. A case fails if an element of the output or of a gradient is off by more than
         its bound or is no value of the case's type, if an exact case is not equal to the last
         bit, or if the framework raises. A case with an option that the framework lacks is counted
-        as excluded, under the reason; so is, if there is more than one process, a case on which
-        the framework ends it, if it does the same without coordinates.
+        as excluded, under the reason. A case on which the framework ends its process is excluded,
+        too, if the same happens without coordinates; it takes more than one process to see that.
+
+    Example:
+        >>> from coordconv.parity import generate
+        >>> check_layers(generate(1), backends.available_backends()[:1]).ok
+        True
     """
-    if maps not in (None, *_MOST_TOGETHER):
-        raise ValueError(f"maps must be None or one of {', '.join(_MOST_TOGETHER)}, got {maps!r}")
-    report = CaseReport([Tally(name) for name in dict.fromkeys(names)])
-    found = _each(cases, report.backends, compiled, maps, workers)
+    if way not in (None, *WAYS):
+        raise ValueError(f"way must be None or one of {', '.join(WAYS)}, got {way!r}")
+    names = tuple(dict.fromkeys(names))
+    report = CaseReport([Tally(name) for name in names])
+    if workers == 1:
+        found = _in_this_process(cases, names, compiled, way)
+    else:
+        found = _in_processes(cases, names, compiled, way, workers)
     for case, outcomes in zip(cases, found, strict=True):
         for tally, outcome in zip(report.tallies, outcomes, strict=True):
             tally.add(case, outcome)
@@ -149,20 +170,37 @@ def check(
     return report
 
 
-def _each(
+def _in_this_process(
+    cases: Sequence[Case], names: Sequence[str], compiled: bool | None, way: str | None
+) -> Iterator[list[CaseOutcome]]:
+    for case in cases:
+        with _forced(way):
+            outcomes = _outcomes(case, names, compiled)
+        yield outcomes
+
+
+@contextmanager
+def _forced(way: str | None) -> Iterator[None]:
+    """Have every layer compute in that way; None changes nothing."""
+    before = position_bias.FORCED
+    if way is not None:
+        position_bias.FORCED = way
+    try:
+        yield
+    finally:
+        position_bias.FORCED = before
+
+
+def _in_processes(
     cases: Sequence[Case],
     names: Sequence[str],
     compiled: bool | None,
-    maps: str | None,
+    way: str | None,
     workers: int,
-) -> Iterator[list[Outcome]]:
-    if workers == 1 and maps is None:
-        for case in cases:
-            yield _outcomes(case, names, compiled)
-        return
+) -> Iterator[list[CaseOutcome]]:
     done = 0
     while done < len(cases):
-        with _processes(workers, maps) as pool:
+        with _processes(workers, way) as pool:
             futures = [pool.submit(_outcomes, case, names, compiled) for case in cases[done:]]
             try:
                 for future in futures:
@@ -171,71 +209,70 @@ def _each(
             except BrokenProcessPool:  # in this case, or in one that ran beside it
                 pool.shutdown(cancel_futures=True)
         if done < len(cases):
-            yield [_alone(cases[done], name, compiled, maps) for name in names]
+            yield [_alone(cases[done], name, compiled, way) for name in names]
             done += 1
 
 
-def _alone(case: Case, name: str, compiled: bool | None, maps: str | None) -> Outcome:
+def _alone(case: Case, name: str, compiled: bool | None, way: str | None) -> CaseOutcome:
     """A case in a process of its own, which the framework may end instead of raising."""
 
-    def survives(case: Case) -> list[Outcome]:
-        with _processes(1, maps) as pool:
+    def outcomes_if_it_lives(case: Case) -> list[CaseOutcome]:
+        with _processes(1, way) as pool:
             try:
                 return pool.submit(_outcomes, case, [name], compiled).result()
             except BrokenProcessPool:
                 return []
 
-    if outcomes := survives(case):
+    if outcomes := outcomes_if_it_lives(case):
         return outcomes[0]
-    if survives(case.plain):
-        return Outcome(problems=("the framework ended its process",))
-    return Outcome(excluded="the framework ends its process, without coordinates too")
+    if outcomes_if_it_lives(case.plain):
+        return CaseOutcome(problems=("the framework ended its process",))
+    return CaseOutcome(excluded="the framework ends its process, without coordinates too")
 
 
-def _processes(workers: int, maps: str | None) -> ProcessPoolExecutor:
+def _processes(workers: int, way: str | None) -> ProcessPoolExecutor:
     # Spawned, since a framework's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _start_worker, (maps,))
+    return ProcessPoolExecutor(workers, context, _start_worker, (way,))
 
 
-def _start_worker(maps: str | None) -> None:
-    if maps is not None:
-        position_bias.MOST_TOGETHER = _MOST_TOGETHER[maps]
+def _start_worker(way: str | None) -> None:
+    if way is not None:
+        position_bias.FORCED = way
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores already
-    # What frameworks say of themselves; in the calling process that is the caller's matter.
+    # What frameworks report while they run; in the calling process that is up to the caller.
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
 
 
-def _outcomes(case: Case, names: Sequence[str], compiled: bool | None) -> list[Outcome]:
+def _outcomes(case: Case, names: Sequence[str], compiled: bool | None) -> list[CaseOutcome]:
+    """The outcome of a case in each of the backends."""
     modules = [backends.load(name) for name in names]
-    weights, x, dy = case.draw()
+    weights, x, dy = data = case.data()
     wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
-    return [_outcome(module, case, weights, x, dy, wanted, compiled) for module in modules]
+    wanted = {_WITHOUT_GRADIENTS: wanted["y"], **wanted}
+    return [_outcome(module, case, data, wanted, compiled) for module in modules]
 
 
 def _outcome(
     backend: Any,
     case: Case,
-    weights: Any,
-    x: Array,
-    dy: Array,
+    data: tuple[Weights, Array, Array],
     wanted: dict[str, Expected],
     compiled: bool | None,
-) -> Outcome:
+) -> CaseOutcome:
+    weights, x, dy = data
     compiled = backend.COMPILED if compiled is None else compiled
     try:
         module = backend.build(case.network, weights, case.dtype)
         y, gradients = backend.evaluate(module, weights, x, dy, compiled=compiled)
-        # Where no gradient is wanted, a layer may take another way.
-        alone, _ = backend.evaluate(module, weights, x, compiled=compiled)
+        without, _ = backend.evaluate(module, weights, x, compiled=compiled)
     except NotImplementedError as reason:
-        return Outcome(excluded=str(reason))
+        return CaseOutcome(excluded=str(reason))
     except Exception as error:  # noqa: BLE001  # whatever it is, the case reproduces it
         message = str(error).strip().partition("\n")[0]
-        return Outcome(compiled=compiled, problems=(f"{type(error).__name__}: {message}",))
-    found = {"y": y, _ALONE: alone, **gradients}
-    wanted = {_ALONE: wanted["y"], **wanted}
+        return CaseOutcome(compiled=compiled, problems=(f"{type(error).__name__}: {message}",))
+    found = {"y": y, _WITHOUT_GRADIENTS: without, **gradients}
     errors = {name: value.error(found[name]) for name, value in wanted.items()}
     unequal = [name for name, value in wanted.items() if not value.equals(found[name])]
     problems = [
@@ -249,9 +286,9 @@ def _outcome(
     ]
     if case.exact:
         problems += [f"{name}: not bitwise equal" for name in unequal if errors[name] <= 1]
-    return Outcome(
+    return CaseOutcome(
         compiled=compiled,
-        forward=max(errors["y"], errors[_ALONE]),
+        forward=max(errors["y"], errors[_WITHOUT_GRADIENTS]),
         gradient=max(errors.values()),
         bitwise=not unequal,
         problems=tuple(problems),

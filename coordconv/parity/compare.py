@@ -1,4 +1,4 @@
-"""Models side by side: what each makes of the same inputs, and where it parts from the first."""
+"""Models side by side: what each computes of the same inputs, and where it differs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from coordconv.grid import Array
 from coordconv.recording import GRADIENT, OUTPUT
 
-Model: TypeAlias = Callable[..., Array | Mapping[str, Array]]
+ModelFunction: TypeAlias = Callable[..., Array | Mapping[str, Array]]
 Bound: TypeAlias = (
     float | Array | Mapping[str, float | Array] | Callable[[str, Array], float | Array] | None
 )
@@ -28,20 +28,20 @@ _LARGEST_SHARE = 1 / 32
 
 
 @dataclass(frozen=True)
-class Row:
-    """One array of one model beside the reference's of that name.
+class ComparisonRow:
+    """One array of one model beside the reference's array of the same name.
 
     Args:
         model: the model's name.
-        name: the array's.
-        shape: the model's shape.
-        error: the largest absolute difference; inf where the shapes differ, or where one has NaN
-            or an infinity and the other has not.
+        name: the array's name.
+        shape: the shape that the model gave it.
+        error: the largest absolute difference; inf where the shapes differ, or where one array has
+            NaN or an infinity and the other has not.
         ulps: the largest difference in units in the last place, see :func:`ulp_distance`.
         of_bound: the largest difference in units of its bound; more than 1 is a difference.
-        argmax: on what share of samples and places both have the largest channel, axis 1, at the
-            same index; None without channels to choose from.
-        note: what the numbers do not say, as that the shapes differ.
+        argmax: the share of samples and places at which both arrays have the largest channel (axis
+            1) at the same index; None where there are not two channels.
+        note: what the numbers do not say, such as that the shapes differ.
     """
 
     model: str
@@ -63,20 +63,20 @@ class Row:
 class Report:
     """What :func:`compare` found.
 
-    ``print`` shows it as a table.
+    ``print`` shows the report as a table.
 
     Args:
-        reference: the reference's name.
-        models: the names of the models held to it.
-        rows: a row for each model and each array that it and the reference have, in the order of
-            the reference's.
-        missing: for each model, the reference's arrays that it has not.
-        extra: for each model, its arrays that the reference has not.
+        reference: the name of the reference.
+        models: the names of the models that are held to the reference.
+        rows: a row for each model and each array that model and reference have in common, in the
+            order of the reference's arrays.
+        missing: for each model, the arrays that only the reference has.
+        extra: for each model, the arrays that only the model has.
     """
 
     reference: str
     models: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     missing: Mapping[str, tuple[str, ...]]
     extra: Mapping[str, tuple[str, ...]]
 
@@ -86,14 +86,14 @@ class Report:
         return all(row.ok for row in self.rows)
 
     @property
-    def parts(self) -> dict[str, str | None]:
-        """For each model, the first array that is beyond its bound, or None."""
+    def first_difference(self) -> dict[str, str | None]:
+        """For each model, the name of the first array that is beyond its bound, or None."""
         return {
             model: next((row.name for row in self._of(model) if not row.ok), None)
             for model in self.models
         }
 
-    def _of(self, model: str) -> list[Row]:
+    def _of(self, model: str) -> list[ComparisonRow]:
         return [row for row in self.rows if row.model == model]
 
     def raise_if_different(self) -> None:
@@ -106,17 +106,17 @@ class Report:
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
         for row in rows:
             row.update({k: None for k, v in row.items() if v == math.inf})
-        read = {
+        content = {
             "ok": self.ok,
             "reference": self.reference,
-            "parts": self.parts,
+            "first_difference": self.first_difference,
             "missing": dict(self.missing),
             "extra": dict(self.extra),
             "rows": rows,
         }
-        return json.dumps(read, indent=2, allow_nan=False)
+        return json.dumps(content, indent=2, allow_nan=False)
 
-    def draw(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of every array's error in units of its bound; needs matplotlib.
 
         Args:
@@ -126,9 +126,9 @@ class Report:
 
         names = list(dict.fromkeys(row.name for row in self.rows))
         shares = [row.of_bound for row in self.rows if 0 < row.of_bound < math.inf]
-        # A logarithmic axis has no place for equality, nor for what is beyond all bounds.
+        # A logarithmic axis has no place for 0 and infinity: they are shown at its two ends.
         low, high = min([0.1, *shares]) / 3, max([10.0, *shares]) * 3
-        ticks = [_literal(_cut(name)) for name in names]
+        ticks = [_escaped(_shortened(name)) for name in names]
         # In inches: a place for each array, and below the axes one for the longest name.
         size = 2.5 + max(6.0, 0.28 * len(names)), 4.0 + 0.08 * max(map(len, ticks))
         figure = Figure(figsize=size, layout="constrained")
@@ -136,21 +136,21 @@ class Report:
         for model, marker in zip(self.models, cycle("osD^v"), strict=False):
             rows = self._of(model)
             x, y = zip(*[(names.index(r.name), r.of_bound) for r in rows], strict=True)
-            drawn = np.clip(y, low, high)
+            shown = np.clip(y, low, high)
             (line,) = axes.plot(
                 x,
-                drawn,
+                shown,
                 marker=marker,
                 markersize=5,
                 fillstyle="none",
                 linewidth=1,
-                label=_literal(model),
+                label=_escaped(model),
             )
-            if (first := self.parts[model]) is not None:
+            if (first := self.first_difference[model]) is not None:
                 at = names.index(first)
                 axes.annotate(
-                    f"parts at {ticks[at]}",
-                    (at, drawn[x.index(at)]),
+                    f"differs at {ticks[at]}",
+                    (at, shown[x.index(at)]),
                     (0, 8),
                     textcoords="offset points",
                     color=line.get_color(),
@@ -160,10 +160,10 @@ class Report:
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="bound")
         axes.set_xticks(range(len(names)), ticks, rotation=90, fontsize=8)
         axes.set(
-            title=f"error against {_literal(self.reference)}",
+            title=f"error against {_escaped(self.reference)}",
             ylabel="error / bound",
             yscale="log",
-            # A share of the height on top, for what is written over the highest point.
+            # Some of the height stays free on top, for the text above the highest point.
             ylim=(low / 1.5, high * (high / low) ** 0.12),
         )
         axes.axhline(low, color="grey", linewidth=0.5)
@@ -180,60 +180,60 @@ class Report:
         rows = self._of(model)
         first = next((row for row in rows if not row.ok), None)
         if first is None:
-            found = f"agrees with {self.reference} in all of {len(rows)} arrays"
+            verdict = f"agrees with {self.reference} in all of {len(rows)} arrays"
         elif first.note:
-            found = f"parts from {self.reference} at {first.name}: {first.note}"
+            verdict = f"differs from {self.reference} at {first.name}: {first.note}"
         else:
-            found = (
-                f"parts from {self.reference} at {first.name}: error {_short(first.error)}, "
-                f"{_short(first.of_bound)} times the bound"
+            verdict = (
+                f"differs from {self.reference} at {first.name}: error {_formatted(first.error)}, "
+                f"{_formatted(first.of_bound)} times the bound"
             )
         width = min(max(len(row.name) for row in rows), _NAME_WIDTH)
         shapes = [_shape(row.shape) for row in rows]
         shape_width = max(5, *map(len, shapes))
         lines = [
-            f"{model} {found}",
+            f"{model} {verdict}",
             f"  {'':{width}}  {'shape':{shape_width}}  {'error':>8}  {'ULPs':>8}  "
             f"{'of bound':>8}  {'argmax':>6}",
         ]
         for row, shape in zip(rows, shapes, strict=True):
-            name = _cut(row.name)
+            name = _shortened(row.name)
             argmax = "" if row.argmax is None else f"{math.floor(row.argmax * 1000) / 10:g}%"
             lines.append(
                 f"{' ' if row.ok else '*'} {name:{width}}  {shape:{shape_width}}  "
-                f"{_short(row.error):>8}  {_short(row.ulps):>8}  {_short(row.of_bound):>8}  "
-                f"{argmax:>6}".rstrip()
+                f"{_formatted(row.error):>8}  {_formatted(row.ulps):>8}  "
+                f"{_formatted(row.of_bound):>8}  {argmax:>6}".rstrip()
             )
             if row.note:
                 lines.append(f"      {row.note}")
         for owner, names in ((self.reference, self.missing), (model, self.extra)):
-            told = [  # a gradient by its array, where that is missing, too
+            listed = [  # a gradient is not listed where the array that it belongs to is
                 name
                 for name in names[model]
                 if name == (base := name.removeprefix(GRADIENT)) or base not in names[model]
             ]
-            if told:
-                text = f"only in {owner}: {', '.join(told)}"
+            if listed:
+                text = f"only in {owner}: {', '.join(listed)}"
                 lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
         return lines
 
 
 def compare(
-    models: Mapping[str, Model],
+    models: Mapping[str, ModelFunction],
     inputs: Array | Sequence[Array],
     *,
-    reference: str | Model | None = None,
+    reference: str | ModelFunction | None = None,
     bound: Bound = None,
 ) -> Report:
-    """Give every model the same inputs, and compare what each makes of them with the reference.
+    """Give every model the same inputs, and compare what each computes with the reference.
 
-    ``recorded`` in ``coordconv.backends.torch``, ``.paddle``, ``.flax`` and ``.linen`` makes such a
-    model of a framework's module, with an array for each module inside it. In a test,
+    ``recorded`` in ``coordconv.backends.torch``, ``.paddle``, ``.flax`` and ``.linen`` turns a
+    framework's module into such a model, which returns an array for each module inside. In a test,
     ``compare(...).raise_if_different()`` is all it takes.
 
     Args:
         models: by name, functions from arrays to an array or to a mapping of arrays by name, in
-            the order in which they are computed. An array alone is called ``"model output"``.
+            the order of computation. An array alone is called ``"model output"``.
         inputs: the array that every model is given, or a sequence of several.
         reference: the name of the model that the others are held to, or another function; the
             first model if None.
@@ -244,7 +244,7 @@ def compare(
             The default is for what rounding does: ``2 * sqrt(k * n) * u * m``, but at most
             ``m / 32``, with ``u`` the unit roundoff of the coarser of the two types, ``m`` the
             largest magnitude in the reference's array, ``k`` the number of arrays so far, and ``n``
-            nine times the longest axis, but for the first, that one of these or of the inputs has.
+            nine times the longest axis of these arrays and of the inputs, the first axis left out.
             bfloat16, which comes as float32, needs a bound of its own, as
             ``lambda name, reference: 2**-5 * abs(reference).max()``.
 
@@ -253,16 +253,17 @@ def compare(
 
     Raises:
         TypeError: the inputs are no NumPy arrays, or a model returns something else.
-        ValueError: there are no models, or none to compare; there is no model called
-            ``reference``; a bound is negative, of no array that is compared or of another shape;
+        ValueError: there are no models, or none beside the reference; there is no model called
+            ``reference``; a bound is negative, for no array that is compared, or of another shape;
             a model and the reference have no array in common.
 
     Source:
         The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, as a 3x3
-        convolution over ``n / 9`` channels does, and of ``s`` roundings in a row the errors amount
-        to ``sqrt(s)`` times one rather than ``s`` times (Higham and Mary, *A New Approach to
-        Probabilistic Rounding Error Analysis*, 2019); twice, since both are rounded. It is no
-        proof; ``docs/parity.md`` has what was measured, what it misses and what it takes amiss.
+        convolution over ``n / 9`` channels does, and the errors of ``s`` roundings in a row amount
+        to ``sqrt(s)`` times one of them rather than ``s`` times (Higham and Mary, *A New Approach
+        to Probabilistic Rounding Error Analysis*, 2019); twice, since both models round. This bound
+        is no proof; ``docs/parity.md`` says what was measured, what the bound misses and where it
+        raises false alarms.
 
     Example:
         >>> x = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
@@ -271,10 +272,10 @@ def compare(
         >>> def wrong(x):
         ...     return {"doubled": 2 * x, "model output": np.tanh(2 * x[:, ::-1])}
         >>> report = compare({"right": right, "wrong": wrong}, x)
-        >>> report.ok, report.parts
+        >>> report.ok, report.first_difference
         (False, {'wrong': 'model output'})
         >>> print(report)
-        wrong parts from right at model output: error 0.584, 6.92e+05 times the bound
+        wrong differs from right at model output: error 0.584, 6.92e+05 times the bound
                         shape     error      ULPs  of bound  argmax
           doubled       2x3           0         0         0    100%
         * model output  2x3       0.584  1.18e+07  6.92e+05      0%
@@ -282,8 +283,8 @@ def compare(
     arrays = _arrays(inputs)
     name, function, others = _reference(models, reference)
     wanted = _run(name, function, arrays)
-    passed = _passed(wanted, arrays)
-    rows: list[Row] = []
+    depths = _depths(wanted, arrays)
+    rows: list[ComparisonRow] = []
     missing, extra = {}, {}
     for model, function in others.items():
         found = _run(model, function, arrays)
@@ -294,7 +295,7 @@ def compare(
                 f"{', '.join(wanted)}"
             )
         for each in common:
-            allowed = _allowed(bound, each, found[each], wanted[each], *passed[each])
+            allowed = _allowed(bound, each, found[each], wanted[each], *depths[each])
             rows.append(_row(model, each, found[each], wanted[each], allowed))
         missing[model] = tuple(each for each in wanted if each not in found)
         extra[model] = tuple(each for each in found if each not in wanted)
@@ -306,12 +307,12 @@ def compare(
 
 
 def likely_error(wanted: Array, layers: int, longest: int, unit: float) -> float:
-    """What rounding makes likely, as :func:`compare` says.
+    """The default bound of :func:`compare`: the largest error that rounding makes likely.
 
     Args:
         wanted: the reference's array.
-        layers: how many layers it has passed, ``k``.
-        longest: the longest axis that it has met, see :func:`longest_axis`.
+        layers: the number of layers that computed the array, ``k``.
+        longest: the longest axis in these layers, see :func:`longest_axis`.
         unit: the unit roundoff.
 
     Example:
@@ -324,14 +325,14 @@ def likely_error(wanted: Array, layers: int, longest: int, unit: float) -> float
 
 
 def longest_axis(shapes: Iterable[tuple[int, ...]]) -> int:
-    """The longest axis of some samples, at least 1."""
+    """The longest axis in shapes of single samples, at least 1."""
     return max([1, *(length for shape in shapes for length in shape)])
 
 
 def ulp_distance(a: Array, b: Array) -> Array:
     """How many steps from one floating-point number to the next lie between ``a`` and ``b``.
 
-    The steps are those of the coarser of the two types. They are counted through zero, whose two
+    The steps are those of the coarser of the two types. Steps are counted through zero, whose two
     signs are one number; an infinity is one step beyond the largest number.
 
     Args:
@@ -339,7 +340,7 @@ def ulp_distance(a: Array, b: Array) -> Array:
         b: the same number of them.
 
     Returns:
-        Unsigned integers; 0 from NaN to NaN, and the largest there is from NaN to anything else.
+        Unsigned integers: 0 from NaN to NaN, and the largest integer from NaN to anything else.
 
     Example:
         >>> one = np.array([1, 0, -1], np.float32)
@@ -364,7 +365,7 @@ def ulp_distance(a: Array, b: Array) -> Array:
 
 
 def _coarser(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """The coarsest of some types, at most float64; integers have no rounding."""
+    """The coarsest of the types; float64 where all are integers, which have no rounding."""
     floating = [dtype for dtype in dtypes if dtype.kind == "f"]
     return min([np.dtype(np.float64), *floating], key=lambda dtype: dtype.itemsize)
 
@@ -383,8 +384,8 @@ def _arrays(inputs: Array | Sequence[Array]) -> list[Array]:
 
 
 def _reference(
-    models: Mapping[str, Model], reference: str | Model | None
-) -> tuple[str, Model, dict[str, Model]]:
+    models: Mapping[str, ModelFunction], reference: str | ModelFunction | None
+) -> tuple[str, ModelFunction, dict[str, ModelFunction]]:
     """The reference's name, itself, and the models to hold to it."""
     others = dict(models)
     if not others:
@@ -404,10 +405,10 @@ def _reference(
     return name, function, others
 
 
-def _run(model: str, function: Model, inputs: list[Array]) -> dict[str, Array]:
-    """What a model makes of the inputs, by name."""
+def _run(model: str, function: ModelFunction, inputs: list[Array]) -> dict[str, Array]:
+    """What a model computes of the inputs, by name."""
     try:
-        made = function(*(x.copy() for x in inputs))  # a copy, which it may write to
+        made = function(*(x.copy() for x in inputs))  # copies, since a model may write to its input
     except Exception as error:
         error.add_note(f"raised by the model {model!r}")
         raise
@@ -424,11 +425,11 @@ def _run(model: str, function: Model, inputs: list[Array]) -> dict[str, Array]:
     return {name: np.asarray(array) for name, array in found.items()}
 
 
-def _passed(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, tuple[int, int]]:
-    """How many of the reference's arrays there are up to each, and their longest axis so far."""
+def _depths(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, tuple[int, int]]:
+    """For each of the reference's arrays, the number of arrays and the longest axis up to there."""
 
     def longest_of(*arrays: Array) -> int:
-        # An only axis may be that of samples or of one sample's numbers.
+        # An only axis may count the samples or the numbers of one sample, so it is not left out.
         return longest_axis(array.shape[array.ndim > 1 :] for array in arrays)
 
     longest, found = longest_of(*inputs), {}
@@ -441,7 +442,7 @@ def _passed(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, t
 def _allowed(
     bound: Bound, name: str, found: Array, wanted: Array, layers: int, longest: int
 ) -> Array:
-    """By how much each element of ``wanted`` may be missed."""
+    """The bound on the difference from ``wanted``, for each element."""
     if isinstance(bound, Mapping):
         bound = bound.get(name)
     elif callable(bound):
@@ -461,10 +462,10 @@ def _allowed(
         ) from None
 
 
-def _row(model: str, name: str, found: Array, wanted: Array, allowed: Array) -> Row:
+def _row(model: str, name: str, found: Array, wanted: Array, allowed: Array) -> ComparisonRow:
     if found.shape != wanted.shape:
         note = f"shape {found.shape}, where the reference has {wanted.shape}"
-        return Row(model, name, found.shape, math.inf, math.inf, math.inf, None, note)
+        return ComparisonRow(model, name, found.shape, math.inf, math.inf, math.inf, None, note)
     x, y = found.astype(np.float64), wanted.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
@@ -478,11 +479,11 @@ def _row(model: str, name: str, found: Array, wanted: Array, allowed: Array) -> 
     if wanted.ndim > 1 and wanted.shape[1] > 1 and wanted.size:
         argmax = float(np.mean(found.argmax(axis=1) == wanted.argmax(axis=1)))
     largest, ulps, share = (float(each.max(initial=0)) for each in (error, steps, of_bound))
-    return Row(model, name, found.shape, largest, ulps, share, argmax, _not_finite(x, y))
+    return ComparisonRow(model, name, found.shape, largest, ulps, share, argmax, _not_finite(x, y))
 
 
 def _not_finite(found: Array, wanted: Array) -> str:
-    """What is to be said of NaN and infinities."""
+    """The note on NaN and infinities, if there are any."""
     parts = []
     for word, test in (("NaN", np.isnan), ("infinite", np.isinf)):
         counts = [int(test(array).sum()) for array in (found, wanted)]
@@ -495,21 +496,20 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) if shape else "scalar"
 
 
-def _cut(name: str) -> str:
-    """The name, or of a long one the end, behind what says that it is a gradient's."""
+def _shortened(name: str) -> str:
+    """The name, or the end of a long one; the prefix of a gradient's name stays."""
     prefix = GRADIENT if name.startswith(GRADIENT) else ""
     room = _NAME_WIDTH - len(prefix) - 1
     return name if len(name) <= _NAME_WIDTH else f"{prefix}…{name[-room:]}"
 
 
-def _literal(text: str) -> str:
-    """What matplotlib shows as this text, with no dollars that start a formula."""
+def _escaped(text: str) -> str:
+    """The text with its dollars escaped: to matplotlib they would start a formula."""
     return text.replace("$", r"\$")
 
 
-def _short(number: float) -> str:
-    return f"{number:.3g}" if number < 10**6 and number != int(number) else _whole(number)
-
-
-def _whole(number: float) -> str:
-    return f"{number:.0f}" if number < 10**6 else f"{number:.2e}"
+def _formatted(number: float) -> str:
+    """At most eight characters, and whole numbers whole."""
+    if number >= 10**6:
+        return f"{number:.2e}"
+    return f"{number:.0f}" if number == int(number) else f"{number:.3g}"

@@ -1,4 +1,4 @@
-"""The parity check: every backend passes it, and a wrong one does not."""
+"""The check of generated layers: every backend passes it, and a wrong one does not."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from coordconv import available_backends, backends, position_bias
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network, get
-from coordconv.parity import Case, check, generate, strategies
-from coordconv.parity.comparison import PRECISIONS, Expected, expected
+from coordconv.parity import Case, check_layers, generate, strategies
+from coordconv.parity.bounds import expected
 
 
 def test_every_case_is_within_its_bound_and_exact_ones_to_the_last_bit(backend):
-    report = check(generate(40, seed=2), [backend])
+    report = check_layers(generate(40, seed=2), [backend])
     (tally,) = report.tallies
     assert report.ok, "\n".join(tally.failures)
     assert tally.networks == 3
@@ -30,7 +30,7 @@ def test_every_case_is_within_its_bound_and_exact_ones_to_the_last_bit(backend):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_types_are_within_their_bounds(backend, dtype):
-    (tally,) = check(generate(8, seed=5, dtype=dtype), [backend]).tallies
+    (tally,) = check_layers(generate(8, seed=5, dtype=dtype), [backend]).tallies
     assert not tally.failures, "\n".join(tally.failures)
     assert tally.networks + tally.layers + sum(tally.excluded.values()) == 11
     if backend == "paddle" and dtype != "float64":
@@ -49,7 +49,7 @@ def test_compiled_or_not(backend, compiled):
     kinds = {case.kind[:5]: case for case in drawn if case.network.layers[0].geometry.groups == 1}
     cases = list(kinds.values())
     assert {kind[:3] for kind in kinds} == {"1-D", "2-D", "3-D"}
-    (tally,) = check(cases, [backend], compiled=compiled).tallies
+    (tally,) = check_layers(cases, [backend], compiled=compiled).tallies
     assert not tally.failures, "\n".join(tally.failures)
     assert tally.bitwise == tally.layers >= 3
     assert tally.modes == {f"float32, {'compiled' if compiled else 'eager'}": tally.layers}
@@ -57,8 +57,8 @@ def test_compiled_or_not(backend, compiled):
 
 @given(strategies.cases())
 @settings(max_examples=40, deadline=None)
-def test_the_strategy_draws_what_the_reference_can_run(case):
-    wanted = expected(case.network, *case.draw())
+def test_the_strategy_gives_what_the_reference_can_run(case):
+    wanted = expected(case.network, *case.data())
     assert wanted["y"].value.shape[0] == case.batch
     assert all(np.isfinite(value.bound).all() for value in wanted.values())
     if case.exact:
@@ -73,7 +73,7 @@ def test_the_strategy_draws_what_the_reference_can_run(case):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_case_of_the_strategy_passes(backend, case):
-    (tally,) = check([case], [backend]).tallies
+    (tally,) = check_layers([case], [backend]).tallies
     assert not tally.failures, "\n".join(tally.failures)
 
 
@@ -107,7 +107,7 @@ class Spoilt:
         return arrays.pop("y"), arrays
 
 
-@pytest.mark.parametrize("name", ["y", "x", "conv.weight", "conv.coord_weight", "conv.bias"])
+@pytest.mark.parametrize("name", ["y", "x", "conv.weight", "conv.bias"])
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -121,14 +121,14 @@ class Spoilt:
 def test_a_wrong_array_fails(monkeypatch, backend_to_spoil, name, spoil):
     spoilt = Spoilt(backend_to_spoil, name, spoil)
     monkeypatch.setattr(backends, "load", lambda _: spoilt)
-    report = check(layers(1), ["spoilt"])
+    report = check_layers(layers(1), ["spoilt"])
     assert not report.ok
     (tally,) = report.tallies
     assert all(failure.startswith(name) for failure in tally.failures)
 
 
 def test_an_output_in_another_type_fails(monkeypatch):
-    """As of a layer that forgets to round the position bias: the sum is a float32 then."""
+    """As of a layer that forgets to round the sum with the map, which is a float32 then."""
 
     class Unrounded:
         COMPILED = False
@@ -144,8 +144,8 @@ def test_an_output_in_another_type_fails(monkeypatch):
             return found.pop("y"), found
 
     monkeypatch.setattr(backends, "load", lambda _: Unrounded)
-    assert check(layers(1), ["unrounded"]).ok
-    (tally,) = check(layers(1, dtype="bfloat16"), ["unrounded"]).tallies
+    assert check_layers(layers(1), ["unrounded"]).ok
+    (tally,) = check_layers(layers(1, dtype="bfloat16"), ["unrounded"]).tallies
     (failure,) = tally.failures
     assert "y: not in bfloat16" in failure
 
@@ -160,36 +160,60 @@ def test_a_backend_that_raises_fails_with_the_case(monkeypatch):
 
     monkeypatch.setattr(backends, "load", lambda _: Raising)
     (case,) = layers(1)
-    (tally,) = check([case], ["raising"]).tallies
+    (tally,) = check_layers([case], ["raising"]).tallies
     assert tally.failures == [f"RuntimeError: no such thing in {case!r}"]
 
 
 def test_processes_report_what_one_does(backend_to_spoil):
     name = available_backends()[0]
     cases = generate(12, seed=8)
-    assert check(cases, [name], workers=2) == check(cases, [name])
+    assert check_layers(cases, [name], workers=2) == check_layers(cases, [name])
 
 
 @dataclass(frozen=True)
 class Asking(Case):
-    """A case that wants its map, of 10 entries or fewer, made in one way."""
+    """A case that wants one of the two ways forced, or None."""
 
-    apart: bool = True
+    way: str | None = None
 
-    def draw(self):
-        assert (position_bias.MOST_TOGETHER < 10) == self.apart
-        return super().draw()
+    def data(self):
+        assert self.way == position_bias.FORCED
+        return super().data()
 
 
-def test_maps_are_made_in_the_way_that_is_asked_for(backend_to_spoil):
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("way", [None, position_bias.APPEND, position_bias.MAP])
+def test_a_way_is_forced_while_cases_run_and_no_longer(backend_to_spoil, way, workers):
     name = available_backends()[0]
-    cases = [Asking(case.network, 1, 0, case.exact) for case in generate(4, seed=9)[:4]]
-    assert check(cases, [name], maps="apart").ok
-    for maps in (None, "together"):
-        with pytest.raises(AssertionError):
-            check(cases, [name], maps=maps)
-    with pytest.raises(ValueError, match="maps must be None or one of apart, together, got 'axis'"):
-        check(cases, [name], maps="axis")
+    cases = [Asking(case.network, 1, 0, case.exact, way=way) for case in generate(2, seed=9)[:2]]
+    seen = []
+    report = check_layers(
+        cases, [name], lambda: seen.append(position_bias.FORCED), way=way, workers=workers
+    )
+    assert report.ok
+    assert seen == [None, None]  # between two cases it is the caller's turn
+    with pytest.raises(AssertionError):
+        check_layers([Asking(cases[0].network, 1, 0, way="another")], [name], way=way)
+    assert position_bias.FORCED is None
+
+
+def test_another_way_is_refused():
+    message = "way must be None or one of append, map, got 'apart'"
+    with pytest.raises(ValueError, match=message):
+        check_layers([], [], way="apart")
+    with pytest.raises(ValueError, match="backend must be one of torch.* got 'keras'"):
+        check_layers(layers(1), ["keras"])
+
+
+@pytest.mark.parametrize("way", [position_bias.APPEND, position_bias.MAP])
+def test_every_case_passes_in_either_way(backend, way):
+    """Wherever both are right, that is; the other ways of these cases are chosen anyway."""
+    cases = [case for case in generate(60, seed=12) if case.is_layer]
+    cases = [case for case in cases if case.network.layers[0].coords.outside == "zero"][:24]
+    (tally,) = check_layers(cases, [backend], way=way).tallies
+    assert not tally.failures, "\n".join(tally.failures)
+    assert tally.layers >= 12
+    assert tally.bitwise == tally.exact >= 4
 
 
 @dataclass(frozen=True)
@@ -198,10 +222,10 @@ class Ending(Case):
 
     always: bool = True
 
-    def draw(self):
+    def data(self):
         if self.always or self.network.layers[0].coords:
             os._exit(1)
-        return super().draw()
+        return super().data()
 
 
 @pytest.mark.parametrize("always", [True, False])
@@ -210,7 +234,7 @@ def test_a_process_that_ends(backend_to_spoil, always):
     name = available_backends()[0]
     one, two = layers(2)
     ending = Ending(one.network, 1, 0, always=always)
-    (tally,) = check([one, ending, two], [name], workers=2).tallies
+    (tally,) = check_layers([one, ending, two], [name], workers=2).tallies
     if always:
         assert tally.excluded == {"the framework ends its process, without coordinates too": 1}
         assert not tally.failures
@@ -222,7 +246,7 @@ def test_a_process_that_ends(backend_to_spoil, always):
 def test_one_unit_in_the_last_place_fails_an_exact_case(monkeypatch, backend_to_spoil):
     spoilt = Spoilt(backend_to_spoil, "y", lambda a: np.nextafter(a, np.float32(np.inf)))
     monkeypatch.setattr(backends, "load", lambda _: spoilt)
-    (tally,) = check(layers(3, exact=True), ["spoilt"]).tallies
+    (tally,) = check_layers(layers(3, exact=True), ["spoilt"]).tallies
     assert len(tally.failures) == tally.exact == 3
     assert tally.bitwise == 0
 
@@ -231,7 +255,7 @@ def test_a_failure_is_one_line_that_makes_the_case_again(monkeypatch, backend_to
     spoilt = Spoilt(backend_to_spoil, "y", lambda a: a + 1)
     monkeypatch.setattr(backends, "load", lambda _: spoilt)
     (case,) = layers(1, exact=True)
-    (tally,) = check([case], ["spoilt"]).tallies
+    (tally,) = check_layers([case], ["spoilt"]).tallies
     (line,) = tally.failures
     assert "\n" not in line
     names = {
@@ -253,14 +277,14 @@ def test_an_option_that_a_framework_lacks_is_counted_under_its_reason(monkeypatc
             raise NotImplementedError("no such padding")
 
     monkeypatch.setattr(backends, "load", lambda _: Lacking)
-    report = check(generate(3), ["lacking"])
+    report = check_layers(generate(3), ["lacking"])
     assert report.ok
     assert report.tallies[0].excluded == {"no such padding": 6}
 
 
 def test_report_as_json(backend_to_spoil):
     name = available_backends()[0]
-    read = json.loads(check([*layers(2), Case(get("plain_cnn"), 1, 0)], [name]).to_json())
+    read = json.loads(check_layers([*layers(2), Case(get("plain_cnn"), 1, 0)], [name]).to_json())
     assert read["ok"] is True
     (tally,) = read["backends"]
     assert (tally["backend"], tally["layers"], tally["networks"]) == (name, 2, 1)
@@ -270,7 +294,7 @@ def test_report_as_json(backend_to_spoil):
 def test_cases_come_from_the_seed_alone():
     assert generate(20, seed=5) == generate(20, seed=5)
     assert generate(20, seed=5) != generate(20, seed=6)
-    first, second = (generate(1, seed=5)[0].draw() for _ in range(2))
+    first, second = (generate(1, seed=5)[0].data() for _ in range(2))
     assert np.array_equal(first[1], second[1])
 
 
@@ -282,71 +306,3 @@ def test_generated_cases_cover_the_options():
     layers = [case.network.layers[0] for case in generate(300) if case.is_layer]
     assert {"xy", "yx", "r"} <= {layer.coords.channels for layer in layers}
     assert {layer.coords.outside for layer in layers} == {"zero", "extend"}
-
-
-class TestExpected:
-    def test_an_element_whose_bound_is_zero_must_be_exact(self):
-        wanted = Expected(np.zeros(2), np.array([0.0, 1.0]))
-        assert wanted.error(np.array([0.0, 0.5])) == 0.5
-        assert wanted.error(np.array([1e-30, 0.0])) == np.inf
-
-    def test_exact_data_leaves_no_error_in_float64_either(self):
-        case = next(case for case in generate(10, seed=1) if case.exact)
-        wanted = expected(case.network, *case.draw())
-        for value in wanted.values():
-            assert np.array_equal(value.value, value.value.astype(np.float32))
-
-    @pytest.mark.parametrize(
-        ("name", "target"),
-        [
-            ("coord_cnn", "x"),
-            ("coord_cnn", "conv4.coord_weight"),
-            ("coord_cnn", "linear1.bias"),
-            ("coord_classifier", "conv1.coord_weight"),
-            ("deconv_classifier", "deconv2.weight"),
-        ],
-    )
-    def test_gradients_of_a_network_are_its_finite_differences(self, name, target):
-        """Along a random direction, central differences in float64."""
-        network = get(name)
-        weights, x, dy = Case(network, 1, 7).draw()
-        wanted = expected(network, weights, x, dy)[target].value
-        direction = np.random.default_rng(0).standard_normal(wanted.shape)
-        step = 1e-7
-
-        def loss(sign):
-            moved = {**weights, "x": x}
-            moved[target] = moved[target].astype(np.float64) + sign * step * direction
-            return (expected(network, moved, moved.pop("x"), dy)["y"].value * dy).sum()
-
-        slope = (loss(1) - loss(-1)) / (2 * step)
-        assert slope == pytest.approx((wanted * direction).sum(), rel=1e-4)
-
-
-class TestPrecision:
-    @pytest.mark.parametrize(
-        ("value", "nearest"),
-        [
-            (1 + 2.0**-8, 1.0),  # half-way, to even
-            (1 + 3 * 2.0**-8, 1 + 2.0**-6),
-            (1 + 2.0**-8 + 2.0**-20, 1 + 2.0**-7),
-            (-3.0, -3.0),
-            (2.0**-133, 2.0**-133),  # the smallest there is
-            (0.0, 0.0),
-        ],
-    )
-    def test_bfloat16_is_rounded_to_nearest(self, value, nearest):
-        assert PRECISIONS["bfloat16"].rounded(np.array([value])) == nearest
-
-    @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-    def test_rounding_is_within_the_unit_roundoff(self, precision):
-        values = np.random.default_rng(0).standard_normal(10_000)
-        rounded = precision.rounded(values)
-        assert np.array_equal(precision.rounded(rounded), rounded)
-        unit = precision.rounding or precision.unit
-        error = np.abs(rounded.astype(np.float64) - values)
-        assert (error <= unit * np.abs(values) + precision.tiny).all()
-
-    def test_an_unknown_type_is_refused(self):
-        with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int8'"):
-            generate(1, dtype="int8")
