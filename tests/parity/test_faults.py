@@ -29,9 +29,10 @@ from coordconv import (
     networks,
     save_weights,
 )
-from coordconv import weights as weights_module
 from coordconv.geometry import ConvGeometry
-from coordconv.weights import FORMAT_VERSION, Weights, checked
+from coordconv.weights import Weights, files
+from coordconv.weights.canonical import checked, layouts
+from coordconv.weights.files import FORMAT_VERSION
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits and permissions of POSIX")
 
@@ -44,7 +45,7 @@ NETWORK = networks.Network(
         networks.Linear("linear", 27, 2),
     ),
 )
-WEIGHTS = networks.initial_weights(NETWORK)
+WEIGHTS = Weights.of(NETWORK, networks.initial_weights(NETWORK))
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -82,9 +83,12 @@ def test_cut_short_at_every_hundredth_byte(path: Path) -> None:
 
 def test_a_flipped_bit_of_the_header_is_harmless_or_told_of(path: Path) -> None:
     """By the file or, where it still is a valid one, by the import; else it changed no array."""
-    name, coords = "conv.coord_weight", {"conv": Coordinates("xr", r_center=0.5)}
-    arrays = {name: np.arange(4, dtype=np.float32).reshape(2, 2, 1)}
-    save_weights(path, Weights(arrays, coords), {"note": "x"})
+    coords = Coordinates("xr", r_center=0.5)
+    layer = networks.Conv("conv", 1, 2, ConvGeometry((1,)), coords, bias=False)
+    network = networks.Network("flipped", (1, 3), (layer,))
+    name, shapes = "conv.weight", network.weight_shapes()
+    arrays = {name: np.arange(6, dtype=np.float32).reshape(shapes[name])}
+    save_weights(path, Weights.of(network, arrays), {"note": "x"})
     written = path.read_bytes()
     told = {"load": 0, "import": 0}
     for place in range(len(written) - arrays[name].nbytes):
@@ -96,7 +100,7 @@ def test_a_flipped_bit_of_the_header_is_harmless_or_told_of(path: Path) -> None:
             try:
                 found = load_weights(path)
                 step = "import"
-                assert_same(checked(found, {name: (2, 2, 1)}, coords), arrays)
+                assert_same(checked(found, shapes, layouts(network)), arrays)
             except ValueError as error:
                 told[step] += 1
                 assert step == "import" or str(path) in str(error)  # noqa: PT017  # one outcome
@@ -162,7 +166,9 @@ def test_what_the_damaged_files_would_be_if_whole(path: Path) -> None:
 @pytest.mark.parametrize("version", [str(FORMAT_VERSION + 1), "99", "1.5", "-1", "", "new"])
 def test_a_newer_format(version: str, path: Path) -> None:
     safetensors.numpy.save_file(WEIGHTS, path, metadata={"format_version": version})
-    with pytest.raises(ValueError, match=f"has format version {version}; this coordconv reads up"):
+    with pytest.raises(
+        ValueError, match=f"has format version {version}; this coordconv reads version 2"
+    ):
         load_weights(path)
 
 
@@ -210,13 +216,13 @@ def test_values_that_are_not_finite_are_read_and_told_of(
 
 MISFITS: dict[str, Callable[[Weights], Any]] = {
     "missing: linear.weight": lambda weights: weights.pop("linear.weight"),
-    "missing: conv.coord_weight": lambda weights: weights.pop("conv.coord_weight"),
+    "missing: conv.weight": lambda weights: weights.pop("conv.weight"),
     "unexpected: conv9.weight": lambda weights: weights.update({"conv9.weight": np.ones(1)}),
     "wrong shape: linear.weight is (27, 2)": lambda weights: weights.update(
         {"linear.weight": np.ones((27, 2))}
     ),
-    "wrong shape: conv.coord_weight is (3, 3)": lambda weights: weights.update(
-        {"conv.coord_weight": np.ones((3, 3))}
+    "wrong shape: conv.weight is (3, 5)": lambda weights: weights.update(
+        {"conv.weight": np.ones((3, 5))}
     ),
     "not floating-point: linear.bias is int32": lambda weights: weights.update(
         {"linear.bias": np.ones(2, np.int32)}
@@ -224,7 +230,7 @@ MISFITS: dict[str, Callable[[Weights], Any]] = {
     "not floating-point: linear.bias is bool": lambda weights: weights.update(
         {"linear.bias": np.ones(2, bool)}
     ),
-    "other coordinates: conv.coord_weight": lambda weights: weights.coordinates.update(
+    "other coordinates: conv.weight": lambda weights: weights.coordinates.update(
         conv=Coordinates("yxr")
     ),
 }
@@ -236,7 +242,7 @@ def test_nothing_is_loaded_of_a_file_that_does_not_fit(
 ) -> None:
     """Everything else in it fits, and would be other values than the module has."""
     module = networks.build(NETWORK, backend, seed=1)
-    weights = networks.initial_weights(NETWORK, 2)
+    weights = Weights.of(NETWORK, networks.initial_weights(NETWORK, 2))
     MISFITS[problem](weights)
     save_weights(path, weights)
     with pytest.raises(ValueError, match="cannot import weights") as caught:
@@ -264,7 +270,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     step: str, problem: BaseException, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_weights(path, {"w": np.ones(3)})
-    monkeypatch.setattr(weights_module.os, step, fail(problem))
+    monkeypatch.setattr(files.os, step, fail(problem))
     with pytest.raises(type(problem)) as caught:
         save_weights(path, {"w": np.zeros(1000)})
     monkeypatch.undo()
