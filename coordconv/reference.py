@@ -49,9 +49,9 @@ class Reference:
     ) -> Array:
         """The output, shape ``(N, out, *S_out)``.
 
-        With ``magnitudes`` every term of every sum is replaced by its absolute value: the
-        ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate's is that of the
-        terms that it may be computed from.
+        With ``magnitudes`` every term of every sum is replaced by its absolute value: the result is
+        the ``Conv(|x|; |w|) + |bias|`` that error bounds are made of. A coordinate is replaced by
+        the sum of the absolute values that it is computed from, which may cancel.
         """
         z = self.padded(x, magnitudes=magnitudes)
         kernel = self._by_group(weight)
@@ -74,13 +74,13 @@ class Reference:
         kernel = kernel[:, :, : kernel.shape[2] - self._coordinates]
         if magnitudes:
             dy, kernel = np.abs(dy), np.abs(kernel)
-        maps = self._axis_maps(shape)
-        dz = np.zeros((*dy.shape[:2], kernel.shape[2], *(len(m) for m in maps)))
+        matrices = self._padding_matrices(shape)
+        dz = np.zeros((*dy.shape[:2], kernel.shape[2], *(len(m) for m in matrices)))
         for tap, window in self._windows(dy.shape[3:]):
             term = kernel[tap].swapaxes(1, 2) @ _flat(dy)
             dz[window] += term.reshape(*term.shape[:3], *dy.shape[3:])
-        for axis, m in enumerate(maps):
-            dz = _along(dz, m.T, 3 + axis)
+        for axis, m in enumerate(matrices):
+            dz = _multiplied(dz, m.T, 3 + axis)
         return dz.reshape(len(dy), dz.shape[1] * dz.shape[2], *shape)
 
     def weight_gradients(
@@ -108,12 +108,12 @@ class Reference:
         batch, channels, *shape = x.shape
         groups = self.geometry.groups
         z = x.reshape(batch, groups, channels // groups, *shape)
-        maps = self._axis_maps(tuple(shape))
-        for axis, m in enumerate(maps):
-            z = _along(z, m, 3 + axis)
+        matrices = self._padding_matrices(tuple(shape))
+        for axis, m in enumerate(matrices):
+            z = _multiplied(z, m, 3 + axis)
         if self.coords is None:
             return z
-        coordinates = self._padded_coordinates(tuple(shape), maps, magnitudes)
+        coordinates = self._padded_coordinates(tuple(shape), matrices, magnitudes)
         repeated = np.broadcast_to(coordinates, (batch, groups, *coordinates.shape))
         return np.concatenate([z, repeated], axis=2)
 
@@ -155,57 +155,57 @@ class Reference:
             )
             yield (..., *tap), (..., *window)
 
-    def _layout(self, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
+    def _paddings(self, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
         """Per axis: padding before and after, distance of samples, whether padding comes first."""
         g = self.geometry
-        layout = []
+        paddings = []
         for (before, after), k, s, d, extra, hole in zip(g.pads(shape), *g.per_axis, strict=True):
             reach = d * (k - 1)
             if g.transposed and g.padding_mode == "circular":
-                layout.append((reach - before, before, s, False))
+                paddings.append((reach - before, before, s, False))
             elif g.transposed:
-                layout.append((reach - before, reach - after + extra, s, False))
+                paddings.append((reach - before, reach - after + extra, s, False))
             else:
-                layout.append((before, after, hole, g.padding_mode != "zeros"))
-        return layout
+                paddings.append((before, after, hole, g.padding_mode != "zeros"))
+        return paddings
 
-    def _axis_maps(self, shape: tuple[int, ...]) -> list[Array]:
+    def _padding_matrices(self, shape: tuple[int, ...]) -> list[Array]:
         """Per axis the matrix of zeros and ones that pads: ``(padded length, length)``."""
-        maps = []
-        for n, (before, after, hole, pad_first) in zip(shape, self._layout(shape), strict=True):
+        matrices = []
+        for n, (before, after, hole, pad_first) in zip(shape, self._paddings(shape), strict=True):
             m = np.eye(n)
             if self.geometry.transposed and self.geometry.padding_mode == "circular":
                 circle = np.zeros((n * hole, n))
                 circle[::hole] = m
                 around = np.arange(len(circle) + before + after) - before
-                maps.append(np.take(circle, around, axis=0, mode="wrap"))
+                matrices.append(np.take(circle, around, axis=0, mode="wrap"))
                 continue
             if pad_first:
                 m = _pad(m, before, after, self.geometry.padding_mode)
             m = _spread(m, hole)
             if not pad_first:
                 m = _pad(m, before, after, "zeros")
-            maps.append(m)
-        return maps
+            matrices.append(m)
+        return matrices
 
     def _padded_coordinates(
-        self, shape: tuple[int, ...], maps: list[Array], magnitudes: bool
+        self, shape: tuple[int, ...], matrices: list[Array], magnitudes: bool
     ) -> Array:
         assert self.coords is not None
         if self.coords.outside == "zero":
             grid = self._grid([np.arange(n) for n in shape], shape, magnitudes)
-            for axis, m in enumerate(maps):
-                grid = _along(grid, m, 1 + axis)
+            for axis, m in enumerate(matrices):
+                grid = _multiplied(grid, m, 1 + axis)
             return grid
         # The ramp, sample by sample: those beyond the border lie at whole steps from it.
         places = []
-        for m, (before, _, hole, pad_first) in zip(maps, self._layout(shape), strict=True):
+        for m, (before, _, hole, pad_first) in zip(matrices, self._paddings(shape), strict=True):
             places.append(np.arange(len(m)) - before * (hole if pad_first else 1))
-        steps = [hole for _, _, hole, _ in self._layout(shape)]
+        steps = [hole for _, _, hole, _ in self._paddings(shape)]
         indices = [p // hole for p, hole in zip(places, steps, strict=True)]
         grid = self._grid(indices, shape, magnitudes)
         for axis, (p, hole) in enumerate(zip(places, steps, strict=True)):
-            grid = _along(grid, np.diag((p % hole == 0).astype(np.float64)), 1 + axis)
+            grid = _multiplied(grid, np.diag((p % hole == 0).astype(np.float64)), 1 + axis)
         return grid
 
     def _grid(self, positions: list[Array], shape: tuple[int, ...], magnitudes: bool) -> Array:
@@ -247,6 +247,6 @@ def _spread(m: Array, hole: int) -> Array:
     return spread
 
 
-def _along(array: Array, matrix: Array, axis: int) -> Array:
+def _multiplied(array: Array, matrix: Array, axis: int) -> Array:
     """``matrix @ array`` along one axis."""
     return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)

@@ -20,7 +20,8 @@ from coordconv.weights.kernels import KernelLayout, same_channels
 class Weights(dict[str, Array]):
     """Canonical weights by name, with the Coordinates that they were made for.
 
-    A plain ``dict`` does everywhere, too; what travels with this one is checked on import.
+    A plain ``dict`` will do wherever these are taken. But the Coordinates of these are checked when
+    they are imported, and both Coordinates and metadata are saved with them.
 
     Args:
         arrays: the arrays by dotted name.
@@ -41,7 +42,7 @@ class Weights(dict[str, Array]):
 
     @classmethod
     def of(cls, network: Network, arrays: Mapping[str, Array]) -> Weights:
-        """A network's arrays with what travels along: the Coordinates and the network's name."""
+        """A network's arrays, with the network's Coordinates, and its name in the metadata."""
         return cls(arrays, network.coordinates(), {"network": network.name})
 
 
@@ -103,13 +104,11 @@ def checked(
     found = getattr(mapping, "coordinates", {})
     for layer, layout in (layouts or {}).items():
         name = _kernel_of(layer)
-        made_for = found.get(layer, layout.coords)
-        if not same_channels(made_for, layout.coords):
-            problems.append(
-                f"other coordinates: {name} was made for {made_for}, want {layout.coords}"
-            )
+        given = found.get(layer, layout.coords)
+        if not same_channels(given, layout.coords):
+            problems.append(f"other coordinates: {name} was made for {given}, want {layout.coords}")
         elif name in arrays and not problems:
-            arrays[name] = layout.reordered(arrays[name], made_for)
+            arrays[name] = layout.reordered(arrays[name], given)
     if problems:
         raise ValueError("\n  ".join(["cannot import weights:", *problems]))
     return {name: arrays[name] for name in shapes}
