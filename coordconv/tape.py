@@ -81,7 +81,7 @@ class Tape:
         """Output and gradients; see :class:`coordconv.backends.protocols.Backend`."""
         module.import_weights(weights)
         parameters = dict(module.named_parameters())
-        like = next(iter(parameters.values()))
+        like = next(iter(parameters.values()), None)
         run = self.compiled(module) if compiled else module
         given = self.tensor(x, like)
         if dy is None:
@@ -206,7 +206,7 @@ def _watched(tensor: Any) -> tuple[Any, Any]:
 
 
 class NetworkModule:
-    """What a :class:`coordconv.networks.Network` is made of, in front of ``nn.Sequential``."""
+    """A :class:`coordconv.networks.Network` as a module: a base class before ``nn.Sequential``."""
 
     TAPE: ClassVar[Tape]
     named_parameters: Any  # of nn.Sequential, as the next

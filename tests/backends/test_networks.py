@@ -324,6 +324,11 @@ class TestEvaluate:
         # The lower half of a float32 that is a bfloat16 is empty.
         assert not (y.view(np.uint32) & 0xFFFF).any()
 
+    def test_a_network_without_weights(self, backend):
+        x, dy = normal(2, 3, 4), normal(2, 12, seed=1)
+        found = held(backend, Network("none", (3, 4), (ReLU(), Flatten())), {}, x, dy)
+        assert found.keys() == {"y", "x"}
+
     def test_linen_has_the_bits_of_nnx(self, small):
         pytest.importorskip("flax")
         weights, x, dy = networks.initial_weights(small), normal(2, 2, 4, 5), normal(2, 3, seed=1)
