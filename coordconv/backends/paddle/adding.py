@@ -104,6 +104,9 @@ def append(coords: Coordinates, x: Tensor, channels_last: bool, groups: int = 1)
     """The input with the coordinates behind the features of each group."""
     axis = -1 if channels_last else 1
     grid = _coordinates(coords, x, channels_last, x.dtype)
+    if paddle.in_dynamic_mode() and not x.stop_gradient:
+        grid = grid.detach()  # a gradient that nobody asks for: without it that of concat has none
+        grid.stop_gradient = False
     parts = x.chunk(groups, axis) if groups > 1 else [x]
     return paddle.concat([each for part in parts for each in (part, grid)], axis)
 
@@ -252,34 +255,46 @@ def _tables(
     shape: tuple[int, ...],
     lengths: tuple[int, ...],
     dtype: Any,
-) -> tuple[list[Tensor], Tensor]:
-    """What the axes' part of P is made of: tensors for ``contract``, and a matrix.
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The constants that P and a bias, as a product of two matrices, are made of.
 
-    P is the product of what ``contract`` makes of the kernel, and of the matrix: that is the table
-    of the last axis, for which ``contract`` is given the identity. The matrix's last row is 1, for
-    a bias.
+    Returns:
+        Tables for ``contract``, whose last is the identity in place of the last axis's table, with
+        a column of zeros more; the place of that column, for a bias; and the second matrix, the
+        last axis's table, with a row of ones more.
     """
     tables = position_bias.axis_tables(geometry, coords, shape, lengths, np.arange)
     *others, last = (np.stack(np.broadcast_arrays(*t)).astype(_exact(dtype)) for t in tables)
     n, taps, length = last.shape
-    identity = np.eye(n * taps, dtype=last.dtype).reshape(n, taps, n * taps)
-    right = np.concatenate([last.reshape(n * taps, length), np.ones((1, length), last.dtype)])
-    made = (paddle.to_tensor(t, place=paddle.CPUPlace()) for t in (*others, identity, right))
-    *left, matrix = made
-    return left, matrix
+    terms = n * taps
+    identity = np.eye(terms, terms + 1, dtype=last.dtype).reshape(n, taps, -1)
+    place = np.eye(1, terms + 1, terms, dtype=last.dtype)
+    right = np.concatenate([last.reshape(terms, length), np.ones((1, length), last.dtype)])
+    made = (paddle.to_tensor(t, place=paddle.CPUPlace()) for t in (*others, identity, place, right))
+    *left, place_of_bias, matrix = made
+    return left, place_of_bias, matrix
 
 
 def _product(
     layer: Any, shape: tuple[int, ...], lengths: tuple[int, ...], output_size: Any, kernel: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """P and the bias of a layer without a radius as a product, ``(out * other axes, ...)``."""
+    """P and the bias of a layer without a radius, as a product of two matrices.
+
+    The first has a row for each output channel and each place on the axes before the last.
+    """
     geometry = options.geometry(layer, shape, output_size)
-    tables, right = _tables(geometry, layer.coords, shape, lengths, kernel.dtype)
-    left = position_bias.contract(kernel, tables, paddle.einsum)
-    left = left.reshape([left.shape[0], -1, left.shape[-1]])
-    bias = paddle.zeros([len(left)], left.dtype) if layer.bias is None else layer.bias
-    bias = bias.reshape([-1, 1, 1]).expand([*left.shape[:2], 1])
-    return paddle.concat([left, bias], 2).flatten(0, 1), right
+    tables, place, right = _tables(geometry, layer.coords, shape, lengths, kernel.dtype)
+    left = position_bias.contract(kernel, tables, _einsum)
+    if layer.bias is not None:
+        left = left.reshape([len(kernel), -1, len(right)]) + layer.bias.reshape([-1, 1, 1]) * place
+    return left.reshape([-1, len(right)]), right
+
+
+def _einsum(_: str, term: Tensor, table: Tensor) -> Tensor:
+    """The sum that ``contract`` asks for, ``rckz,ckt->rtcz``: Paddle's has no second derivative."""
+    r, c, k, z = term.shape
+    product = paddle.matmul(term.transpose([1, 0, 3, 2]).reshape([c, r * z, k]), table)
+    return product.reshape([c, r, z, -1]).transpose([1, 3, 0, 2])
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:

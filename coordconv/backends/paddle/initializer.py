@@ -38,11 +38,11 @@ class CoordinatesAtZero(nn.initializer.Initializer):  # type: ignore[name-define
         shape[layout.axis] = layout.channels if layout.transposed else layout.features
         drawn = self.drawn or _default(layout, math.prod(shape[2:]))
         if not paddle.in_dynamic_mode():
-            plain = drawn.forward(type(var)(shape, var.dtype), block)
+            plain = drawn(type(var)(shape, var.dtype), block)
             return layout.fitted(plain, concatenate, zeros)
         with paddle.no_grad():
             plain = paddle.empty(shape, var.dtype)
-            drawn.forward(plain, block)
+            drawn(plain, block)
             paddle.assign(layout.fitted(plain, concatenate, zeros), var)
         return None
 

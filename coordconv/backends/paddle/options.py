@@ -114,6 +114,7 @@ def geometry(
         if same:
             pads = _geometry(kernel, stride=stride, padding="same").pads(shape or stride)
         extra = 0 if output_size is not None else layer.output_padding
+        extra = (extra,) * rank if isinstance(extra, int) else extra
         extra = tuple(extra) if isinstance(extra, list) else extra
         options = {"transposed": True, "output_padding": extra}
     return _geometry(
@@ -151,6 +152,7 @@ def arguments(geometry: ConvGeometry) -> dict[str, Any]:
         "dilation with padding='SAME'": same and max(dilation) > 1,
         "padding_mode with padding='SAME'": same and copying,
         "padding_mode with unequal padding": copying and unequal,
+        "padding_mode in a transposed convolution": copying and geometry.transposed,
         "negative padding": min(ends, default=0) < 0,
         "output_padding of the stride or more": any(
             extra >= s for extra, s in zip(output_padding, stride, strict=True)
