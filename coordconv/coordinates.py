@@ -267,6 +267,6 @@ def _finite(name: str, value: object) -> float:
         number = float(value)
     except OverflowError:  # an int beyond every float
         number = math.inf
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # nor NaN; torch.compile traces no math.isfinite
         raise ValueError(f"{name} must be finite, got {number}")
     return number

@@ -145,16 +145,14 @@ def divide(
         geometry: the convolution.
         coords: the coordinate channels.
         out: the number of output channels.
-        positions: the number of positions of the output; None, if it is unknown, counts as few.
+        positions: the number of positions of the output; None, if it is unknown, counts as many.
 
     Returns:
         The two, with the order of their channels kept; None for either that has no channel.
     """
     axes = [token for token in coords.channels if token != "r"]
-    few = (
-        not axes or positions is None or out * positions * len(axes) * geometry.taps < MANY_PRODUCTS
-    )
-    if few:
+    work = math.inf if positions is None else out * positions * len(axes) * geometry.taps
+    if not axes or work < MANY_PRODUCTS:
         return None, coords
     if len(axes) == len(coords):
         return coords, None
@@ -220,30 +218,34 @@ def axis_tables(
             place = steps * s + taps * d + first
         index, mask = _read(geometry, coords, place, hole, n)
         values = ramp(coords, index, n)
-        if mask is None:
-            mask = index * 0 + 1
-        tables.append([values * mask if c == token else mask for c in coords.channels])
+        ones = values * 0 + 1  # of the same type
+        if mask is not None:
+            values, ones = values * mask, ones * mask
+        tables.append([values if c == token else ones for c in coords.channels])
     return tables
 
 
-def contract(kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any]) -> Any:
+def contract(
+    kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], shape: Sequence[int] = ()
+) -> Any:
     """The axes' part of P.
 
     Args:
         kernel: the coordinates' part without the radius, ``(out, n, *kernel)``.
         tables: per axis, what :func:`axis_tables` returns, as one array ``(n, kernel, length)``.
         einsum: the framework's.
+        shape: the shape of ``kernel``, where a tracer's stand-in for it cannot be iterated.
 
     Returns:
         An array ``(out, *lengths)``.
     """
-    out, n, *sizes = kernel.shape
+    out, n, *sizes = shape or kernel.shape
     *others, last = tables
     term, rows = kernel, out
     for size, table in zip(sizes, others, strict=False):
         # The axes so far are rows; channels and the axes to come are summed over at the end.
         term = einsum("rckz,ckt->rtcz", term.reshape((rows, n, size, -1)), table)
-        rows *= table.shape[-1]
+        rows = rows * table.shape[-1]  # not in place: a tracer's number is a tensor
     product = term.reshape((rows, -1)) @ last.reshape((-1, last.shape[-1]))
     return product.reshape((out, *(table.shape[-1] for table in tables)))
 

@@ -41,7 +41,8 @@ def is_low_precision(kernel: Any, dtype: torch.dtype) -> bool:
 
     ``dtype`` is the kernel's; a tracer's stand-in for the kernel does not know it.
     """
-    if dtype in _LOW_PRECISION or not isinstance(kernel, Tensor):
+    # Autocast leaves float64 and complex numbers alone.
+    if dtype != torch.float32 or not isinstance(kernel, Tensor):
         return dtype in _LOW_PRECISION
     device = kernel.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -52,8 +53,12 @@ def choose(
 ) -> str:
     """Append or map, for an input ``(N, C, *S)`` or ``(C, *S)``."""
     batch = positions = None
-    if is_known(x):
+    # An exporter's graph is for any size. A compiler looks at no size but a batch of one, of which
+    # compilers make a graph of its own anyway.
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if is_known(x) or (compiled and (x.dim() == geometry.rank + 1 or x.shape[0] == 1)):
         batch = x.shape[0] if x.dim() == geometry.rank + 2 else 1
+    if is_known(x):
         positions = math.prod(geometry.lengths(x.shape[-geometry.rank :]))
     return position_bias.choose(
         geometry,
@@ -63,7 +68,7 @@ def choose(
         batch=batch,
         positions=positions,
         low_precision=low,
-        fused=torch.compiler.is_compiling(),
+        fused=compiled,
     )
 
 
@@ -72,29 +77,34 @@ def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
     at = -1 - rank
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
-    with _replicated(x):
-        if is_known(x):
-            grid = _grid(coords, tuple(x.shape[-rank:]), x.dtype, x.device)
-            parts = [grid.expand(*x.shape[:at], *grid.shape)]
-        else:
-            zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
-            shape = [x.shape[axis] for axis in range(-rank, 0)]
-            positions = [_arange(n, x) for n in shape]
-            parts = [zeros + v for v in channel_values(coords, positions, shape, torch.sqrt)]
-        x = torch.cat([x, *parts], at)
+    if is_known(x):
+        grid = _grid(coords, tuple(x.shape[-rank:]), x.dtype, x.device)
+        parts = [grid.expand(*x.shape[:at], *grid.shape)]
+    else:
+        zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
+        shape = [x.shape[axis] for axis in range(-rank, 0)]
+        positions = [_arange(n, x) for n in shape]
+        parts = [zeros + v for v in channel_values(coords, positions, shape, torch.sqrt)]
+    x = torch.cat([x, *parts], at)
     return x.flatten(at - 1, at) if groups > 1 else x
 
 
 def add_map(
-    geometry: ConvGeometry, coords: Coordinates, output: Any, x: Any, kernel: Any, low: bool
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    output: Any,
+    x: Any,
+    kernel: Any,
+    out: int,
+    low: bool,
 ) -> Any:
     """A convolution's output and P, of the coordinates' part ``(out, n, *k)``, rounded once."""
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.float()
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
-    with _replicated(x), _no_autocast(kernel, low):
+    with _no_autocast(kernel, low):
         if not (is_known(x) and is_known(output)):
-            bias = _traced_map(geometry, coords, shape, lengths, kernel)
+            bias = _traced_map(geometry, coords, shape, lengths, kernel, out)
             return (output + bias).to(output.dtype) if low else output + bias
         bias = _known_map(geometry, coords, shape, lengths, kernel)
         if low:
@@ -168,12 +178,26 @@ def _traced_map(
     shape: tuple[Any, ...],
     lengths: tuple[Any, ...],
     kernel: Any,
+    out: int,
 ) -> Any:
-    values = position_bias.padded_values(
-        geometry, coords, shape, lengths, lambda n: _arange(n, kernel), torch.sqrt
-    )
-    whole = position_bias.padded_shape(geometry, shape, lengths)
-    return _convolved(geometry, torch.stack([value.expand(whole) for value in values]), kernel)
+    def arange(n: Any) -> Any:
+        return _arange(n, kernel)
+
+    axes, others = position_bias.divide(geometry, coords, out, None)
+    bias = None
+    if axes:
+        found = position_bias.axis_tables(geometry, axes, shape, lengths, arange)
+        tables = [torch.stack(each).to(kernel.dtype) for each in found]
+        part = position_bias.picked(kernel, coords, axes)
+        sizes = out, len(axes), *geometry.kernel
+        bias = position_bias.contract(part, tables, torch.einsum, sizes)
+    if others:
+        values = position_bias.padded_values(geometry, others, shape, lengths, arange, torch.sqrt)
+        whole = position_bias.padded_shape(geometry, shape, lengths)
+        grid = torch.stack([value.expand(whole) for value in values]).to(kernel.dtype)
+        part = _convolved(geometry, grid, position_bias.picked(kernel, coords, others))
+        bias = part if bias is None else bias + part
+    return bias
 
 
 def _convolved(geometry: ConvGeometry, grid: Any, kernel: Any) -> Any:
@@ -186,23 +210,18 @@ def _convolved(geometry: ConvGeometry, grid: Any, kernel: Any) -> Any:
 
 
 def _arange(n: Any, like: Any) -> Any:
-    return torch.arange(n, dtype=like.dtype, device=like.device)
+    ramp = torch.arange(n, dtype=like.real.dtype, device=like.device)
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import
+    if distributed is not None and isinstance(like, distributed.DTensor):
+        # Torch refuses to mix the two kinds of tensors. This one is the same on every device.
+        return distributed.DTensor.from_local(ramp, like.device_mesh, run_check=False)
+    return ramp
 
 
 def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
     if low and isinstance(kernel, Tensor) and torch.amp.is_autocast_available(kernel.device.type):
         return torch.autocast(kernel.device.type, enabled=False)
     return nullcontext()
-
-
-def _replicated(x: Any) -> AbstractContextManager[Any]:
-    """Within it a constant beside a DTensor counts as replicated; torch refuses to mix them."""
-    distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import
-    if distributed is None or not isinstance(x, distributed.DTensor):
-        return nullcontext()
-    from torch.distributed.tensor.experimental import implicit_replication
-
-    return implicit_replication()  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=64)
@@ -244,4 +263,6 @@ def _exact(dtype: torch.dtype) -> Any:
 
 def _constant(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made within it is of no use in training
-        return torch.from_numpy(array.copy()).to(device=device, dtype=dtype)
+        tensor = torch.from_numpy(array.copy()).to(device=device, dtype=dtype)
+    # Inside a transformation of torch.func it is wrapped, and of no use after.
+    return torch.func.debug_unwrap(tensor)

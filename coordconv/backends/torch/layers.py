@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
 from coordconv.backends.torch.arrays import to_numpy, zeros
-from coordconv.backends.torch.states import KeepsCoordinates
+from coordconv.backends.torch.states import KeepsCoordinates, features_of
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import check_input
 from coordconv.grid import Array
@@ -37,7 +37,7 @@ _CONVOLVE_TRANSPOSED: dict[int, Any] = {
 }
 
 
-def _check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -> None:
+def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -> None:
     """Say what is wrong with an input; a tracer's unknown sizes are left to torch."""
     if not isinstance(input, Tensor):
         return
@@ -79,7 +79,7 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
         if self.coord_init == "fan_in" or is_lazy(self.weight) or not self.weight.numel():
             super().reset_parameters()
             return
-        channels = features_of(self)
+        channels = features_of(self, self.weight)
         plain = _PLAIN[self.rank, self.transposed](
             channels,
             self.out_channels,
@@ -109,7 +109,8 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
 
     def _add_map(self, output: Any, x: Any, coordinates: Any) -> Any:
         low = self._is_low_precision(coordinates)
-        return adding.add_map(options.geometry(self), self.coords, output, x, coordinates, low)
+        made_for = options.geometry(self), self.coords, output, x, coordinates
+        return adding.add_map(*made_for, self.out_channels, low)
 
     def _canonical(self) -> dict[str, Array]:
         found = {"weight": self.weight, "bias": self.bias}
@@ -127,7 +128,7 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
 class _CoordConv(TorchCoordLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of ``input`` and its coordinates."""
-        _check(input, self.rank, self.in_channels, len(self.coords))
+        check(input, self.rank, self.in_channels, len(self.coords))
         return super().forward(input)
 
     def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
@@ -141,7 +142,7 @@ class _CoordConv(TorchCoordLayer):
 class _CoordConvTranspose(TorchCoordLayer):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution of ``input`` and its coordinates."""
-        _check(input, self.rank, self.in_channels, len(self.coords))
+        check(input, self.rank, self.in_channels, len(self.coords))
         extra = self.output_padding
         if output_size is not None:
             extra = options.output_padding(self, input.shape, output_size)
@@ -151,12 +152,6 @@ class _CoordConvTranspose(TorchCoordLayer):
             return _CONVOLVE_TRANSPOSED[self.rank](x, weight, bias, *steps)
 
         return self._coord_conv(input, self.weight, self.bias, convolve)
-
-
-def features_of(layer: Any) -> int:
-    """The features that a layer's kernel is made for, of all groups."""
-    width = layer.weight.shape[0] if layer.transposed else layer.weight.shape[1] * layer.groups
-    return int(width - layer.groups * len(layer.coords))
 
 
 class CoordConv1d(_CoordConv, nn.Conv1d):
@@ -224,7 +219,7 @@ class AddCoords(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with the coordinates behind its channels."""
-        _check(input, self.rank)
+        check(input, self.rank)
         return adding.append(self.coords, input, self.rank)
 
     def extra_repr(self) -> str:
