@@ -374,6 +374,9 @@ def _check_alike(outputs: Mapping[str, Array]) -> None:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean; NaN, if there are no values."""
+    if not values:
+        return math.nan
     return math.exp(sum(map(math.log, values)) / len(values))
 
 

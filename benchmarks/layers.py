@@ -79,8 +79,7 @@ def check(results: Iterable[Result], device: str) -> list[Check]:
     checks = []
     for (name, mode), (mean, worst) in TARGETS.items():
         of = found.get((name, mode), [])
-        value = _mean(of, OURS) if of else math.nan
-        label = f"{mode}: geometric mean"
+        label, value = f"{mode}: geometric mean", _mean(of, OURS)
         checks.append(Check(name, label, mean, value, shapes=len(of), expected=expected))
         each = [("worst", OURS, worst), ("against concat", AGAINST, AGAINST_CONCAT)]
         for which, key, limit in each:
@@ -102,7 +101,7 @@ def print_checks(checks: list[Check]) -> None:
         for c in (c for c in checks if c.framework == name):
             by = c.value / c.limit - 1
             verdict = f"[green]met[/] by {-by:.0%}" if by <= 0 else f"[red]missed[/] by {by:.0%}"
-            if not c.shapes:
+            if math.isnan(c.value):
                 verdict = "[yellow]not measured[/]"
             table.add_row(
                 c.label,
@@ -131,8 +130,7 @@ def print_results(name: str, results: list[Result]) -> None:
             table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *_cells(r, keys))
         table.add_section()
         table.add_row("geometric mean", "", *(f"{_mean(of, k):.3f}" for k in keys))
-        worst = (max(r.ratios[k].median for r in of if k in r.ratios) for k in keys)
-        table.add_row("worst", "", *(f"{value:.3f}" for value in worst))
+        table.add_row("worst", "", *(f"{max(_medians(of, k), default=math.nan):.3f}" for k in keys))
         console.print(table)
 
 
@@ -151,7 +149,7 @@ def print_ways(name: str, results: list[Result]) -> None:
         best = [min(WAYS, key=lambda way: _median(r, way)) for r in of]
         to_best = [r.ratios[against(way)] for r, way in zip(of, best, strict=True)]
         for r, ratio in zip(of, to_best, strict=True):
-            ways = (f"{_median(r, way):.2f}" for way in WAYS)
+            ways = (f"{_median(r, w):.2f}" if w in r.ratios else "minutes" for w in WAYS)
             table.add_row(r.shape, *ways, str(r.ratios[OURS]), str(ratio))
         table.add_section()
         means = (_mean(of, key) for key in (*WAYS, OURS))
@@ -174,8 +172,12 @@ def _ms(spread: Spread) -> str:
     return f"{spread.median:.3g}"
 
 
+def _medians(results: list[Result], key: str) -> list[float]:
+    return [r.ratios[key].median for r in results if key in r.ratios]
+
+
 def _mean(results: list[Result], key: str) -> float:
-    return common.geometric_mean([r.ratios[key].median for r in results if key in r.ratios])
+    return common.geometric_mean(_medians(results, key))
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
