@@ -14,19 +14,20 @@ from coordconv.backends.torch.layers import (
     CoordConvTranspose2d,
     CoordConvTranspose3d,
     TorchCoordLayer,
-    features_of,
+    check,
 )
+from coordconv.backends.torch.states import features_of
 
 
 class _LazyCoordLayer(TorchCoordLayer):
     def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
         """Make the parameters for an input, as torch does, with the coordinates' channels."""
+        check(input, self.rank)
         shape = list(input.shape)
-        if len(shape) > self.rank:
-            shape[-1 - self.rank] += self.groups * len(self.coords)
+        shape[-1 - self.rank] += self.groups * len(self.coords)
         super().initialize_parameters(input.new_empty(shape, device="meta"), *args, **kwargs)
         # Here and not before: if a state was loaded, torch finds nothing left to initialise.
-        self.in_channels = features_of(self)
+        self.in_channels = features_of(self, self.weight)
 
 
 class LazyCoordConv1d(_LazyCoordLayer, CoordConv1d, nn.LazyConv1d):

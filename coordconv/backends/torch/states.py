@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,8 +66,10 @@ class KeepsCoordinates:
         # The tensors of a parametrization have other names, and nothing tells their channels apart.
         if not same_channels(found, self.coords) or (found != self.coords and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
-        if name in state:
-            state[name] = self.layout.reordered(state[name], found)
+        if found != self.coords:
+            # A lazy layer's own layout knows no channels yet.
+            layout = replace(self.layout, channels=features_of(self, state[name]))
+            state[name] = layout.reordered(state[name], found)
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
@@ -79,6 +83,12 @@ class KeepsCoordinates:
                 concatenate=torch.cat,
                 zeros=zeros,
             )
+
+
+def features_of(layer: Any, kernel: Any) -> int:
+    """The features that a kernel of a layer's is made for, of all groups."""
+    width = kernel.shape[0] if layer.transposed else kernel.shape[1] * layer.groups
+    return int(width - layer.groups * len(layer.coords))
 
 
 def adapt_state_dict(
@@ -95,9 +105,9 @@ def adapt_state_dict(
         position: where the coordinates are among the input channels of each group.
 
     Returns:
-        The same, but for the kernels of CoordConvs: those over features and coordinates have the
-        coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
-        ``weight``.
+        The same, with its metadata, but for the kernels of CoordConvs: those over features and
+        coordinates have the coordinates last, and a plain convolution's has zeros for them;
+        ``conv.weight`` is ``weight``.
 
     Raises:
         ValueError: a kernel whose channels fit neither; another ``position``.
@@ -108,7 +118,9 @@ def adapt_state_dict(
         >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
         {'0.weight': (8, 5, 1, 1), '0.bias': (8,)}
     """
-    state = dict(state_dict)
+    state = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):
+        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
     for name, each in module.named_modules(remove_duplicate=False):
         if isinstance(each, KeepsCoordinates):
             each._adapt(state, f"{name}." if name else "", position)
