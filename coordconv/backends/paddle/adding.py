@@ -131,12 +131,9 @@ def add_map(
     shape, lengths = spatial_shape(x, last), spatial_shape(output, last)
     quick = _is_quick(output) and not low
     with _no_autocast():
-        if quick and not last and "r" not in coords.channels:
-            left, right = _product(layer, shape, lengths, output_size, kernel)
-            if len(output) == 1:
-                return _add_product(output, left, right)
-            added = paddle.matmul(left, right).reshape([1, -1])
-            return _add_product(output, _ones(len(output), added.dtype), added)
+        if quick and len(output) == 1 and not last and "r" not in coords.channels:
+            # One sample's P would take as long as the convolution, and is never made.
+            return _add_product(output, *_product(layer, shape, lengths, output_size, kernel))
         if coords.outside == "zero":  # padding does to coordinates what it does to features
             grid = _coordinates(coords, x[:1], last, kernel.dtype)
             kernel = kernel.moveaxis(0, 1) if layer.transposed else kernel
