@@ -506,16 +506,21 @@ class TestWeights:
 @pytest.mark.parametrize("backend", ["torch", "paddle"], indirect=True)
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "in a network"])
 class TestStates:
-    """Through the framework's own loader, into a layer or a network that has one."""
+    """Into a layer, or a network that has one."""
 
     @pytest.fixture
     def load(self, framework, nested):
         """What loads a state of one layer into another layer of ours."""
 
         def load(layer, state):
+            module = framework.nested(layer) if nested else layer
             if nested:
                 state = {f"0.{name}": array for name, array in state.items()}
-            framework.load_state(framework.nested(layer) if nested else layer, state)
+            if nested and framework.name == "paddle":  # whose outermost layer goes by the shapes
+                adapt = backends.load("paddle").adapt_state_dict
+                adapted = adapt(module, framework.tensors(state))
+                state = {name: each.numpy() for name, each in adapted.items()}
+            framework.load_state(module, state)
 
         return load
 
