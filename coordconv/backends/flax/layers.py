@@ -28,6 +28,14 @@ class _CoordLayer(CoordLayer):
     CHANNELS = CHANNELS_ATTRIBUTE = "in_features"
     GROUPS = "feature_group_count"
 
+    # What the base class has.
+    in_features: int
+    kernel: Any
+    bias: Any
+    mask: Any
+    dtype: Any
+    promote_dtype: Any
+
     def _rank(self, arguments: Mapping[str, Any]) -> int:
         size = arguments["kernel_size"]
         return 1 if isinstance(size, int) else len(size)
@@ -50,7 +58,8 @@ class _CoordLayer(CoordLayer):
         kernel = masked(self.kernel[...], self.mask)
         bias = None if self.bias is None else self.bias[...]
         arrays = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        base = super().__call__.__func__  # of the base class, to be called on another object
+        own_call: Any = super().__call__  # type: ignore[misc]  # the base class comes next
+        base = own_call.__func__  # to be called on another object
 
         def convolve(inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
             seen = Replaced(
@@ -62,7 +71,7 @@ class _CoordLayer(CoordLayer):
             )
             return base(seen, inputs, *args, **kwargs)
 
-        return adding.coord_conv(self, *arrays, convolve)
+        return adding.coord_conv(self, arrays, convolve)
 
     def _canonical(self) -> dict[str, Array]:
         found = {"weight": self.kernel, "bias": self.bias}

@@ -59,21 +59,17 @@ def _check(inputs: Any, rank: int, channels: int | None, coords: int) -> None:
 
 
 def coord_conv(
-    layer: Any,
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    convolve: Callable[[Any, Any, Any], jax.Array],
+    layer: Any, arrays: Sequence[Any], convolve: Callable[[Any, Any, Any], jax.Array]
 ) -> jax.Array:
     """The output of a layer, in one of the two ways.
 
     Args:
         layer: a CoordConv of either kind of Flax.
-        inputs: ``(..., *S, C)``, in the type that is computed with.
-        kernel: over features and coordinates, in that type and in Flax's layout.
-        bias: in that type, or None.
-        convolve: the layer's base class, a function of inputs, kernel and bias.
+        arrays: the inputs ``(..., *S, C)``, the kernel over features and coordinates in Flax's
+            layout, and the bias or None; all of them in the type that is computed with.
+        convolve: the layer's base class, a function of three such arrays.
     """
+    inputs, kernel, bias = arrays
     rank, axis = len(options.kernel_size(layer)), options.input_axis(layer)
     shape = inputs.shape[-1 - rank : -1]
     geometry = options.geometry(layer, shape)
@@ -87,7 +83,7 @@ def coord_conv(
         of_coordinates = of_coordinates.swapaxes(-1, -2)
     elif options.is_transposed(layer):
         of_coordinates = lax.rev(of_coordinates, tuple(range(rank)))
-    return _add(output, position_bias(geometry, layer.coords, shape, of_coordinates))
+    return add(output, position_bias(geometry, layer.coords, shape, of_coordinates))
 
 
 def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str:
@@ -127,8 +123,8 @@ def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax
     """``x (..., *S, C)`` with the coordinates behind the features of each group."""
     shape = x.shape[-1 - rank : -1]
     if _is_known(shape):
-        grid = np.moveaxis(coordinate_grid(shape, coords, dtype=_exact(x.dtype)), 0, -1)
-        grid = jax.device_put(np.ascontiguousarray(grid)).astype(x.dtype)
+        constant = np.moveaxis(coordinate_grid(shape, coords, dtype=_exact(x.dtype)), 0, -1)
+        grid = jax.device_put(constant).astype(x.dtype)
     else:
         with _lenient():
             positions = [jnp.arange(n, dtype=x.dtype) for n in shape]
@@ -159,7 +155,7 @@ def position_bias(
     """
     if jnp.finfo(kernel.dtype).bits < 32:
         kernel = kernel.astype(jnp.float32)
-    lengths = geometry.lengths(shape)
+    shape, lengths = tuple(shape), geometry.lengths(shape)
     if not _is_known(shape) or geometry.rank == 1:
         return _by_convolution(geometry, coords, shape, lengths, kernel)
     # The radius is no product of functions of one axis.
@@ -178,8 +174,8 @@ def position_bias(
 def _by_convolution(
     geometry: ConvGeometry,
     coords: Coordinates,
-    shape: Sequence[Any],
-    lengths: Sequence[Any],
+    shape: tuple[Any, ...],
+    lengths: tuple[Any, ...],
     kernel: jax.Array,
 ) -> jax.Array:
     """P as the convolution of the padded grid, a batch of one."""
@@ -202,7 +198,7 @@ def _by_convolution(
     if geometry.transposed:
         kernel = lax.rev(kernel, tuple(range(rank)))
     space = "DHW"[-rank:]
-    return lax.conv_general_dilated(
+    bias = lax.conv_general_dilated(
         jnp.expand_dims(grid.astype(kernel.dtype), 0),
         kernel,
         core.map_stride(geometry),
@@ -210,7 +206,8 @@ def _by_convolution(
         rhs_dilation=geometry.per_axis.dilation,
         dimension_numbers=(f"NC{space}", f"{space}IO", f"N{space}C"),
         precision=_HIGHEST,
-    )[0]
+    )
+    return lax.squeeze(bias, (0,))
 
 
 def _by_axes(
@@ -227,14 +224,13 @@ def _by_axes(
         table = jax.device_put(table).astype(kernel.dtype)
         terms = jnp.einsum(contraction, terms, table, precision=_HIGHEST)
     # All channels but that of the first axis have the same table, so that their terms are summed.
-    along = axis_tokens(geometry.rank)[-1]
-    groups = [
-        [c for c, token in enumerate(coords.channels) if (token == along) == whether]
-        for whether in (True, False)
-    ]
-    tables = np.concatenate([first[group[0]] for group in groups if group])
-    summed = [_channels(terms, group, axis=0).sum(0) for group in groups if group]
-    return _sum_of_products(tables.astype(_exact(kernel.dtype)), lax.concatenate(summed, 0))
+    along = [token == axis_tokens(geometry.rank)[-1] for token in coords.channels]
+    tables, summed = [], []
+    for whether in set(along):
+        alike = [c for c, is_along in enumerate(along) if is_along == whether]
+        tables.append(first[alike[0]])
+        summed.append(_channels(terms, alike, axis=0).sum(0))
+    return _sum_of_products(np.concatenate(tables), lax.concatenate(summed, 0))
 
 
 def _sum_of_products(table: Array, terms: jax.Array) -> jax.Array:
@@ -260,7 +256,7 @@ def _sum_of_products(table: Array, terms: jax.Array) -> jax.Array:
     return sums(terms)
 
 
-def _add(output: jax.Array, bias: jax.Array) -> jax.Array:
+def add(output: jax.Array, bias: jax.Array) -> jax.Array:
     """The ``output (..., *S, out)`` of a convolution and P, rounded once."""
     batch = output.shape[: output.ndim - bias.ndim]
     if batch in ((), (1,)) or not isinstance(bias, jax.core.Tracer):

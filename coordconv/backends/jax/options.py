@@ -62,7 +62,8 @@ def geometry(conv: Any, shape: Sequence[Any]) -> ConvGeometry:
     elif padding in _MODES:
         padding, mode = _half(kernel, dilation), _MODES[padding]  # type: ignore[index]
     elif padding == "CAUSAL":
-        padding = ((dilation[0] * (kernel[0] - 1), 0),)
+        reach = dilation[0] * (kernel[0] - 1)
+        padding = ((reach, 0), *((0, 0),) * (len(kernel) - 1))  # Flax refuses other axes itself
     elif isinstance(padding, str):  # lax takes lower case, too
         padding = {"VALID": 0, "SAME_LOWER": "lower"}.get(padding.upper(), "same")
     if padding == "lower":

@@ -74,7 +74,7 @@ class _CoordLayer(nn.Module):
             )
             return base(seen, inputs)
 
-        return adding.coord_conv(self, *arrays, convolve)
+        return adding.coord_conv(self, arrays, convolve)
 
     @nn.nowrap
     def _channels(self) -> int | None:
