@@ -62,10 +62,10 @@ class CoordLayer:
         super().__init_subclass__(**kwargs)
         # What editors show, and what tools such as torch.nn.utils.skip_init look into.
         owner, *bases = (each for each in cls.__mro__ if "__init__" in vars(each))
-        signature = inspect.signature(owner.__init__)
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]  # the class's own
         if owner is CoordLayer:
             own = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
-            signature = inspect.signature(bases[0].__init__)
+            signature = inspect.signature(bases[0].__init__)  # type: ignore[misc]
             signature = signature.replace(parameters=_before_kwargs(signature, own))
         _, *parameters = signature.parameters.values()
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

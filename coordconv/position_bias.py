@@ -352,24 +352,24 @@ def _places(
 def _read(
     geometry: ConvGeometry, coords: Coordinates, place: Any, hole: int, n: Any
 ) -> tuple[Any, Any]:
-    """The sample that is read at each place of an axis, and whether there is one (None: always)."""
+    """The sample that is read at each place of an axis, and 1 or 0 for whether there is one.
+
+    None for the second says that there always is. Numbers for it, since not every framework
+    multiplies by truth values.
+    """
     index, mask = place, None
     if hole > 1:
-        index, mask = place // hole, place % hole == 0
-    if coords.outside == "zero":
-        index, within = _apply_padding(index, n, geometry.padding_mode)
-        if within is not None:
-            mask = within if mask is None else mask & within
-    return index, mask
-
-
-def _apply_padding(index: Any, n: Any, mode: str) -> tuple[Any, Any]:
-    """The sample that padding puts at ``index``, and whether it puts one there (None: always)."""
+        index, mask = place // hole, 1 - (place % hole).clip(0, 1)
+    if coords.outside == "extend":
+        return index, mask
+    mode = geometry.padding_mode
     if mode == "circular":
-        return index % n, None
+        return index % n, mask
     if mode == "reflect":
         around = 2 * n - 2 + 1 // n  # at least 1, for an axis of one sample, which reflects itself
-        folded = abs(index) % around
-        return n - 1 - abs(n - 1 - folded), None
+        return n - 1 - abs(n - 1 - abs(index) % around), mask
     clipped = index.clip(0, n - 1)
-    return clipped, None if mode == "replicate" else clipped == index
+    if mode == "replicate":
+        return clipped, mask
+    inside = 1 - abs(clipped - index).clip(0, 1)
+    return clipped, inside if mask is None else inside * mask

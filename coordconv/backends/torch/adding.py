@@ -158,9 +158,10 @@ def _known_map(
     shape: tuple[int, ...],
     lengths: tuple[int, ...],
     kernel: Tensor,
-) -> Tensor:
+) -> Any:
     axes, others = position_bias.divide(geometry, coords, len(kernel), math.prod(lengths))
-    like, bias = (kernel.dtype, kernel.device), None
+    like: tuple[Any, ...] = kernel.dtype, kernel.device
+    bias: Any = None
     if axes:
         tables = _tables(geometry, axes, shape, lengths, *like)
         part = position_bias.picked(kernel, coords, axes)
