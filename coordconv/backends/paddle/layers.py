@@ -87,7 +87,7 @@ class _CoordLayer(CoordLayer):
     ) -> tuple[list[str], list[str]]:
         """As Paddle's; another implementation's state is adapted, see :func:`adapt_state_dict`."""
         if use_structured_name:
-            state_dict = adapt_state_dict(self, state_dict)
+            state_dict = adapt_state_dict(self, state_dict)  # type: ignore[arg-type]  # a mixin
         return super().set_state_dict(state_dict, use_structured_name)  # type: ignore[no-any-return]
 
     set_dict = load_dict = set_state_dict
