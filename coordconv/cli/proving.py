@@ -127,7 +127,8 @@ def _print_layers(report: proofs.CaseReport, console: Console) -> None:
         console.print(table)
     for tally in report.tallies:
         for reason, times in tally.excluded.items():
-            console.print(f"excluded in {tally.backend}: {times} cases: {reason}", highlight=False)
+            count = "1 case" if times == 1 else f"{times} cases"
+            console.print(f"excluded in {tally.backend}: {count}: {reason}", highlight=False)
     for tally in report.tallies:
         for line in tally.failures:
             console.print(f"[red]failed[/] in {tally.backend}: {escape(line)}", soft_wrap=True)

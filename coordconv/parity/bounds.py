@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -308,9 +308,8 @@ def _backward(
         dx_passed_on = np.zeros_like(dx)
         if dy_error.any():
             dx_passed_on = reference.input_gradient(dy_error, weight, shape, magnitudes=True)
-        # Counted, not taps times output channels: padding that copies has one sample read often.
-        ones = np.ones_like(dy[:1]), np.ones_like(weight)
-        dx_terms = int(reference.input_gradient(*ones, shape).max())
+        out_per_group = layer.out_channels // layer.geometry.groups
+        dx_terms = _most_reads(layer.geometry, shape) * out_per_group
         dx_roundings = layer.geometry.taps * _most_copies(layer.geometry, shape)
         bias_terms = len(x) * math.prod(dy.shape[2:])
         weight_terms = bias_terms + (COORDINATE_ROUNDINGS if layer.coords else 0)
@@ -328,6 +327,17 @@ def _backward(
         if name == "weight" or bias is not None
     }
     return gradients, (dx, precision.error(dx_size, dx_terms, dx_roundings) + dx_passed_on)
+
+
+def _most_reads(geometry: ConvGeometry, shape: tuple[int, ...]) -> int:
+    """How often one sample is read at most, by any tap for any output position.
+
+    That may be more than the number of taps, since padding may copy a sample.
+    """
+    single = replace(geometry, groups=1)
+    dy = np.ones((1, 1, *single.output_shape(shape)))
+    kernel = np.ones((1, 1, *single.kernel))
+    return int(Reference(single).input_gradient(dy, kernel, shape).max())
 
 
 def _most_copies(geometry: ConvGeometry, shape: tuple[int, ...]) -> int:
