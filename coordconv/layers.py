@@ -40,11 +40,6 @@ class CoordLayer:
         ValueError: unknown tokens, or tokens beyond the rank of the layer; another ``coord_init``;
             an input of the wrong rank or number of channels, or with an empty axis.
 
-    Example:
-        >>> layer = CoordConv2d(3, 8, kernel_size=3, padding=1, coords="xyr")  # doctest: +SKIP
-        >>> layer.weight.shape  # doctest: +SKIP
-        torch.Size([8, 6, 3, 3])
-
     Source:
         Liu et al., NeurIPS 2018, section 3.
     """

@@ -280,7 +280,8 @@ def padded_grid(
     """
     values = padded_values(geometry, coords, shape, lengths, np.arange, np.sqrt)
     whole = padded_shape(geometry, shape, lengths)
-    return frozen(np.stack([np.broadcast_to(v, whole) for v in values]).astype(dtype))
+    grid = np.stack([np.broadcast_to(v, whole) for v in values])
+    return frozen((grid + 0.0).astype(dtype))  # padding reads 0, not -0
 
 
 def map_stride(geometry: ConvGeometry) -> tuple[int, ...]:

@@ -113,6 +113,7 @@ def adapt_state_dict(
         ValueError: a kernel whose channels fit neither; another ``position``.
 
     Example:
+        >>> from coordconv.backends.torch import CoordConv2d
         >>> net = nn.Sequential(CoordConv2d(3, 8, 1), nn.ReLU())
         >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2d(3, 8, 1).state_dict().items()}
         >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
