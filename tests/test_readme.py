@@ -67,7 +67,7 @@ def test_the_page_on_parity(tmp_path):
     assert "2 passed" in run("-m", "pytest", "-p", "no:cacheprovider", "test_small_cnn.py")
     found = run("swapped.py").splitlines()
     (said,) = (block.splitlines() for block in blocks("docs/parity.md", kind=""))
-    assert found[0].startswith("flax parts from torch at conv2: error 0.")
+    assert found[0].startswith("flax differs from torch at conv2: error 0.")
     assert [line[:15] for line in found[1:]] == [line[:15] for line in said[1:]]
     # Not closer: other versions of the frameworks draw and round a little differently.
     shares = [[float(line.split()[-2]) for line in lines[2:]] for lines in (found, said)]
