@@ -73,6 +73,8 @@ def coord_conv(
     rank, axis = len(options.kernel_size(layer)), options.input_axis(layer)
     shape = inputs.shape[-1 - rank : -1]
     geometry = options.geometry(layer, shape)
+    if _is_known(shape):
+        geometry.output_shape(shape)  # which says what does not fit
     if _way(layer, geometry, inputs, kernel.shape[-3 - axis]) == core.APPEND:
         return convolve(append(layer.coords, inputs, rank, options.groups(layer)), kernel, bias)
     features = kernel.shape[axis] - len(layer.coords)
