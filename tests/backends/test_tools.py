@@ -10,7 +10,7 @@ import tools
 from harness import WAYS
 from tools import LAYERS, TOOLS
 
-from coordconv import position_bias
+from coordconv import backends, position_bias
 from coordconv.backends import BACKENDS
 
 # What a library is asked for, if it is there.
@@ -85,6 +85,23 @@ def test_a_tool_that_loses_the_coordinates_is_found(monkeypatch):
     row = tools.row("torch", "loses")
     assert row.plain == 0
     assert not row.ok
+
+
+@pytest.mark.usefixtures("way")
+def test_a_transposed_layer_takes_a_batch_norm():
+    """Whose kernel has the outputs on another axis."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    kind = backends.load("torch").CoordConvTranspose2d
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(kind(3, 4, 3, stride=2), torch.nn.BatchNorm2d(4))
+    x = torch.tensor(tools.X)
+    for _ in range(5):
+        block(x)
+    block.eval()
+    wanted = block(x)
+    assert (fuse_conv_bn_eval(*block, transpose=True)(x) - wanted).abs().max() <= tools.FLOOR
 
 
 @pytest.mark.usefixtures("way")

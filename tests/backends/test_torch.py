@@ -38,10 +38,17 @@ def name(request):
     return request.param
 
 
+AXIS_BY_AXIS = "map axis by axis"
+
+
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Each way in turn, wherever both are right."""
-    monkeypatch.setattr(position_bias, "FORCED", request.param)
+    forced = request.param
+    if forced == AXIS_BY_AXIS:  # as large maps are made
+        monkeypatch.setattr(position_bias, "MANY_PRODUCTS", 0)
+        forced = position_bias.MAP
+    monkeypatch.setattr(position_bias, "FORCED", forced)
     return request.param
 
 
@@ -224,18 +231,20 @@ class TestExport:
             {"padding_mode": "reflect"},
             {"padding_mode": "circular"},
             {"padding_mode": "replicate"},
+            {"padding": "same", "dilation": 2},
+            {"padding": "valid"},
             {"dtype": torch.bfloat16},
         ],
         ids=str,
     )
     def test_options(self, way, options):
-        layer = fill(CoordConv2d(2, 3, 3, padding=1, **options), largest=1)
+        layer = fill(CoordConv2d(2, 3, 3, **{"padding": 1, **options}), largest=1)
         program = torch.export.export(
             layer,
             (integers(3, 2, 9, 5, largest=1).to(layer.weight.dtype),),
             dynamic_shapes={"input": {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}},
         )
-        x = integers(2, 2, 3, 5, largest=1).to(layer.weight.dtype)
+        x = integers(2, 2, 5, 17, largest=1).to(layer.weight.dtype)
         assert torch.equal(program.module()(x), layer(x))
 
     @pytest.mark.parametrize("rank", [1, 3])
@@ -331,6 +340,7 @@ def _forget():
 # --- transformations and derivatives -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", [*WAYS, AXIS_BY_AXIS], indirect=True)
 class TestTransformations:
     @pytest.mark.parametrize("coords", [None, "rx"])
     def test_per_sample_gradients(self, name, coords, way):
