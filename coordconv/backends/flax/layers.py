@@ -86,8 +86,8 @@ class _CoordLayer(CoordLayer):
         params = {"weight": self.kernel, "bias": self.bias}
         for name, array in arrays.items():
             values = to_flax(array, reverse=options.is_reversed(self))
-            # In place, which keeps the parameter's metadata and sharding.
-            params[name][...] = jnp.asarray(values, params[name].dtype)
+            # In place, which keeps the metadata and the sharding; a copy, as asarray may share memory.
+            params[name][...] = jnp.array(values, params[name].dtype)
 
 
 class CoordConv(_CoordLayer, nnx.Conv):

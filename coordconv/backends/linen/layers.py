@@ -121,7 +121,7 @@ class _CoordLayer(nn.Module):
         layout = KernelLayout(conv.coords, (width - n) * groups, groups, transposed)
         return {
             "params": {
-                _NAMES[name]: jnp.asarray(
+                _NAMES[name]: jnp.array(  # a copy: asarray may share memory with the mapping
                     to_flax(array, reverse=options.is_reversed(self)), conv.param_dtype
                 )
                 for name, array in checked(mapping, shapes, {"": layout}).items()
