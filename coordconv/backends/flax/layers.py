@@ -86,7 +86,7 @@ class _CoordLayer(CoordLayer):
         params = {"weight": self.kernel, "bias": self.bias}
         for name, array in arrays.items():
             values = to_flax(array, reverse=options.is_reversed(self))
-            # In place, which keeps the metadata and the sharding; a copy, as asarray may share memory.
+            # In place, which keeps metadata and sharding; a copy, as asarray may share memory.
             params[name][...] = jnp.array(values, params[name].dtype)
 
 
