@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from coordconv.backends.jax.arrays import to_flax, to_numpy, to_torch
 
+from coordconv.backends.jax.arrays import to_flax, to_numpy, to_torch
 from coordconv.grid import Array
 from coordconv.networks import Conv, Layer, Network
 

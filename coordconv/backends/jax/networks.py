@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from coordconv.backends.jax.arrays import to_numpy
 from jax import numpy as jnp
 
 from coordconv import networks
 from coordconv.backends.jax import options
+from coordconv.backends.jax.arrays import to_numpy
 from coordconv.backends.jax.files import from_params, to_params
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
@@ -34,7 +34,7 @@ def imported(network: networks.Network, mapping: Mapping[str, Array], dtype: str
             coordinates; all are listed.
     """
     arrays = checked(mapping, network.weight_shapes(), layouts(network))
-    return jax.tree.map(lambda array: jnp.asarray(array, dtype), to_params(network, arrays))
+    return jax.tree.map(lambda array: jnp.array(array, dtype), to_params(network, arrays))
 
 
 def exported(network: networks.Network, params: Mapping[str, Any]) -> Weights:

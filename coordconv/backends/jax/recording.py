@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from coordconv.backends.jax.arrays import to_numpy
 from jax import numpy as jnp
 
 # Public, but without a promise: nothing else tells inside which transformation JAX is.
 from jax.extend.core import get_opaque_trace_state
 
+from coordconv.backends.jax.arrays import to_numpy
 from coordconv.grid import Array
 from coordconv.recording import (
     OUTPUT,
