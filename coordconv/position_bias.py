@@ -225,10 +225,10 @@ def axis_tables(
     return tables
 
 
-def contract(
+def factors(
     kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], shape: Sequence[int] = ()
-) -> Any:
-    """The axes' part of P.
+) -> tuple[Any, Any]:
+    """The axes' part of P as a product of two matrices.
 
     Args:
         kernel: the coordinates' part without the radius, ``(out, n, *kernel)``.
@@ -237,7 +237,7 @@ def contract(
         shape: the shape of ``kernel``, where a tracer's stand-in for it cannot be iterated.
 
     Returns:
-        An array ``(out, *lengths)``.
+        Arrays of shapes ``(out * other lengths, terms)`` and ``(terms, last length)``.
     """
     out, n, *sizes = shape or kernel.shape
     *others, last = tables
@@ -246,8 +246,16 @@ def contract(
         # The axes so far are rows; channels and the axes to come are summed over at the end.
         term = einsum("rckz,ckt->rtcz", term.reshape((rows, n, size, -1)), table)
         rows = rows * table.shape[-1]  # not in place: a tracer's number is a tensor
-    product = term.reshape((rows, -1)) @ last.reshape((-1, last.shape[-1]))
-    return product.reshape((out, *(table.shape[-1] for table in tables)))
+    return term.reshape((rows, -1)), last.reshape((-1, last.shape[-1]))
+
+
+def contract(
+    kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], shape: Sequence[int] = ()
+) -> Any:
+    """The axes' part of P, ``(out, *lengths)``, from what :func:`factors` takes."""
+    left, right = factors(kernel, tables, einsum, shape)
+    out = (shape or kernel.shape)[0]
+    return (left @ right).reshape((out, *(table.shape[-1] for table in tables)))
 
 
 @lru_cache(maxsize=64)

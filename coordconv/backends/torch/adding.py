@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -106,6 +107,13 @@ def add_map(
         if not (is_known(x) and is_known(output)):
             bias = _traced_map(geometry, coords, shape, lengths, kernel, out)
             return (output + bias).to(output.dtype) if low else output + bias
+        axes, others = position_bias.divide(geometry, coords, out, math.prod(lengths))
+        if axes and not others and _is_one_without_gradient(output, kernel, low):
+            # P would be as large as the output, and is never made.
+            tables = _tables(geometry, axes, shape, lengths, kernel.dtype, kernel.device)
+            left, right = position_bias.factors(kernel, tables, torch.einsum)
+            output.view(len(left), -1).addmm_(left, right)
+            return output
         bias = _known_map(geometry, coords, shape, lengths, kernel)
         if low:
             return (output + bias).to(output.dtype)
@@ -118,8 +126,7 @@ def is_product(geometry: ConvGeometry, x: Any, kernel: Any, low: bool) -> bool:
     """Whether several samples of a pointwise convolution are computed by :func:`product`.
 
     On a CPU ``torch.baddbmm``, which adds P as it goes, takes less than a convolution and a pass
-    over its output, unless there are many channels, or many beside the positions:
-    docs/performance.md has the measurements.
+    over its output, unless there are many channels: docs/performance.md has the measurements.
     """
     return (
         geometry.pointwise
@@ -128,7 +135,7 @@ def is_product(geometry: ConvGeometry, x: Any, kernel: Any, low: bool) -> bool:
         and is_known(x)
         and x.dim() == geometry.rank + 2
         and x.shape[0] > 1
-        and x.shape[1] <= min(512, 2 * math.prod(x.shape[2:]))
+        and x.shape[1] <= 64
         and x.device.type == "cpu"
         and x.dtype == kernel.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
@@ -150,6 +157,19 @@ def product(
         added = added + bias[:, None]
     matrix = features.flatten(1).expand(x.shape[0], -1, -1)
     return torch.baddbmm(added, matrix, x.flatten(2)).unflatten(2, shape)
+
+
+def _is_one_without_gradient(output: Tensor, kernel: Tensor, low: bool) -> bool:
+    """Whether a product can be added to the output of one sample in place.
+
+    With a gradient autograd copies the output's, since the product is added to a view of it.
+    """
+    return (
+        not low
+        and output.numel() == len(kernel) * math.prod(output.shape[2 - kernel.dim() :])
+        and output.is_contiguous()
+        and not (torch.is_grad_enabled() and (output.requires_grad or kernel.requires_grad))
+    )
 
 
 def _known_map(
@@ -225,14 +245,28 @@ def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-@lru_cache(maxsize=64)
+def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the last few constants that a function makes, but for a tracer's stand-ins."""
+    kept = lru_cache(maxsize=64)(make)
+
+    def get(*args: Any) -> Any:
+        found = kept(*args)
+        if type(found if isinstance(found, Tensor) else found[0]) is not Tensor:
+            kept.cache_clear()
+        return found
+
+    get.cache_info, get.cache_clear = kept.cache_info, kept.cache_clear  # type: ignore[attr-defined]
+    return get
+
+
+@_kept
 def _grid(
     coords: Coordinates, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     return _constant(coordinate_grid(shape, coords, dtype=_exact(dtype)), dtype, device)
 
 
-@lru_cache(maxsize=64)
+@_kept
 def _padded_grid(
     geometry: ConvGeometry,
     coords: Coordinates,
@@ -245,7 +279,7 @@ def _padded_grid(
     return _constant(grid, dtype, device)
 
 
-@lru_cache(maxsize=64)
+@_kept
 def _tables(
     geometry: ConvGeometry,
     coords: Coordinates,
