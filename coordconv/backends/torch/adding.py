@@ -168,6 +168,7 @@ def _is_one_without_gradient(output: Tensor, kernel: Tensor, low: bool) -> bool:
         not low
         and output.numel() == len(kernel) * math.prod(output.shape[2 - kernel.dim() :])
         and output.is_contiguous()
+        and torch.func.debug_unwrap(output, recurse=False) is output  # vmap has no such product
         and not (torch.is_grad_enabled() and (output.requires_grad or kernel.requires_grad))
     )
 
