@@ -36,8 +36,10 @@ class CoordLayer:
     layer sees the coordinates of its input.
 
     Raises:
-        TypeError: ``coords`` that are no tokens; an input of a type that the base class refuses.
+        TypeError: ``coords`` that are no tokens; input channels that are no int; an input of a type
+            that the base class refuses.
         ValueError: unknown tokens, or tokens beyond the rank of the layer; another ``coord_init``;
+            fewer input channels than one;
             an input of the wrong rank or number of channels, or with an empty axis.
 
     Source:
@@ -74,8 +76,10 @@ class CoordLayer:
         # Set before the base class draws the kernel, as these two say.
         self.coords = Coordinates.resolve(coords, self._rank(given.arguments))
         self.coord_init = coord_init
-        self._prepare(given.arguments)
         channels = given.arguments.get(self.CHANNELS)
+        if channels is not None:
+            _check_channels(self.CHANNELS, channels)
+        self._prepare(given.arguments)
         if channels is None:  # a lazy layer: its first input will tell
             super().__init__(*args, **kwargs)
             return
@@ -138,6 +142,14 @@ class CoordLayer:
         """
         shapes = {name: array.shape for name, array in self._canonical().items()}
         self._assign(checked(mapping, shapes, {"": self.layout}))
+
+
+def _check_channels(name: str, channels: Any) -> None:
+    """Refuse what the coordinates' channels would make a number that the base class takes."""
+    if not hasattr(channels, "__index__"):
+        raise TypeError(f"{name} must be an int, got {channels!r}")
+    if channels < 1:
+        raise ValueError(f"{name} must be at least 1, got {channels}")
 
 
 def _before_kwargs(

@@ -31,7 +31,7 @@ def transposed(request):
     return request.param
 
 
-def make(backend, rank, transposed, *, kernel=3, coords=None, weights=None, **options):
+def make(backend, rank, transposed, *, channels=3, kernel=3, coords=None, weights=None, **options):
     """A layer of 3 channels to 4, and its call with arrays that have the channels first.
 
     ``options`` are the framework's own. The weights are canonical; None leaves them to the layer,
@@ -45,7 +45,7 @@ def make(backend, rank, transposed, *, kernel=3, coords=None, weights=None, **op
         options = {"padding": "VALID", "kernel_init": nnx.initializers.zeros, **options}
         sizes = (4, (kernel,) * rank)
         if backend == "flax":
-            sizes, options["rngs"] = (3, *sizes), nnx.Rngs(0)
+            sizes, options["rngs"] = (channels, *sizes), nnx.Rngs(0)
         layer = bound = getattr(module, f"CoordConv{kind}")(*sizes, coords=coords, **options)
         if backend == "linen":
             given = weights or zeros(layer.coords, rank, transposed, kernel)
@@ -61,7 +61,7 @@ def make(backend, rank, transposed, *, kernel=3, coords=None, weights=None, **op
         from paddle import to_tensor as tensor
 
         name = f"CoordConv{rank}D{kind}"
-    layer = getattr(module, name)(3, 4, kernel, coords=coords, **options)
+    layer = getattr(module, name)(channels, 4, kernel, coords=coords, **options)
     if weights:
         layer.import_weights(weights)
     return layer, lambda x, **at_call: layer(tensor(x), **at_call).detach().numpy()
@@ -388,6 +388,23 @@ def test_padding_that_no_transposed_convolution_has(build, backend):
     }[backend]
     with pytest.raises(error, match=message):
         build(padding_mode="reflect")
+
+
+@pytest.mark.parametrize("backend", ["torch", "paddle", "flax"], indirect=True)
+@pytest.mark.parametrize(
+    ("channels", "error", "message"),
+    [
+        (0, ValueError, "must be at least 1, got 0"),
+        (-1, ValueError, "must be at least 1, got -1"),
+        (3.0, TypeError, "must be an int, got 3.0"),
+        ("3", TypeError, "must be an int, got '3'"),
+    ],
+)
+def test_input_channels_that_there_are_not(build, backend, channels, error, message):
+    """The coordinates' channels would make them a number that the framework takes."""
+    name = "in_features" if backend == "flax" else "in_channels"
+    with told(error, f"{name} {message}"):
+        build(channels=channels)
 
 
 @pytest.mark.parametrize("backend", ["torch", "paddle"], indirect=True)
