@@ -32,11 +32,13 @@ _PRODUCTS = 10  # multiplications and additions in a unit
 _BLOCK = 16  # channels that libraries work on together
 _MOST_FOR_MAP = 2  # units for a number of P, made axis by axis
 _CALLS = 2e5  # units for calling the functions that map calls more than append
-_USUAL_BATCH, _USUAL_POSITIONS = 8, 2**12  # where a compiler does not say
 
 # Multiplications of a convolution with the coordinates, from which the axes are contracted one by
 # one instead: measured on two CPUs, in torch.
 MANY_PRODUCTS = 2**25
+
+# What a compiler is taken to compile for, which shall make one graph for all sizes.
+USUAL_BATCH, USUAL_POSITIONS = 8, 2**12
 
 # What a test or `coordconv parity --way` sets to have one of the two wherever both are right.
 FORCED: str | None = None
@@ -60,12 +62,13 @@ def choose(
         coords: the coordinate channels.
         channels: the number of feature channels, of all groups.
         out: the number of output channels.
-        batch: the number of samples, or None if it is unknown.
-        positions: the number of positions of the output of a sample, or None if it is unknown.
+        batch: the number of samples, or None if a tracer does not tell.
+        positions: the number of positions of the output of a sample, or None likewise.
         low_precision: whether the layer computes in 16 bits. Neighbouring coordinates on an axis of
             512 samples are closer together than bfloat16 can tell apart, so that they must not be
             appended: only the map is right.
-        fused: whether a compiler joins the addition of P with what follows.
+        fused: whether P is added to the output as that is made, by a compiler or as a product, and
+            is never written by itself.
 
     Returns:
         :data:`APPEND` or :data:`MAP`.
@@ -78,17 +81,9 @@ def choose(
     # No library is fast at groups with a few channels more than the features.
     if geometry.groups > 1:
         return MAP
-    if (batch is None or positions is None) and not fused:  # a tracer: the graph is the simpler
+    if batch is None or positions is None:  # the graph is the simpler
         return APPEND
-    append, map = costs(
-        geometry,
-        len(coords),
-        channels,
-        out,
-        _USUAL_BATCH if batch is None else batch,
-        _USUAL_POSITIONS if positions is None else positions,
-        fused,
-    )
+    append, map = costs(geometry, len(coords), channels, out, batch, positions, fused)
     return APPEND if append < map else MAP
 
 
@@ -106,7 +101,7 @@ def costs(
     Append reads and writes the input, and multiplies the coordinates of every sample; libraries
     work on blocks of channels, so that two channels more may cost as much as sixteen. Map reads and
     writes the features' part of the kernel, makes P, and reads and writes the output again, unless
-    a compiler fuses that; and it calls a few functions more. ``docs/performance.md`` has the
+    P is added as the output is made; and it calls a few functions more. ``docs/performance.md`` has the
     measurements that the constants are from, and what this function makes of them.
 
     Args:
@@ -125,10 +120,10 @@ def costs(
     if channels >= _BLOCK:
         added = -(-(channels + n) // _BLOCK) * _BLOCK - -(-channels // _BLOCK) * _BLOCK
     append = batch * (2 * inputs + outputs * taps * added / _PRODUCTS)
-    kernel = 2 * channels * out * taps
-    bias = outputs * (1 + min(n * taps / _PRODUCTS, _MOST_FOR_MAP))
-    again = outputs if fused else 2 * batch * outputs
-    return append, kernel + bias + again + _CALLS
+    map = 2 * channels * out * taps + _CALLS
+    if not fused:
+        map += outputs * (1 + min(n * taps / _PRODUCTS, _MOST_FOR_MAP)) + 2 * batch * outputs
+    return append, map
 
 
 def divide(

@@ -216,8 +216,8 @@ def test_the_cheaper_way_is_chosen(
     assert map > 0
     way = chosen(geometry, (batch, channels, out, positions))
     assert way == (MAP if geometry.groups > 1 or map <= append else APPEND)
-    # a compiler that fuses the addition makes the map the cheaper
-    assert costs(geometry, 2, *sizes, fused=True)[1] <= map
+    # P that is never written by itself makes the map the cheaper
+    assert costs(geometry, 2, *sizes, fused=True)[1] < map
 
 
 def test_what_must_not_be_appended_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +232,14 @@ def test_what_must_not_be_appended_is_not(monkeypatch: pytest.MonkeyPatch) -> No
 def test_unknown_sizes_make_the_simpler_graph() -> None:
     assert choose(SAME, XY, 64, 64, batch=None, positions=None) == APPEND
     assert choose(SAME, XY, 64, 64, batch=8, positions=None) == APPEND
-    assert choose(SAME, XY, 64, 64, batch=None, positions=None, fused=True) == MAP
-    assert choose(SAME, XY, 3, 32, batch=1, positions=None, fused=True) == APPEND
+    assert choose(SAME, XY, 64, 64, batch=None, positions=49, fused=True) == APPEND
+
+
+def test_p_that_is_never_written_is_the_cheaper() -> None:
+    large = 1, 3, 32, 512**2
+    assert [chosen(SAME, large, fused=fused) for fused in (False, True)] == [APPEND, MAP]
+    # but for a kernel far larger than the input
+    assert chosen(SAME, (1, 512, 512, 7**2), fused=True) == APPEND
 
 
 @pytest.mark.parametrize("way", [APPEND, MAP])

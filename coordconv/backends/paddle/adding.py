@@ -25,7 +25,6 @@ from coordconv.backends.paddle import options
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import channel_values, coordinate_grid
-from coordconv.position_bias import APPEND, MAP
 from coordconv.weights.kernels import KernelLayout
 
 _CONVOLVE: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transposed
@@ -75,12 +74,6 @@ def choose(layer: Any, x: Tensor) -> str:
     geometry, batch = options.geometry(layer), x.shape[0]
     shape = tuple(x.shape[1:-1] if layer.channels_last else x.shape[2:])
     known = -1 not in shape
-    free = position_bias.FORCED is None and layer.coords.outside == "zero"
-    if free and known and _is_quick(x):
-        # The map takes a copy of the kernel's features, append one of the input. Beside that the
-        # map is for nothing here, as the bias would have to be added anyway.
-        copied = batch * math.prod(shape) * geometry.groups
-        return APPEND if copied < geometry.taps * layer._out_channels else MAP
     return position_bias.choose(
         geometry,
         layer.coords,
@@ -89,6 +82,7 @@ def choose(layer: Any, x: Tensor) -> str:
         batch=batch if batch >= 0 else None,
         positions=math.prod(geometry.lengths(shape)) if known else None,
         low_precision=is_low_precision(layer.weight),
+        fused=_is_quick(x),
     )
 
 

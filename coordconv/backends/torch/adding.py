@@ -54,13 +54,14 @@ def choose(
 ) -> str:
     """Append or map, for an input ``(N, C, *S)`` or ``(C, *S)``."""
     batch = positions = None
-    # An exporter's graph is for any size. A compiler looks at no size but a batch of one, of which
-    # compilers make a graph of its own anyway.
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if is_known(x) or (compiled and (x.dim() == geometry.rank + 1 or x.shape[0] == 1)):
-        batch = x.shape[0] if x.dim() == geometry.rank + 2 else 1
+    single = x.dim() == geometry.rank + 1
     if is_known(x):
+        batch = 1 if single else x.shape[0]
         positions = math.prod(geometry.lengths(x.shape[-geometry.rank :]))
+    elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # One graph for all sizes, but for a batch of one, of which compilers make another anyway.
+        batch = 1 if single or x.shape[0] == 1 else position_bias.USUAL_BATCH
+        positions = position_bias.USUAL_POSITIONS
     return position_bias.choose(
         geometry,
         coords,
@@ -69,7 +70,6 @@ def choose(
         batch=batch,
         positions=positions,
         low_precision=low,
-        fused=compiled,
     )
 
 
