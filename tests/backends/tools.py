@@ -286,12 +286,17 @@ def pruned(layer: Layer) -> tuple[Any, Any]:
 
 
 def adapted(layer: Layer) -> tuple[Any, Any]:
-    """A low-rank adapter that is merged, after it has started as the identity."""
+    """A low-rank adapter: it starts as the identity, and is merged when it has moved."""
     weight, bias = layer.get()
-    down = np.random.default_rng(3).standard_normal((1, weight[0].size)).astype(np.float32)
-    before = layer()
-    layer.set(weight + (np.zeros((OUT, 1), np.float32) @ down).reshape(weight.shape), bias)
-    return layer(), before
+    rng = np.random.default_rng(3)
+    down = rng.standard_normal((1, weight[0].size)).astype(np.float32)
+    up = rng.standard_normal((OUT, 1)).astype(np.float32)
+    before, found = layer(), []
+    for factor in (0 * up, up):
+        layer.set(weight + (factor @ down).reshape(weight.shape), bias)
+        found.append(layer())
+    layer.set((up @ down).reshape(weight.shape), np.zeros_like(bias))
+    return np.stack(found), np.stack([before, before + layer()])
 
 
 def averaged(layer: Layer) -> tuple[Any, Any]:
