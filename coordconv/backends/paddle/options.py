@@ -3,6 +3,9 @@
 Paddle's peculiarities: ``"SAME"`` undoes the dilation; a transposed convolution with ``"SAME"``
 cuts off what a plain one would add to its input; where padding copies samples, ``pad`` has done it
 before the convolution; the size that a call wants of the output replaces ``output_padding``.
+
+Paddle keeps what a layer was constructed with in attributes that begin with an underscore, and
+nowhere else; ``tests/backends/test_private_names.py`` has them all.
 """
 
 from __future__ import annotations
