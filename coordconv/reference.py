@@ -6,7 +6,7 @@ each group is given all of them, the input is padded, and the taps are summed on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -17,7 +17,13 @@ from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, evaluate
 
-_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+# The sample that padding copies to index ``i`` of an axis of ``n``; zeros are put where it is none.
+_COPIED: dict[str, Callable[[Array, int], Array]] = {
+    "zeros": lambda i, n: i,
+    "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)),
+    "replicate": lambda i, n: np.clip(i, 0, n - 1),
+    "circular": lambda i, n: i % n,
+}
 
 
 @dataclass(frozen=True)
@@ -54,26 +60,23 @@ class Reference:
         the sum of the absolute values that it is computed from, which may cancel.
         """
         z = self.padded(x, magnitudes=magnitudes)
-        kernel = self._by_group(weight)
-        bias = None if bias is None else np.asarray(bias, np.float64)
-        if magnitudes:
-            kernel, bias = np.abs(kernel), None if bias is None else np.abs(bias)
+        kernel = self._by_group(weight, magnitudes)
         out_shape = self.geometry.output_shape(x.shape[2:])
         groups, out, _ = kernel.shape[:3]
         y = np.zeros((len(x), groups, out, int(np.prod(out_shape))))
         for tap, window in self._windows(out_shape):
             y += kernel[tap] @ _flat(z[window])
         y = y.reshape(len(x), groups * out, *out_shape)
-        return y if bias is None else y + bias.reshape(-1, *(1,) * self.geometry.rank)
+        if bias is not None:
+            y += _float64(bias, magnitudes).reshape(-1, *(1,) * self.geometry.rank)
+        return y
 
     def input_gradient(
         self, dy: Array, weight: Array, shape: tuple[int, ...], *, magnitudes: bool = False
     ) -> Array:
         """The gradient with respect to ``x``, shape ``(N, C, *shape)``, for the output's ``dy``."""
-        dy, kernel = self._outputs_by_group(dy), self._by_group(weight)
-        kernel = kernel[:, :, : kernel.shape[2] - self._coordinates]
-        if magnitudes:
-            dy, kernel = np.abs(dy), np.abs(kernel)
+        dy, kernel = self._outputs_by_group(dy, magnitudes), self._by_group(weight, magnitudes)
+        kernel = kernel[:, :, : kernel.shape[2] - len(self.coords or ())]
         matrices = self._padding_matrices(shape)
         dz = np.zeros((*dy.shape[:2], kernel.shape[2], *(len(m) for m in matrices)))
         for tap, window in self._windows(dy.shape[3:]):
@@ -87,9 +90,7 @@ class Reference:
         self, x: Array, dy: Array, *, magnitudes: bool = False
     ) -> dict[str, Array]:
         """The gradients of ``weight`` and ``bias``."""
-        z, grouped = self.padded(x, magnitudes=magnitudes), self._outputs_by_group(dy)
-        if magnitudes:
-            grouped = np.abs(grouped)
+        z, grouped = self.padded(x, magnitudes=magnitudes), self._outputs_by_group(dy, magnitudes)
         kernel = np.zeros((grouped.shape[1], grouped.shape[2], z.shape[2], *self.geometry.kernel))
         for tap, window in self._windows(dy.shape[2:]):
             read = _flat(z[window]).swapaxes(2, 3)
@@ -103,30 +104,29 @@ class Reference:
 
     def padded(self, x: Array, *, magnitudes: bool = False) -> Array:
         """What the kernel slides over: ``(N, groups, C / groups + n, *padded shape)``."""
-        x = np.asarray(x, np.float64)
-        x = np.abs(x) if magnitudes else x
-        batch, channels, *shape = x.shape
-        groups = self.geometry.groups
-        z = x.reshape(batch, groups, channels // groups, *shape)
-        matrices = self._padding_matrices(tuple(shape))
+        batch, channels, *lengths = x.shape
+        shape, groups = tuple(lengths), self.geometry.groups
+        z = _float64(x, magnitudes).reshape(batch, groups, channels // groups, *shape)
+        matrices = self._padding_matrices(shape)
         for axis, m in enumerate(matrices):
             z = _multiplied(z, m, 3 + axis)
         if self.coords is None:
             return z
-        coordinates = self._padded_coordinates(tuple(shape), matrices, magnitudes)
-        repeated = np.broadcast_to(coordinates, (batch, groups, *coordinates.shape))
-        return np.concatenate([z, repeated], axis=2)
+        positions = [np.arange(n) for n in shape]
+        if self.coords.outside == "extend":  # the ramp itself, at every place but the holes
+            positions = [index for index, _ in self._samples(shape)]
+            matrices = [np.diag(~hole).astype(np.float64) for _, hole in self._samples(shape)]
+        grid = self._grid(positions, shape, magnitudes)
+        for axis, m in enumerate(matrices):
+            grid = _multiplied(grid, m, 1 + axis)
+        return np.concatenate([z, np.broadcast_to(grid, (batch, groups, *grid.shape))], axis=2)
 
-    @property
-    def _coordinates(self) -> int:
-        return 0 if self.coords is None else len(self.coords)
-
-    def _by_group(self, weight: Array) -> Array:
+    def _by_group(self, weight: Array, magnitudes: bool) -> Array:
         """The kernel as ``(groups, out / groups, C / groups + n, *kernel)``.
 
         The taps are in the order of a plain convolution: a transposed one's are reversed.
         """
-        weight = np.asarray(weight, np.float64)
+        weight = _float64(weight, magnitudes)
         kernel = weight.reshape(self.geometry.groups, -1, *weight.shape[1:])
         if self.geometry.transposed:
             kernel = np.flip(kernel.swapaxes(1, 2), self._kernel_axes)
@@ -136,8 +136,8 @@ class Reference:
     def _kernel_axes(self) -> tuple[int, ...]:
         return tuple(range(-self.geometry.rank, 0))
 
-    def _outputs_by_group(self, dy: Array) -> Array:
-        dy = np.asarray(dy, np.float64)
+    def _outputs_by_group(self, dy: Array, magnitudes: bool) -> Array:
+        dy = _float64(dy, magnitudes)
         groups = self.geometry.groups
         return dy.reshape(len(dy), groups, dy.shape[1] // groups, *dy.shape[2:])
 
@@ -155,58 +155,34 @@ class Reference:
             )
             yield (..., *tap), (..., *window)
 
-    def _paddings(self, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]]:
-        """Per axis: padding before and after, distance of samples, whether padding comes first."""
-        g = self.geometry
-        paddings = []
-        for (before, after), k, s, d, extra, hole in zip(g.pads(shape), *g.per_axis, strict=True):
+    def _samples(self, shape: tuple[int, ...]) -> list[tuple[Array, Array]]:
+        """Per axis, of each place of the padded input: its sample, and whether it is a hole.
+
+        Samples beyond the border have the indices below 0 and from the axis's length on. Holes are
+        the zeros between samples.
+        """
+        g, samples = self.geometry, []
+        for n, (before, after), k, s, d, extra, hole in zip(
+            shape, g.pads(shape), *g.per_axis, strict=True
+        ):
             reach = d * (k - 1)
-            if g.transposed and g.padding_mode == "circular":
-                paddings.append((reach - before, before, s, False))
+            if g.transposed and g.padding_mode == "circular":  # the holes go round, too
+                before, after, hole = reach - before, before + s - 1, s
             elif g.transposed:
-                paddings.append((reach - before, reach - after + extra, s, False))
-            else:
-                paddings.append((before, after, hole, g.padding_mode != "zeros"))
-        return paddings
+                before, after, hole = reach - before, reach - after + extra, s
+            elif g.padding_mode != "zeros":  # samples are copied before there are holes
+                before, after = before * hole, after * hole
+            index, rest = np.divmod(np.arange(-before, (n - 1) * hole + 1 + after), hole)
+            samples.append((index, rest > 0))
+        return samples
 
     def _padding_matrices(self, shape: tuple[int, ...]) -> list[Array]:
         """Per axis the matrix of zeros and ones that pads: ``(padded length, length)``."""
-        matrices = []
-        for n, (before, after, hole, pad_first) in zip(shape, self._paddings(shape), strict=True):
-            m = np.eye(n)
-            if self.geometry.transposed and self.geometry.padding_mode == "circular":
-                circle = np.zeros((n * hole, n))
-                circle[::hole] = m
-                around = np.arange(len(circle) + before + after) - before
-                matrices.append(np.take(circle, around, axis=0, mode="wrap"))
-                continue
-            if pad_first:
-                m = _pad(m, before, after, self.geometry.padding_mode)
-            m = _spread(m, hole)
-            if not pad_first:
-                m = _pad(m, before, after, "zeros")
-            matrices.append(m)
-        return matrices
-
-    def _padded_coordinates(
-        self, shape: tuple[int, ...], matrices: list[Array], magnitudes: bool
-    ) -> Array:
-        assert self.coords is not None
-        if self.coords.outside == "zero":
-            grid = self._grid([np.arange(n) for n in shape], shape, magnitudes)
-            for axis, m in enumerate(matrices):
-                grid = _multiplied(grid, m, 1 + axis)
-            return grid
-        # The ramp, sample by sample: those beyond the border lie at whole steps from it.
-        places = []
-        for m, (before, _, hole, pad_first) in zip(matrices, self._paddings(shape), strict=True):
-            places.append(np.arange(len(m)) - before * (hole if pad_first else 1))
-        steps = [hole for _, _, hole, _ in self._paddings(shape)]
-        indices = [p // hole for p, hole in zip(places, steps, strict=True)]
-        grid = self._grid(indices, shape, magnitudes)
-        for axis, (p, hole) in enumerate(zip(places, steps, strict=True)):
-            grid = _multiplied(grid, np.diag((p % hole == 0).astype(np.float64)), 1 + axis)
-        return grid
+        copied = _COPIED[self.geometry.padding_mode]
+        return [
+            ((copied(index, n)[:, None] == np.arange(n)) & ~hole[:, None]).astype(np.float64)
+            for n, (index, hole) in zip(shape, self._samples(shape), strict=True)
+        ]
 
     def _grid(self, positions: list[Array], shape: tuple[int, ...], magnitudes: bool) -> Array:
         """The coordinates at some positions; or the magnitudes of what they are computed from.
@@ -229,22 +205,14 @@ class Reference:
         return np.stack([found[token] for token in self.coords.channels])
 
 
+def _float64(array: Array, magnitudes: bool) -> Array:
+    array = np.asarray(array, np.float64)
+    return np.abs(array) if magnitudes else array
+
+
 def _flat(array: Array) -> Array:
     """``(N, groups, channels, *S)`` with the spatial axes flattened into one."""
     return array.reshape(*array.shape[:3], int(np.prod(array.shape[3:])))
-
-
-def _pad(m: Array, before: int, after: int, mode: str) -> Array:
-    """Pad the rows of ``m``; negative padding cuts."""
-    m = m[max(-before, 0) : len(m) - max(-after, 0)]
-    widths = ((max(before, 0), max(after, 0)), (0, 0))
-    return np.pad(m, widths, mode=_PAD_MODES[mode])  # type: ignore[call-overload, no-any-return]
-
-
-def _spread(m: Array, hole: int) -> Array:
-    spread = np.zeros(((len(m) - 1) * hole + 1, m.shape[1]))
-    spread[::hole] = m
-    return spread
 
 
 def _multiplied(array: Array, matrix: Array, axis: int) -> Array:
