@@ -295,7 +295,8 @@ def _renamed(arrays: Weights, network: networks.Network, format: str) -> Mapping
     """The same under canonical names and in canonical layout; what is not the network's, as is."""
     if format == CANONICAL:
         return arrays
-    return backends.load(format).from_state(network, arrays)
+    found: Mapping[str, Array] = backends.load(format).from_state(network, arrays)
+    return found
 
 
 def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networks.Network:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
-
-if TYPE_CHECKING:
-    from coordconv.backends.protocols import Backend
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if not backend.missing)
 
 
-def load(name: str) -> Backend:
+def load(name: str) -> Any:
     """The package of a backend, imported now.
 
     Raises:
@@ -91,4 +88,4 @@ def load(name: str) -> Backend:
     backend = BACKENDS[name]
     if backend.missing:
         raise ImportError(f"backend {name!r} needs {', '.join(backend.missing)}: {backend.install}")
-    return cast("Backend", importlib.import_module(f"{__name__}.{name}"))
+    return importlib.import_module(f"{__name__}.{name}")
