@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -65,20 +65,14 @@ class ConvGeometry:
     padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kernel, Sequence) or isinstance(self.kernel, str):
+        if not isinstance(self.kernel, Sequence):
             raise TypeError(f"kernel must be one int per axis, got {self.kernel!r}")
-        kernel = tuple(self.kernel)
-        rank = len(kernel)
+        rank = len(self.kernel)
         if not 1 <= rank <= 3:
-            raise ValueError(f"kernel must have 1, 2 or 3 axes, got {kernel}")
-        object.__setattr__(self, "kernel", _per_axis("kernel", kernel, rank, least=1))
-        for name, least in (
-            ("stride", 1),
-            ("dilation", 1),
-            ("input_dilation", 1),
-            ("output_padding", 0),
-        ):
-            object.__setattr__(self, name, _per_axis(name, getattr(self, name), rank, least=least))
+            raise ValueError(f"kernel must have 1, 2 or 3 axes, got {self.kernel}")
+        for name in PerAxis._fields:
+            least = 0 if name == "output_padding" else 1
+            object.__setattr__(self, name, _per_axis(name, getattr(self, name), rank, least))
         if self.padding != "same":
             pairs = _pairs(self.padding, rank)
             object.__setattr__(self, "padding", pairs)
@@ -113,13 +107,7 @@ class ConvGeometry:
     @property
     def per_axis(self) -> PerAxis:
         """Kernel, stride, dilation, output_padding and input_dilation, each one int per axis."""
-        return PerAxis(  # __post_init__ made each of them a tuple
-            self.kernel,
-            self.stride,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.output_padding,  # type: ignore[arg-type]
-            self.input_dilation,  # type: ignore[arg-type]
-        )
+        return PerAxis(*(getattr(self, name) for name in PerAxis._fields))
 
     @property
     def taps(self) -> int:
@@ -199,23 +187,6 @@ class ConvGeometry:
                 lengths.append(((n + before + after - 1) * hole + 1 - reach) // s + 1)
         return tuple(lengths)
 
-    def for_output(self, shape: Sequence[int], output_shape: Sequence[int]) -> ConvGeometry:
-        """The transposed convolution that gives ``output_shape``: with another output_padding.
-
-        A plain convolution is returned as it is. Frameworks let a call choose among the output
-        shapes that a stride leaves open.
-
-        Example:
-            >>> g = ConvGeometry((3,), stride=2, transposed=True)
-            >>> g.for_output((4,), (10,)).output_padding
-            (1,)
-        """
-        if not self.transposed:
-            return self
-        least = replace(self, output_padding=0).lengths(shape)
-        extra = tuple(m - n for m, n in zip(output_shape, least, strict=True))
-        return replace(self, output_padding=extra)
-
 
 def check_input(
     shape: Sequence[int],
@@ -262,32 +233,29 @@ def check_input(
     return spatial
 
 
-def _per_axis(name: str, value: Any, rank: int, *, least: int) -> tuple[int, ...]:
+def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
     values = (value,) * rank if _is_int(value) else value
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != rank:
-        raise TypeError(f"{name} must be an int or {rank} ints, got {value!r}")
-    if not all(_is_int(v) for v in values):
+    if not _are_ints(values, rank):
         raise TypeError(f"{name} must be an int or {rank} ints, got {value!r}")
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return tuple(int(v) for v in values)
+    return tuple(map(int, values))
 
 
 def _pairs(value: Any, rank: int) -> Pairs:
     values = (value,) * rank if _is_int(value) else value
-    problem = TypeError(
-        f"padding must be 'same', an int, {rank} ints or {rank} (before, after) pairs, "
-        f"got {value!r}"
-    )
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != rank:
-        raise problem
-    pairs = []
-    for v in values:
-        pair = (v, v) if _is_int(v) else v
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(p) for p in pair):
-            raise problem
-        pairs.append((int(pair[0]), int(pair[1])))
-    return tuple(pairs)
+    known = isinstance(values, Sequence) and len(values) == rank
+    pairs = [(each, each) if _is_int(each) else each for each in values] if known else []
+    if not known or not all(_are_ints(pair, 2) for pair in pairs):
+        raise TypeError(
+            f"padding must be 'same', an int, {rank} ints or {rank} (before, after) pairs, "
+            f"got {value!r}"
+        )
+    return tuple((int(before), int(after)) for before, after in pairs)
+
+
+def _are_ints(values: Any, count: int) -> bool:
+    return isinstance(values, Sequence) and len(values) == count and all(map(_is_int, values))
 
 
 def _is_int(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """The arithmetic of shapes against counting, and what a wrong option or input is told."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,27 +79,6 @@ def test_pointwise(data: st.DataObject) -> None:
 )
 def test_known_shapes(options: dict[str, Any], shape: Any, expected: Any) -> None:
     assert ConvGeometry(**options).output_shape(shape) == expected
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_for_output(data: st.DataObject) -> None:
-    """A call of a transposed convolution may choose among the shapes that a stride leaves open."""
-    rank = data.draw(st.integers(1, 3))
-    shape = data.draw(st.tuples(*[st.integers(1, 7)] * rank))
-    geometry = data.draw(geometries(shape))
-    output_shape = geometry.output_shape(shape)
-    if not geometry.transposed or geometry.padding_mode == "circular":
-        assert geometry.for_output(shape, output_shape) == geometry
-        return
-    more = data.draw(st.tuples(*[st.integers(0, 2)] * rank))
-    wanted = tuple(m + e for m, e in zip(output_shape, more, strict=True))
-    chosen = geometry.for_output(shape, wanted)
-    assert chosen.output_shape(shape) == wanted
-    assert replace(chosen, output_padding=geometry.output_padding) == geometry
-    least = [m - e for m, e in zip(output_shape, geometry.per_axis.output_padding, strict=True)]
-    with pytest.raises(ValueError, match="output_padding must be at least 0"):
-        geometry.for_output(shape, [m - 1 for m in least])
 
 
 def test_one_form_for_every_spelling() -> None:
