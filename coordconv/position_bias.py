@@ -101,8 +101,8 @@ def costs(
     Append reads and writes the input, and multiplies the coordinates of every sample; libraries
     work on blocks of channels, so that two channels more may cost as much as sixteen. Map reads and
     writes the features' part of the kernel, makes P, and reads and writes the output again, unless
-    P is added as the output is made; and it calls a few functions more. ``docs/performance.md`` has the
-    measurements that the constants are from, and what this function makes of them.
+    P is added as the output is made; and it calls a few functions more. The measurements that the
+    constants are from, and what this function makes of them, are in ``docs/performance.md``.
 
     Args:
         geometry: the convolution.
