@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
 AXES = "zyx"  # axis tokens by distance from the last axis: AXES[-1] is the last one
 TOKENS = frozenset(AXES + "r")
@@ -16,17 +16,10 @@ COORD_INITS = ("fan_in", "zeros")
 CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[str] | None"
 
 
-@dataclass(frozen=True)
-class _Convention:
-    """What another implementation appends.
+class _Convention(NamedTuple):
+    """What another implementation appends."""
 
-    Args:
-        channels: by rank, without the radius and with it; None where there is no such variant.
-        r_center: the centre that its radius is measured from.
-        span: its scale.
-    """
-
-    channels: Mapping[int, tuple[str, str | None]]
+    channels: Mapping[int, tuple[str, str | None]]  # by rank: without the radius, with it if any
     r_center: float = 0.0
     span: tuple[float, float] = (-1.0, 1.0)
 
@@ -101,19 +94,15 @@ class Coordinates:
         return len(self.channels)
 
     def __repr__(self) -> str:
-        default = Coordinates()
-        options = (
-            f", {name}={getattr(self, name)!r}"
-            for name in ("span", "align", "outside", "r_center")
-            if getattr(self, name) != getattr(default, name)
-        )
-        return f"Coordinates({self.channels!r}{''.join(options)})"
+        _, *options = fields(self)
+        given = (f", {o.name}={v!r}" for o in options if (v := getattr(self, o.name)) != o.default)
+        return f"Coordinates({self.channels!r}{''.join(given)})"
 
     def check_rank(self, rank: int) -> Coordinates:
-        """Return ``self`` if every token names an axis of a grid of ``rank`` axes.
+        """Return ``self``, whose tokens all name axes of a grid of ``rank`` axes.
 
         Raises:
-            ValueError: a token lies beyond the rank, as ``z`` does in 2-D.
+            ValueError: one does not, as ``z`` in 2-D.
 
         Example:
             >>> Coordinates("xyz").check_rank(2)
@@ -196,41 +185,23 @@ class Coordinates:
             >>> Coordinates.from_dict(Coordinates("yx").to_dict())
             Coordinates('yx')
         """
-        return {
-            "channels": self.channels,
-            "span": list(self.span),
-            "align": self.align,
-            "outside": self.outside,
-            "r_center": self.r_center,
-        }
+        return {**vars(self), "span": list(self.span)}
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> Coordinates:
-        """Read a description that ``to_dict`` made.
-
-        Raises:
-            TypeError, ValueError: as the constructor.
-        """
+        """Read what ``to_dict`` made; errors are the constructor's."""
         return cls(**description)
 
 
 def axis_tokens(rank: int) -> str:
-    """The axis tokens of a grid of ``rank`` axes, last axis first: ``x``, ``xy``, ``xyz``.
-
-    Raises:
-        ValueError: ``rank`` is not 1, 2 or 3.
-    """
+    """The axis tokens of a grid of 1, 2 or 3 axes, last axis first: ``x``, ``xy``, ``xyz``."""
     if rank not in (1, 2, 3):
         raise ValueError(f"a grid has 1, 2 or 3 axes, got {rank}")
     return AXES[: -rank - 1 : -1]
 
 
 def check_coord_init(coord_init: str) -> None:
-    """Check a layer's ``coord_init`` argument.
-
-    Raises:
-        ValueError: it is neither ``"fan_in"`` nor ``"zeros"``.
-    """
+    """Raise ValueError if a layer's ``coord_init`` is neither of the two words."""
     if coord_init not in COORD_INITS:
         raise ValueError(f"coord_init must be one of {COORD_INITS}, got {coord_init!r}")
 
@@ -240,12 +211,11 @@ def _checked_channels(channels: object) -> str:
         raise TypeError(
             f"coords must be a string or a sequence of the tokens x, y, z, r, got {channels!r}"
         )
-    unknown = [token for token in channels if token not in TOKENS]
-    repeated = sorted({token for token in channels if channels.count(token) > 1})
-    if unknown:
-        raise ValueError(f"coords {channels!r}: unknown token {unknown[0]!r}, want x, y, z or r")
-    if repeated:
-        raise ValueError(f"coords {channels!r}: repeated token {repeated[0]!r}")
+    for token in channels:
+        if token not in TOKENS:
+            raise ValueError(f"coords {channels!r}: unknown token {token!r}, want x, y, z or r")
+        if channels.count(token) > 1:
+            raise ValueError(f"coords {channels!r}: repeated token {token!r}")
     if not channels:
         raise ValueError("coords must name at least one of x, y, z, r, got none")
     return "".join(channels)

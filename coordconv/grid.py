@@ -6,7 +6,7 @@ a framework computes the same formula: :func:`channel_values` takes whatever arr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +23,7 @@ def coordinate_grid(
 ) -> Array:
     """The coordinate channels of a grid: what a CoordConv appends to its input.
 
-    Every value is computed in float64 and rounded once to ``dtype``. The grids of the last few
-    shapes are kept, so the array is read-only: copy it to change it.
+    Every value is computed in float64 and rounded once to ``dtype``.
 
     Args:
         shape: the spatial shape, one to three positive lengths, last axis ``x``.
@@ -32,7 +31,8 @@ def coordinate_grid(
         dtype: a floating-point dtype.
 
     Returns:
-        A read-only array of shape ``(n, *shape)``, ``n`` the number of coordinate channels.
+        An array of shape ``(n, *shape)``, ``n`` the number of coordinate channels. It is
+        read-only, since the last few grids are kept: copy it to change it.
 
     Raises:
         TypeError: a length that is not an integer, or a dtype that is not floating-point.
@@ -46,7 +46,7 @@ def coordinate_grid(
                [[-1., -1., -1.],
                 [ 1.,  1.,  1.]]], dtype=float32)
     """
-    lengths = check_spatial_shape(shape)
+    lengths = _spatial_shape(shape)
     dtype = np.dtype(dtype)
     if not np.issubdtype(dtype, np.floating):
         raise TypeError(f"dtype must be floating-point, got {dtype}")
@@ -61,13 +61,9 @@ def _grid(shape: tuple[int, ...], coords: Coordinates, dtype: np.dtype[Any]) -> 
 def evaluate(coords: Coordinates, positions: Sequence[Array], shape: Sequence[int]) -> Array:
     """The coordinate channels at the product of ``positions``, sample indices that may lie outside.
 
-    Args:
-        coords: which channels, on which scale.
-        positions: per axis, the sample indices, shape ``(m_axis,)``.
-        shape: the spatial shape that the scale belongs to.
-
     Returns:
-        A float64 array of shape ``(n, *m)``.
+        A float64 array of shape ``(n, *m)`` for ``m`` indices on each axis; ``shape`` is the
+        spatial shape that the scale belongs to.
     """
     values = channel_values(coords, positions, shape, np.sqrt)
     return np.stack([np.broadcast_to(v, tuple(map(len, positions))) for v in values])
@@ -78,14 +74,13 @@ def channel_values(
 ) -> list[Any]:
     """Each coordinate channel at ``positions``, as an array that broadcasts to the grid.
 
-    Written with operators alone, so that the arrays may be NumPy's or a framework's, and the
-    lengths plain or symbolic ints.
+    Written with operators alone, so that the arrays may be NumPy's or a framework's.
 
     Args:
         coords: which channels, on which scale.
         positions: per axis, the sample indices, a one-dimensional array: of NumPy ints, or of a
             framework's floats.
-        shape: the length of each axis of the grid that the scale belongs to.
+        shape: the length of each axis that the scale belongs to, plain or symbolic ints.
         sqrt: the square root for such arrays.
 
     Returns:
@@ -117,44 +112,31 @@ def ramp(coords: Coordinates, position: Any, length: Any) -> Any:
         An array like ``position``: float64 of NumPy ints. An axis of one sample reads 0 with
         ``align="corners"``.
     """
-    if coords.align == "edges":
-        quotient = (2 * position + (1 - length)) / length
-    else:
-        quotient = (2 * position + (1 - length)) / _at_least_1(length - 1)
+    single = 1 // length  # 1 for one sample and 0 for more, without a question put to a tracer
+    steps = length if coords.align == "edges" else length - 1 + single
+    quotient = (2 * position + (1 - length)) / steps
     first, last = coords.span
     half, middle = (last - first) / 2, (first + last) / 2
     values = quotient if half == 1 else quotient * half
     if middle:
         values = values + middle
     if coords.align == "corners" and (middle or coords.outside == "extend"):
-        values = values * (1 - _is_1(length))  # the formula gives 0 only inside a span around 0
+        values = values * (1 - single)  # the formula gives 0 only inside a span around 0
     return values
 
 
-def _at_least_1(steps: Any) -> Any:
-    """``max(steps, 1)`` for a number that is not negative, without a question put to a tracer."""
-    return steps + _is_1(steps + 1)
-
-
-def _is_1(length: Any) -> Any:
-    """1 where a positive length is 1, else 0, without a question put to a tracer."""
-    return 1 // length
-
-
-def check_spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The spatial shape as a tuple of one to three positive ints, or an error that says why not."""
-    if not isinstance(shape, Iterable):
+def _spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Collection):
         raise TypeError(f"shape must be one int per axis, got {shape!r}")
-    lengths = []
     for n in shape:
         if isinstance(n, bool) or not hasattr(n, "__index__"):
             raise TypeError(f"shape must hold integers, got {n!r} in {tuple(shape)}")
-        lengths.append(n.__index__())
+    lengths = tuple(map(int, shape))
     if not 1 <= len(lengths) <= 3:
-        raise ValueError(f"shape must have 1, 2 or 3 axes, got {tuple(lengths)}")
+        raise ValueError(f"shape must have 1, 2 or 3 axes, got {lengths}")
     if min(lengths) < 1:
-        raise ValueError(f"shape must have no empty axis, got {tuple(lengths)}")
-    return tuple(lengths)
+        raise ValueError(f"shape must have no empty axis, got {lengths}")
+    return lengths
 
 
 def frozen(array: Array) -> Array:
