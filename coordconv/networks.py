@@ -36,22 +36,19 @@ class Conv:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical shape of each parameter; ``weight`` is over features and coordinates."""
-        kernel, groups = self.geometry.kernel, self.geometry.groups
-        coordinates = len(self.coords) if self.coords else 0
-        if self.geometry.transposed:
-            channels = self.in_channels + groups * coordinates
-            weight = (channels, self.out_channels // groups, *kernel)
-        else:
-            weight = (self.out_channels, self.in_channels // groups + coordinates, *kernel)
-        shapes = {"weight": weight}
-        if self.bias:
-            shapes["bias"] = (self.out_channels,)
-        return shapes
+        out, groups, seen = self.out_channels, self.geometry.groups, self._seen
+        sides = (groups * seen, out // groups) if self.geometry.transposed else (out, seen)
+        shapes: dict[str, tuple[int, ...]] = {"weight": (*sides, *self.geometry.kernel)}
+        return shapes | {"bias": (out,)} if self.bias else shapes
+
+    @property
+    def _seen(self) -> int:
+        """The input channels of a group: features and coordinates."""
+        return self.in_channels // self.geometry.groups + len(self.coords or ())
 
     @property
     def fan_in(self) -> int:
-        seen = self.in_channels // self.geometry.groups + (len(self.coords) if self.coords else 0)
-        return seen * self.geometry.taps
+        return self._seen * self.geometry.taps
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,9 @@ Layer: TypeAlias = Conv | Linear | ReLU | Flatten
 
 @dataclass(frozen=True)
 class Network:
-    """A chain of layers.
+    """A chain of layers, whose names are the prefixes of their weights.
 
-    Args:
-        name: the network's name.
-        input_shape: channels and spatial shape of one sample, ``(C, *S)``.
-        layers: the layers in order; the names of those with weights are their weights' prefixes.
+    ``input_shape`` is that of one sample, channels first: ``(C, *S)``.
     """
 
     name: str
@@ -159,72 +153,55 @@ class Network:
         """
         if not self.coordinates():
             raise ValueError(f"network {self.name!r} has no CoordConv to give coordinates to")
-        layers = (
-            replace(layer, coords=Coordinates.resolve(coords, layer.geometry.rank))
-            if isinstance(layer, Conv) and layer.coords
-            else layer
-            for layer in self.layers
-        )
+        layers = list(self.layers)
+        for i, layer in enumerate(layers):
+            if isinstance(layer, Conv) and layer.coords:
+                given = Coordinates.resolve(coords, layer.geometry.rank)
+                layers[i] = replace(layer, coords=given)
         return replace(self, layers=tuple(layers))
 
 
 def _article(name: str, coords: Coordinates | None) -> Network:
-    def conv(
-        layer: str, channels: tuple[int, int], stride: int, padding: int, **options: Any
-    ) -> Conv:
-        return Conv(
-            layer, *channels, ConvGeometry((3, 3), stride=stride, padding=padding), **options
-        )
-
-    return Network(
-        name,
-        (3, 32, 32),
-        (
-            conv("conv1", (3, 32), 1, 1),
-            ReLU(),
-            conv("conv2", (32, 64), 2, 0),
-            ReLU(),
-            conv("conv3", (64, 64), 2, 0),
-            ReLU(),
-            conv("conv4", (64, 64), 2, 1, coords=coords),
-            ReLU(),
-            Flatten("flatten"),
-            Linear("linear1", 1024, 64),
-            ReLU(),
-            Linear("linear2", 64, 1),
-        ),
+    halving = ConvGeometry((3, 3), stride=2)
+    layers = (
+        Conv("conv1", 3, 32, ConvGeometry((3, 3), padding=1)),
+        ReLU(),
+        Conv("conv2", 32, 64, halving),
+        ReLU(),
+        Conv("conv3", 64, 64, halving),
+        ReLU(),
+        Conv("conv4", 64, 64, ConvGeometry((3, 3), stride=2, padding=1), coords),
+        ReLU(),
+        Flatten("flatten"),
+        Linear("linear1", 1024, 64),
+        ReLU(),
+        Linear("linear2", 64, 1),
     )
+    return Network(name, (3, 32, 32), layers)
 
 
-def _coord_classifier() -> Network:
-    channels = (2, 32, 32, 64, 64, 1)
+def _chain(
+    prefix: str, channels: tuple[int, ...], geometry: ConvGeometry, coords: Coordinates | None
+) -> tuple[Layer, ...]:
+    """Convolutions, the first with the coordinates, and ReLUs between them, flattened."""
     layers: list[Layer] = []
-    for i, (before, after) in enumerate(pairwise(channels)):
-        if layers:
-            layers.append(ReLU())
-        coords = None if layers else Coordinates()
-        layers.append(Conv(f"conv{i + 1}", before, after, ConvGeometry((1, 1)), coords))
-    return Network("coord_classifier", (2, 64, 64), (*layers, Flatten("flatten")))
+    for i, (before, after) in enumerate(pairwise(channels), 1):
+        layers += [Conv(f"{prefix}{i}", before, after, geometry, coords), ReLU()]
+        coords = None
+    return (*layers[:-1], Flatten("flatten"))
 
 
-def _deconv_classifier() -> Network:
-    channels = (2, 64, 64, 64, 64, 32, 1)
-    double = ConvGeometry((2, 2), stride=2, transposed=True)
-    layers: list[Layer] = []
-    for i, (before, after) in enumerate(pairwise(channels)):
-        if layers:
-            layers.append(ReLU())
-        layers.append(Conv(f"deconv{i + 1}", before, after, double))
-    return Network("deconv_classifier", (2, 1, 1), (*layers, Flatten("flatten")))
-
+_DOUBLING = ConvGeometry((2, 2), stride=2, transposed=True)
+_CONVS = _chain("conv", (2, 32, 32, 64, 64, 1), ConvGeometry((1, 1)), Coordinates())
+_DECONVS = _chain("deconv", (2, 64, 64, 64, 64, 32, 1), _DOUBLING, None)
 
 NETWORKS = {
     network.name: network
     for network in (
         _article("plain_cnn", None),
         _article("coord_cnn", Coordinates.named("paddle")),
-        _coord_classifier(),
-        _deconv_classifier(),
+        Network("coord_classifier", (2, 64, 64), _CONVS),
+        Network("deconv_classifier", (2, 1, 1), _DECONVS),
     )
 }
 
@@ -252,9 +229,6 @@ def get(name: str | Network) -> Network:
 def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
     """Build a network as a module of a framework.
 
-    The module takes inputs in its framework's own layout: channels first in torch and Paddle,
-    channels last in Flax.
-
     Args:
         name: one of ``NETWORKS``, or a :class:`Network` of your own.
         backend: ``"torch"``, ``"paddle"``, ``"flax"`` or ``"linen"``.
@@ -263,7 +237,8 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
             ``import_weights``, or use its ``init``.
 
     Returns:
-        A module with ``export_weights()`` and ``import_weights(mapping)``.
+        A module with ``export_weights()`` and ``import_weights(mapping)``. Its inputs are channels
+        first in torch and Paddle, channels last in Flax.
 
     Raises:
         ValueError: an unknown network or backend.
@@ -277,13 +252,10 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
 
 
 def initial_weights(name: str | Network, seed: int = 0) -> dict[str, Array]:
-    """The weights that a network starts with: uniform within ``1 / sqrt(fan_in)`` of zero.
+    """The weights that a network starts with, float32 arrays by dotted name.
 
-    This is what ``torch.nn`` draws, coordinate channels counted among the inputs, but from
+    They are uniform within ``1 / sqrt(fan_in)`` of zero, as ``torch.nn`` draws them, but from
     NumPy's generator, so that every backend starts alike.
-
-    Returns:
-        float32 arrays by dotted name.
     """
     rng = np.random.default_rng(seed)
     weights = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from coordconv.networks import Conv, Network, ReLU, get
 
@@ -66,21 +65,17 @@ def summary(name: str | Network, batch: int = 1) -> Summary:
     for layer, before, after in network.shapes():
         if isinstance(layer, ReLU):
             continue
-        count = sum(int(np.prod(shape)) for shape in layer.weight_shapes().values())
+        count = sum(math.prod(shape) for shape in layer.weight_shapes().values())
         seen, made = (batch, *before), (batch, *after)
         if isinstance(layer, Conv) and layer.coords:
-            channels = before[0] + layer.geometry.groups * len(layer.coords)
-            appended = (batch, channels, *before[1:])
+            appended = (batch, before[0] + layer.geometry.groups * len(layer.coords), *before[1:])
             inner = layer.kind.removeprefix("Coord")
             rows.append(SummaryRow(f"{layer.name}.conv", inner, appended, made, count))
             count = 0
         rows.append(SummaryRow(layer.name, layer.kind, seen, made, count))
     parameters = sum(row.parameters for row in rows)
-    outputs = sum(int(np.prod(row.output_shape)) for row in rows)
-    given, passed, kept = (
-        count * _FLOAT_BYTES / _MEGABYTE
-        for count in (batch * int(np.prod(network.input_shape)), 2 * outputs, parameters)
-    )
-    return Summary(
-        network.name, batch, tuple(rows), parameters, given, passed, kept, given + passed + kept
-    )
+    outputs = sum(math.prod(row.output_shape) for row in rows)
+    numbers = (batch * math.prod(network.input_shape), 2 * outputs, parameters)
+    given, passed, kept = (number * _FLOAT_BYTES / _MEGABYTE for number in numbers)
+    total = given + passed + kept
+    return Summary(network.name, batch, tuple(rows), parameters, given, passed, kept, total)
