@@ -8,7 +8,7 @@ A CoordConv has the kernel of a convolution over ``C + groups * n`` channels, in
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,7 +18,9 @@ from coordconv.grid import Array
 
 POSITIONS = ("last", "first")
 Position: TypeAlias = Literal["last", "first"]
-Concatenate: TypeAlias = Callable[[list[Any], int], Any]  # of a framework's arrays, along an axis
+# A framework's: of arrays along an axis; of a shape, with the type and device of an array.
+Concatenate: TypeAlias = Callable[[list[Any], int], Any]
+Zeros: TypeAlias = Callable[[tuple[int, ...], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,10 @@ class KernelLayout:
     """Where features and coordinates lie in a CoordConv's kernel.
 
     Its methods take arrays of NumPy or of any framework, in canonical layout.
-
-    Args:
-        coords: the coordinate channels.
-        channels: ``C``, the number of features of all groups.
-        groups: the number of groups of the convolution.
-        transposed: whether it is a transposed one.
     """
 
     coords: Coordinates
-    channels: int
+    channels: int  # C, the features of all groups
     groups: int = 1
     transposed: bool = False
 
@@ -50,18 +46,14 @@ class KernelLayout:
         return self.channels // self.groups
 
     @property
-    def width(self) -> int:
-        """The length of :attr:`axis`: features and coordinates, of all groups if transposed."""
-        return self._width(len(self.coords))
+    def plain_width(self) -> int:
+        """The length of :attr:`axis` in a plain convolution's kernel."""
+        return self.channels if self.transposed else self.features
 
     @property
-    def plain_width(self) -> int:
-        """The length of :attr:`axis` in the kernel of a plain convolution: features alone."""
-        return self._width(0)
-
-    def _width(self, coordinates: int) -> int:
-        repeated = self.groups if self.transposed else 1
-        return repeated * (self.features + coordinates)
+    def width(self) -> int:
+        """The length of :attr:`axis`: features and coordinates, of all groups if transposed."""
+        return self.plain_width + len(self.coords) * (self.groups if self.transposed else 1)
 
     def split(self, kernel: Any) -> tuple[Any, Any]:
         """The features' part, laid out as a plain convolution's kernel, and the coordinates' part.
@@ -103,30 +95,30 @@ class KernelLayout:
         if not same_channels(found, self.coords):
             raise ValueError(f"the kernel was made for {found}, want {self.coords}")
         order = [self.features + found.channels.index(token) for token in self.coords.channels]
-        return self._picked(kernel, [*range(self.features), *order])
+        return self._picked(kernel, np.array([*range(self.features), *order]))
 
     def last(self, kernel: Any) -> Any:
         """A kernel whose coordinates come before the features of each group, in this layout."""
         n = len(self.coords)
-        return self._picked(kernel, [*range(n, n + self.features), *range(n)])
+        return self._picked(kernel, np.roll(np.arange(self.features + n), -n))
 
     def first(self, kernel: Any) -> Any:
         """The inverse of :meth:`last`."""
-        features, width = self.features, self.features + len(self.coords)
-        return self._picked(kernel, [*range(features, width), *range(features)])
+        n = len(self.coords)
+        return self._picked(kernel, np.roll(np.arange(self.features + n), n))
 
-    def _picked(self, kernel: Any, order: list[int]) -> Any:
+    def _picked(self, kernel: Any, order: Array) -> Any:
         """The input channels of each group in another order."""
         if self.transposed:
-            starts = range(0, self.groups * len(order), len(order))
-            return kernel[np.array([start + i for start in starts for i in order])]
-        return kernel[:, np.array(order)]  # an array, since JAX takes no list for an index
+            starts = np.arange(self.groups) * len(order)
+            return kernel[(starts[:, None] + order).ravel()]
+        return kernel[:, order]
 
     def fitted(
         self,
         kernel: Any,
         concatenate: Concatenate,
-        zeros: Callable[[tuple[int, ...], Any], Any],
+        zeros: Zeros,
         position: Position = "last",
     ) -> Any:
         """A kernel over features and coordinates, or over features alone, in this layout.
@@ -158,16 +150,11 @@ class KernelLayout:
 
 def same_channels(one: Coordinates, other: Coordinates) -> bool:
     """Whether two Coordinates differ at most in the order of their channels."""
-    first, second = ({**c.to_dict(), "channels": sorted(c.channels)} for c in (one, other))
-    return first == second
+    return {*one.channels} == {*other.channels} and replace(one, channels=other.channels) == other
 
 
 def check_position(position: str) -> None:
-    """Check a ``position`` argument.
-
-    Raises:
-        ValueError: it is neither word.
-    """
+    """Raise ValueError if a ``position`` is neither of the two words."""
     if position not in POSITIONS:
         raise ValueError(f"position must be one of {POSITIONS}, got {position!r}")
 
@@ -177,49 +164,39 @@ def fit_state(
     prefix: str,
     layout: KernelLayout,
     *,
-    kernel: str = "weight",
     nested: bool = True,
     position: Position = "last",
     concatenate: Concatenate,
-    zeros: Callable[[tuple[int, ...], Any], Any],
+    zeros: Zeros,
 ) -> None:
     """Give a framework's state, in place, the names and the kernel of one layer of ours.
 
-    Args:
-        state: tensors by name.
-        prefix: the layer's name with its dot, or nothing.
-        layout: of the layer's kernel.
-        kernel: what the layer calls its kernel.
-        nested: whether ``conv.weight`` and ``conv.bias`` under the prefix may stand for the layer's
-            own: not if the layer has a ``conv`` inside.
-        position: where the coordinates are among the channels of each group.
-        concatenate: the framework's, of a list of arrays and an axis.
-        zeros: the framework's, of a shape and an array whose type and device to take.
+    The ``prefix`` is the layer's name with its dot, or nothing. Unless the layer has a ``conv``
+    inside, its own names may be ``nested``: ``conv.weight`` and ``conv.bias`` under the prefix. The
+    last three arguments are those of :meth:`KernelLayout.fitted`.
 
     Raises:
         ValueError: a kernel whose input channels fit neither the layer nor a plain convolution.
     """
     check_position(position)
     if nested:
-        take_nested(state, prefix, kernel)
-    name = f"{prefix}{kernel}"
-    found = state.get(name)
-    rank = kernel_rank(found)
-    if rank is None:  # no kernel at all: for the framework to refuse
+        take_nested(state, prefix)
+    name = f"{prefix}weight"
+    if kernel_rank(state.get(name)) is None:  # no kernel at all: for the framework to refuse
         return
     try:
-        state[name] = layout.fitted(found, concatenate, zeros, position)
+        state[name] = layout.fitted(state[name], concatenate, zeros, position)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def take_nested(state: MutableMapping[str, Any], prefix: str, kernel: str = "weight") -> None:
+def take_nested(state: MutableMapping[str, Any], prefix: str) -> None:
     """Let ``conv.weight`` and ``conv.bias`` under a layer's prefix stand for the layer's own.
 
     They replace those without ``conv``: walsvid's layers are themselves convolutions, beside the
     one inside, and save that kernel, too, which they never use.
     """
-    for name in (kernel, "bias"):
+    for name in ("weight", "bias"):
         inner = f"{prefix}conv.{name}"
         if inner in state:
             state[f"{prefix}{name}"] = state.pop(inner)
@@ -242,8 +219,8 @@ def split_kernel(
     """Split a kernel over features and coordinates into its two parts.
 
     Args:
-        weight: ``(out, C / groups + n, *kernel)``, of a transposed convolution
-            ``(C + groups * n, out / groups, *kernel)``, of one to three spatial axes.
+        weight: ``(out, C / groups + n, *kernel)``, transposed ``(C + groups * n, out / groups,
+            *kernel)``, of one to three spatial axes.
         coords: the coordinate channels, or None for all axes.
         groups: the number of groups of the convolution, each of which has all coordinates.
         transposed: whether it is a transposed convolution.
@@ -264,14 +241,10 @@ def split_kernel(
         ((32, 16, 3, 3), (32, 2, 3, 3))
     """
     check_position(position)
-    weight = np.asarray(weight)
-    rank = kernel_rank(weight)
-    if rank is None:
-        raise ValueError(f"weight must have 1 to 3 spatial axes and 2 more, got {weight.shape}")
-    coordinates = Coordinates.resolve(coords, rank)
-    n, width = len(coordinates), weight.shape[0 if transposed else 1]
-    _check_groups(groups, weight.shape[0], "input" if transposed else "output")
-    per_group = width // groups if transposed else width
+    weight = _checked("weight", weight, groups, transposed)
+    coordinates = Coordinates.resolve(coords, weight.ndim - 2)
+    n = len(coordinates)
+    per_group = weight.shape[0] // groups if transposed else weight.shape[1]
     if per_group <= n:
         raise ValueError(
             f"weight must have more than the {n} coordinates among the input channels of a group, "
@@ -311,10 +284,8 @@ def join_kernel(
         (32, 18, 3, 3)
     """
     check_position(position)
-    features, coordinates = np.asarray(features), np.asarray(coordinates)
-    if kernel_rank(features) is None:
-        raise ValueError(f"features must have 1 to 3 spatial axes and 2 more, got {features.shape}")
-    _check_groups(groups, features.shape[0], "input" if transposed else "output")
+    features = _checked("features", features, groups, transposed)
+    coordinates = np.asarray(coordinates)
     out = features.shape[1] * groups if transposed else features.shape[0]
     n = coordinates.shape[1] if coordinates.ndim > 1 else 0
     if not n or coordinates.shape != (out, n, *features.shape[2:]):
@@ -329,16 +300,16 @@ def join_kernel(
     return joined if position == "last" else layout.first(joined)
 
 
-def _check_groups(groups: int, channels: int, which: str) -> None:
-    """Check the groups of a kernel.
-
-    Raises:
-        TypeError: they are not an int.
-        ValueError: they do not divide the channels on the kernel's first axis.
-    """
+def _checked(name: str, kernel: Array, groups: int, transposed: bool) -> Array:
+    """A kernel as an array, if it has a kernel's axes and that many groups."""
+    kernel = np.asarray(kernel)
+    if kernel_rank(kernel) is None:
+        raise ValueError(f"{name} must have 1 to 3 spatial axes and 2 more, got {kernel.shape}")
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups must be an int, got {groups!r}")
+    channels, which = kernel.shape[0], "input" if transposed else "output"
     if groups < 1 or channels % groups:
         raise ValueError(
             f"groups must divide the kernel's {channels} {which} channels, got {groups}"
         )
+    return kernel

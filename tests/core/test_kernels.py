@@ -319,12 +319,6 @@ def test_a_state_of_other_names() -> None:
     assert fitted_state(dict(theirs), LAYOUT, "a.", nested=False) == theirs
 
 
-def test_a_state_with_another_name_for_the_kernel() -> None:
-    found = fitted_state({"conv.kernel": np.ones((4, 3, 1, 1))}, LAYOUT, kernel="kernel")
-    assert found.keys() == {"kernel"}
-    assert found["kernel"].shape == (4, 5, 1, 1)
-
-
 @pytest.mark.parametrize("weight", [None, np.ones(3), np.ones((3, 4)), np.ones([1] * 6), "text"])
 def test_what_is_no_kernel_is_left_for_the_framework_to_refuse(weight: Any) -> None:
     state = {} if weight is None else {"weight": weight}
