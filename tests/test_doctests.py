@@ -3,7 +3,7 @@
 import doctest
 import importlib
 import os
-import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -13,13 +13,12 @@ from coordconv.backends import BACKENDS
 # What a module outside the core may lack here. A ModuleNotFoundError for anything else is an error.
 OPTIONAL = {"torch", "paddle", "flax", "jax", "optax", "typer", "rich", "matplotlib"}
 
+# By their files: a package whose framework is not there cannot be walked.
+ROOT = Path(coordconv.__file__).parent
 MODULES = sorted(
-    {
-        info.name
-        for info in pkgutil.walk_packages(coordconv.__path__, "coordconv.")
-        if not info.name.endswith("__main__")
-    }
-    | {"coordconv"}
+    ".".join(("coordconv", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    for file in ROOT.rglob("*.py")
+    if file.stem != "__main__"
 )
 
 # Modules with what users call, which must show how it is used.
