@@ -88,7 +88,9 @@ def checked(
     if not isinstance(mapping, Mapping):
         raise TypeError(f"weights must be a mapping of names to arrays, got {type(mapping)}")
     arrays = {name: np.asarray(array) for name, array in mapping.items()}
-    kernels = {_kernel_of(layer): layout for layer, layout in (layouts or {}).items()}
+    kernels = {
+        f"{layer}.weight".lstrip("."): (layer, layout) for layer, layout in (layouts or {}).items()
+    }
     problems = [
         f"missing: {name}, shape {shape}" for name, shape in shapes.items() if name not in arrays
     ]
@@ -97,14 +99,17 @@ def checked(
         if name not in shapes:
             problems.append(f"unexpected: {shown}, shape {array.shape}")
         elif array.shape != shapes[name]:
-            problem = f"wrong shape: {shown} is {array.shape}, want {shapes[name]}"
-            problems.append(problem + _channels(array, kernels.get(name)))
+            problems.append(f"wrong shape: {shown} is {array.shape}, want {shapes[name]}")
+            _, layout = kernels.get(name, ("", None))
+            if layout and array.ndim > 1 and array.shape[layout.axis] != layout.width:
+                problems[-1] += (
+                    f": {array.shape[layout.axis]} input channels, where features and coordinates "
+                    f"have {layout.width}, and features alone {layout.plain_width}"
+                )
         elif array.dtype.kind != "f":
             problems.append(f"not floating-point: {shown} is {array.dtype}")
-    found = getattr(mapping, "coordinates", {})
-    for layer, layout in (layouts or {}).items():
-        name = _kernel_of(layer)
-        given = found.get(layer, layout.coords)
+    for name, (layer, layout) in kernels.items():
+        given = getattr(mapping, "coordinates", {}).get(layer, layout.coords)
         if not same_channels(given, layout.coords):
             problems.append(f"other coordinates: {name} was made for {given}, want {layout.coords}")
         elif name in arrays and not problems:
@@ -112,17 +117,3 @@ def checked(
     if problems:
         raise ValueError("\n  ".join(["cannot import weights:", *problems]))
     return {name: arrays[name] for name in shapes}
-
-
-def _kernel_of(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
-
-
-def _channels(array: Array, layout: KernelLayout | None) -> str:
-    """What a CoordConv's kernel of the wrong shape has for input channels, if that is wrong."""
-    if layout is None or array.ndim <= layout.axis or array.shape[layout.axis] == layout.width:
-        return ""
-    return (
-        f": {array.shape[layout.axis]} input channels, where features and coordinates have "
-        f"{layout.width}, and features alone {layout.plain_width}"
-    )

@@ -11,7 +11,7 @@ import numpy as np
 from coordconv import networks
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
-from coordconv.weights.kernels import Position, check_position, fit_state, take_nested
+from coordconv.weights.kernels import Position, check_position, kernel_rank, take_nested
 
 LAYOUTS = ("oihw", "hwio")
 Layout: TypeAlias = Literal["oihw", "hwio"]
@@ -80,11 +80,15 @@ def adopt(
             origin = sources.get(name, repr(name))
             sources[name] = f"{origin} of shape {np.shape(renamed[name])}"
             renamed[name] = kernel
-    return _fitted(renamed, network, position, sources)
+    return fitted(renamed, network, position=position, sources=sources)
 
 
 def fitted(
-    arrays: Mapping[str, Array], network: networks.Network, *, position: Position = "last"
+    arrays: Mapping[str, Array],
+    network: networks.Network,
+    *,
+    position: Position = "last",
+    sources: Mapping[str, str] | None = None,
 ) -> Weights:
     """A network's weights from arrays under canonical names, and nothing else.
 
@@ -95,12 +99,13 @@ def fitted(
         network: what they are to be the weights of.
         position: where the coordinates are among the channels of each group; ``"last"`` for
             :class:`Weights` with Coordinates, which are canonical.
+        sources: as :func:`~coordconv.weights.canonical.checked` takes them.
 
     Returns:
         New arrays in the order of the network, with its Coordinates and its name.
 
     Raises:
-        ValueError: as :func:`coordconv.weights.canonical.checked`; another ``position``.
+        ValueError: as :func:`~coordconv.weights.canonical.checked`; another ``position``.
 
     Example:
         >>> network = networks.get("coord_cnn")
@@ -109,15 +114,6 @@ def fitted(
         >>> fitted(arrays, network)["conv4.weight"].shape
         (64, 66, 3, 3)
     """
-    return _fitted(arrays, network, position)
-
-
-def _fitted(
-    arrays: Mapping[str, Array],
-    network: networks.Network,
-    position: Position,
-    sources: Mapping[str, str] | None = None,
-) -> Weights:
     check_position(position)
     coordinates, kernels = getattr(arrays, "coordinates", {}), layouts(network)
     if position == "first" and coordinates.keys() & kernels.keys():
@@ -126,20 +122,13 @@ def _fitted(
             "canonical, with the coordinates after the features"
         )
     found = Weights(_without_nesting(arrays, network), coordinates)
-    for name, layout in kernels.items():
-        # What does not fit is told of with all other problems.
-        with suppress(ValueError):
-            fit_state(
-                found,
-                f"{name}.",
-                layout,
-                nested=False,
-                position=position,
-                concatenate=np.concatenate,
-                zeros=_zeros,
-            )
-    checked_arrays = checked(found, network.weight_shapes(), kernels, sources)
-    return Weights.of(network, {name: a.copy() for name, a in checked_arrays.items()})
+    for layer, layout in kernels.items():
+        name = f"{layer}.weight"
+        if kernel_rank(found.get(name)) is not None:
+            with suppress(ValueError):  # what does not fit is told of with all other problems
+                found[name] = layout.fitted(found[name], np.concatenate, _zeros, position)
+    ready = checked(found, network.weight_shapes(), kernels, sources)
+    return Weights.of(network, {name: array.copy() for name, array in ready.items()})
 
 
 def _without_nesting(arrays: Mapping[str, Array], network: networks.Network) -> dict[str, Array]:
@@ -159,11 +148,10 @@ def _from_hwio(arrays: Mapping[str, Array], network: networks.Network) -> dict[s
         if isinstance(layer, networks.Flatten):
             flattened = before
         name = f"{layer.name}.weight"
-        if name not in arrays or np.ndim(arrays[name]) < 2:
+        if np.ndim(arrays.get(name, 0)) < 2:
             continue
         kernel = np.asarray(arrays[name])
-        rank = kernel.ndim - 2
-        kernel = kernel.transpose(rank + 1, rank, *range(rank))
+        kernel = np.moveaxis(kernel, (-1, -2), (0, 1))
         if isinstance(layer, networks.Linear) and flattened:
             if kernel.shape == layer.weight_shapes()["weight"]:
                 # Its inputs were flattened with the channels last.

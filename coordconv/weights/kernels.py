@@ -115,11 +115,7 @@ class KernelLayout:
         return kernel[:, order]
 
     def fitted(
-        self,
-        kernel: Any,
-        concatenate: Concatenate,
-        zeros: Zeros,
-        position: Position = "last",
+        self, kernel: Any, concatenate: Concatenate, zeros: Zeros, position: Position = "last"
     ) -> Any:
         """A kernel over features and coordinates, or over features alone, in this layout.
 
