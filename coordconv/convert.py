@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -19,7 +20,7 @@ from coordconv import backends, networks
 from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights
-from coordconv.weights.files import permissions, read_weights, save_weights, warn_of_strange
+from coordconv.weights.files import permissions, read_weights, save_weights, warned
 from coordconv.weights.foreign import fitted
 from coordconv.weights.kernels import Position, check_position
 
@@ -43,8 +44,7 @@ def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         return format
     suffixes = {f".{CANONICAL}": CANONICAL}
-    for backend in backends.BACKENDS.values():
-        suffixes |= dict.fromkeys(backend.suffixes, backend.name)
+    suffixes |= {s: b.name for b in backends.BACKENDS.values() for s in b.suffixes}
     path = os.fsdecode(path)
     suffix = os.path.splitext(path.rstrip("/" + os.sep))[1].lower()
     if suffix not in suffixes and (os.path.isdir(path) or path.endswith(("/", os.sep))):
@@ -70,12 +70,11 @@ def load(
     Args:
         path: a file, or a folder where that is what the framework saves. A CoordConv's kernel may
             be another implementation's, over features and coordinates in the network's order, or a
-            plain convolution's, whose coordinates' part is then zero.
+            plain convolution's: the coordinates' part is then zero.
         network: whose weights they are; by default the one that the file's metadata names, or the
             only one of ``networks.NETWORKS`` that their names and shapes fit as they are.
         format: one of ``FORMATS``; by default what the suffix says.
-        position: ``"last"`` if the kernels of the file have the coordinates after the features of
-            each group, ``"first"`` if before, as in SparseInst, CondInst and CAM-Convs.
+        position: where the file has the coordinates among the channels of each group.
 
     Returns:
         The canonical weights, with the network's Coordinates and its name in ``.metadata``.
@@ -90,9 +89,7 @@ def load(
         ImportError: the format's framework is not installed.
         OSError: the file cannot be read.
     """
-    weights = _load(path, network, format, position)
-    warn_of_strange(path, weights)
-    return weights
+    return _load(path, network, format, position)
 
 
 def _load(
@@ -112,7 +109,7 @@ def _load(
     except ValueError as error:
         raise ValueError(f"{os.fsdecode(path)}: {error}") from error
     weights.metadata = {**arrays.metadata, **weights.metadata}
-    return weights
+    return warned(path, weights, stacklevel=4)  # where load or convert is called
 
 
 def save(
@@ -175,24 +172,16 @@ def convert(
     target_format: str | None = None,
     position: Position = "last",
 ) -> Weights:
-    """Read a network's weights from a file of any format, and write them in any other.
+    """:func:`load` a network's weights from ``source``, and :func:`save` them as ``target``.
 
-    Args:
-        source: what :func:`load` reads.
-        target: what :func:`save` writes.
-        network: whose weights they are, as :func:`load` wants it.
-        source_format: of ``source``, one of ``FORMATS``; by default what the suffix says.
-        target_format: of ``target``, likewise.
-        position: where the kernels of ``source`` have their coordinates, as :func:`load` wants it.
-            Those of ``target`` have them last.
+    The arguments are those of the two. In ``target`` the coordinates are last.
 
     Returns:
         The canonical weights.
 
-    Warns, Raises:
-        as both do; and ValueError if ``source`` and ``target`` are the same file.
+    Raises:
+        ValueError: ``source`` and ``target`` are the same file; and as the two.
     """
-    check_position(position)
     target_format = format_of(target, target_format)
     source, target = os.fsdecode(source), os.fsdecode(target)
     if os.path.realpath(source) == os.path.realpath(target):
@@ -200,7 +189,6 @@ def convert(
     if target_format != CANONICAL:
         backends.load(target_format)  # it is there: say so before anything is read
     weights = _load(source, network, source_format, position)
-    warn_of_strange(source, weights)
     save(target, weights, network, format=target_format)
     return weights
 
@@ -307,24 +295,18 @@ def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networ
     fitting = []
     for network in networks.NETWORKS.values():
         given = _renamed(arrays, network, format)
-        try:
+        with suppress(ValueError):
             weights = fitted(given, network)
-        except ValueError:
-            continue
-        if _parameters(weights) <= _parameters(given):
-            fitting.append(network)
-    if len(fitting) != 1:
-        found = ", ".join(network.name for network in fitting) or "none"
-        raise ValueError(
-            f"{os.fsdecode(path)} does not say whose weights it holds, and of "
-            f"{', '.join(networks.NETWORKS)} they fit {found}: name the network (--network)"
-            + ("" if fitting else f"\n{_found(arrays)}")
-        )
-    return fitting[0]
-
-
-def _parameters(arrays: Mapping[str, Array]) -> int:
-    return sum(array.size for array in arrays.values())
+            if sum(a.size for a in weights.values()) <= sum(a.size for a in given.values()):
+                fitting.append(network)
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(network.name for network in fitting) or "none"
+    raise ValueError(
+        f"{os.fsdecode(path)} does not say whose weights it holds, and of "
+        f"{', '.join(networks.NETWORKS)} they fit {found}: name the network (--network)"
+        + ("" if fitting else f"\n{_found(arrays)}")
+    )
 
 
 def _found(arrays: Weights) -> str:

@@ -31,8 +31,7 @@ def save_weights(
 ) -> None:
     """Write weights to a safetensors file, whole or not at all.
 
-    The file is written under a temporary name beside ``path`` and renamed, so that a reader never
-    meets half a file and a failure leaves the old one as it was.
+    The file is written under a temporary name beside ``path`` and renamed.
 
     Args:
         path: the file to write. If it exists, it keeps its permissions, and a link stays a link.
@@ -77,11 +76,7 @@ def save_weights(
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """Write a file of weights, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written, or there is something else than a file.
-    """
+    """Write a file of weights, whole or not at all: OSError if something else is there."""
     target = os.path.realpath(path)  # so that a link stays, and leads to what is new
     temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
     try:
@@ -101,11 +96,7 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def permissions(path: str) -> int:
-    """The permission bits of a regular file.
-
-    Raises:
-        OSError: there is none; or a pipe, which would have a reader wait, or a device.
-    """
+    """The permission bits of a regular file: OSError for a pipe, where a reader would wait."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
@@ -120,8 +111,8 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
         path: a file that ``save_weights`` wrote, or any other safetensors file.
 
     Returns:
-        The arrays by name, with ``.coordinates`` and ``.metadata``. What is bfloat16, which NumPy
-        lacks, becomes float32, which holds every value of it.
+        The arrays by name, with ``.coordinates`` and ``.metadata``; bfloat16, which NumPy lacks, as
+        float32.
 
     Warns:
         UserWarning: an array holds NaN or infinity.
@@ -131,17 +122,16 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
             or was written in another version of the format than this coordconv reads.
         OSError: the file cannot be read.
     """
-    weights = read_weights(path)
-    warn_of_strange(path, weights)
-    return weights
+    return warned(path, read_weights(path), stacklevel=3)
 
 
-def warn_of_strange(path: str | os.PathLike[str], weights: Mapping[str, Array]) -> None:
-    """Warn the caller's caller of arrays from a file that hold NaN or infinity."""
+def warned(path: str | os.PathLike[str], weights: Weights, *, stacklevel: int) -> Weights:
+    """The weights from a file, with a warning of those that hold NaN or infinity."""
     strange = [name for name, array in weights.items() if not np.isfinite(array).all()]
     if strange:
         message = f"{os.fsdecode(path)} holds NaN or infinity in {', '.join(strange)}"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=stacklevel)
+    return weights
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
