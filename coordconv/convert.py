@@ -231,8 +231,6 @@ class Description:
 def describe(path: str | os.PathLike[str], *, format: str | None = None) -> Description:
     """What is in a file of weights, of whatever network, under its own names and in its own layout.
 
-    What is bfloat16, which NumPy lacks, is described as the float32 that it is read as.
-
     Args:
         path: a file, or a folder where that is what the framework saves.
         format: one of ``FORMATS``; by default what the suffix says.
@@ -255,17 +253,11 @@ def describe(path: str | os.PathLike[str], *, format: str | None = None) -> Desc
 
 
 def _row(name: str, array: Array) -> ArrayRow:
-    smallest = largest = None
-    nan = infinite = 0
-    if array.dtype.kind in "biuf":  # else it is text or the like beside the weights
-        finite = array[np.isfinite(array)]
-        nan = int(np.isnan(array).sum())
-        infinite = array.size - finite.size - nan
-        if finite.size:
-            smallest, largest = float(finite.min()), float(finite.max())
-    return ArrayRow(
-        name, array.shape, str(array.dtype), array.size, smallest, largest, nan, infinite
-    )
+    numbers = array.ravel() if array.dtype.kind in "biuf" else np.zeros(0)  # else text or the like
+    finite, nan = numbers[np.isfinite(numbers)], int(np.isnan(numbers).sum())
+    first, last = (float(finite.min()), float(finite.max())) if finite.size else (None, None)
+    infinite = numbers.size - finite.size - nan
+    return ArrayRow(name, array.shape, str(array.dtype), array.size, first, last, nan, infinite)
 
 
 def _read(path: str | os.PathLike[str], format: str) -> Weights:

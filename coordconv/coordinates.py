@@ -98,27 +98,6 @@ class Coordinates:
         given = (f", {o.name}={v!r}" for o in options if (v := getattr(self, o.name)) != o.default)
         return f"Coordinates({self.channels!r}{''.join(given)})"
 
-    def check_rank(self, rank: int) -> Coordinates:
-        """Return ``self``, whose tokens all name axes of a grid of ``rank`` axes.
-
-        Raises:
-            ValueError: one does not, as ``z`` in 2-D.
-
-        Example:
-            >>> Coordinates("xyz").check_rank(2)
-            Traceback (most recent call last):
-            ...
-            ValueError: coords 'xyz' name axis 'z', which a 2-D grid does not have: want xyr
-        """
-        axes = axis_tokens(rank)
-        beyond = [token for token in self.channels if token not in axes and token != "r"]
-        if beyond:
-            raise ValueError(
-                f"coords {self.channels!r} name axis {', '.join(map(repr, beyond))}, which a "
-                f"{rank}-D grid does not have: want {axes}r"
-            )
-        return self
-
     @classmethod
     def resolve(cls, coords: CoordinatesLike, rank: int) -> Coordinates:
         """Turn a layer's ``coords`` argument into Coordinates that fit a grid of ``rank`` axes.
@@ -128,17 +107,27 @@ class Coordinates:
             rank: the number of axes of the grid, 1 to 3.
 
         Raises:
-            TypeError, ValueError: as the constructor and :meth:`check_rank`.
+            TypeError: as the constructor.
+            ValueError: as the constructor; a token lies beyond the rank, as ``z`` does in 2-D.
 
         Example:
             >>> Coordinates.resolve(None, 3)
             Coordinates('xyz')
+            >>> Coordinates.resolve("xyz", 2)
+            Traceback (most recent call last):
+            ...
+            ValueError: coords 'xyz' name axis 'z', which a 2-D grid does not have: want xyr
         """
-        if coords is None:
-            coords = axis_tokens(rank)
+        axes = axis_tokens(rank)
         if not isinstance(coords, cls):
-            coords = cls(coords)  # type: ignore[arg-type]  # the constructor normalises tokens
-        return coords.check_rank(rank)
+            coords = cls(axes if coords is None else coords)  # type: ignore[arg-type]
+        beyond = [token for token in coords.channels if token not in axes + "r"]
+        if beyond:
+            raise ValueError(
+                f"coords {coords.channels!r} name axis {', '.join(map(repr, beyond))}, which a "
+                f"{rank}-D grid does not have: want {axes}r"
+            )
+        return coords
 
     @classmethod
     def named(cls, name: str, *, rank: int = 2, with_r: bool = False) -> Coordinates:

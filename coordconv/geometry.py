@@ -219,14 +219,10 @@ def check_input(
         wanted = {1: f"(N, {form})", 0: f"(N, {form}) or ({form})", -1: f"(..., {form})"}[batched]
         raise ValueError(f"input must have shape {wanted}, got {shape}")
     if channels is not None and shape[channel_axis] != channels:
-        hint = (
-            ": pass the features alone, the layer adds the coordinates itself"
-            if shape[channel_axis] == channels + coords
-            else ""
-        )
-        raise ValueError(
-            f"input must have {channels} channels, got {shape[channel_axis]} in shape {shape}{hint}"
-        )
+        problem = f"input must have {channels} channels, got {shape[channel_axis]} in shape {shape}"
+        if shape[channel_axis] == channels + coords:
+            problem += ": pass the features alone, the layer adds the coordinates itself"
+        raise ValueError(problem)
     spatial = shape[-rank - 1 : -1] if channel_axis == -1 else shape[-rank:]
     if 0 in spatial:
         raise ValueError(f"input must have no empty axis, got shape {shape}")

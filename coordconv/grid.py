@@ -84,7 +84,7 @@ def channel_values(
         sqrt: the square root for such arrays.
 
     Returns:
-        One array a channel; that of an axis has length 1 on all other axes.
+        One array a channel, float64 of NumPy ints; that of an axis has length 1 on all others.
     """
     rank = len(shape)
     ramps = {}
@@ -101,16 +101,8 @@ def ramp(coords: Coordinates, position: Any, length: Any) -> Any:
     """The coordinate of sample ``position`` on an axis of ``length`` samples.
 
     On the span -1 to 1 it is one division of two integers, so that it is the same bits in every
-    framework; another span takes one multiplication and one addition more.
-
-    Args:
-        coords: the scale.
-        position: sample indices, an array of NumPy ints or of a framework's floats.
-        length: the number of samples, a plain or a symbolic int.
-
-    Returns:
-        An array like ``position``: float64 of NumPy ints. An axis of one sample reads 0 with
-        ``align="corners"``.
+    framework; another span takes one multiplication and one addition more. Arguments and result are
+    as those of :func:`channel_values`.
     """
     single = 1 // length  # 1 for one sample and 0 for more, without a question put to a tracer
     steps = length if coords.align == "edges" else length - 1 + single

@@ -20,8 +20,8 @@ from coordconv.weights.kernels import KernelLayout, same_channels
 class Weights(dict[str, Array]):
     """Canonical weights by name, with the Coordinates that they were made for.
 
-    A plain ``dict`` will do wherever these are taken. But the Coordinates of these are checked when
-    they are imported, and both Coordinates and metadata are saved with them.
+    A plain ``dict`` will do wherever these are taken, but has no Coordinates to be checked when it
+    is imported, and neither Coordinates nor metadata to be saved.
 
     Args:
         arrays: the arrays by dotted name.

@@ -28,9 +28,8 @@ def adopt(
     """The canonical weights in the arrays of another implementation of a network.
 
     Args:
-        arrays: by name, as the datasets of a Keras HDF5 file are. The kernel of a CoordConv is over
-            features and coordinates, or over the features alone, as a plain convolution's: the
-            coordinates' part is then zero.
+        arrays: by name. The kernel of a CoordConv is over features and coordinates, or a plain
+            convolution's, over the features alone: the coordinates' part is then zero.
         network: whose CoordConvs have that implementation's coordinates; see
             :meth:`coordconv.networks.Network.with_coordinates`.
         layout: of the kernels: ``"oihw"`` for ``(out, in, *S)``, as in PyTorch and Paddle, or
@@ -92,13 +91,13 @@ def fitted(
 ) -> Weights:
     """A network's weights from arrays under canonical names, and nothing else.
 
+    A kernel may be a plain convolution's, or under ``conv.weight``, as :func:`adopt` takes it. The
+    Coordinates of :class:`Weights` are checked, too: such are canonical, with the coordinates last.
+
     Args:
-        arrays: in canonical layout; of :class:`Weights` the Coordinates are checked, too. A
-            CoordConv's kernel may be a plain convolution's, whose coordinates' part is then zero,
-            and it may be under ``conv.weight``.
+        arrays: in canonical layout.
         network: what they are to be the weights of.
-        position: where the coordinates are among the channels of each group; ``"last"`` for
-            :class:`Weights` with Coordinates, which are canonical.
+        position: as :func:`adopt` takes it.
         sources: as :func:`~coordconv.weights.canonical.checked` takes them.
 
     Returns:
