@@ -188,8 +188,7 @@ class Reference:
         """The coordinates at some positions; or the magnitudes of what they are computed from.
 
         An axis coordinate is a quotient within the span -1 to 1, times the half of the span, plus
-        the middle: where these two cancel, the rounding of each remains. The radius is the root of
-        the squares of such coordinates less the centre.
+        the middle: where these two cancel, the rounding of each remains.
         """
         assert self.coords is not None
         grid = evaluate(self.coords, positions, shape)

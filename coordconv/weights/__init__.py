@@ -1,11 +1,4 @@
-"""Canonical weights, their file, and other implementations' kernels.
-
-Example:
-    >>> import numpy as np
-    >>> features, coordinates = split_kernel(np.zeros((32, 16 + 2, 3, 3)), "yx")
-    >>> features.shape, coordinates.shape
-    ((32, 16, 3, 3), (32, 2, 3, 3))
-"""
+"""Canonical weights, their file, and other implementations' kernels."""
 
 from coordconv.weights.canonical import Weights
 from coordconv.weights.files import load_weights, save_weights

@@ -24,9 +24,8 @@ class Weights(dict[str, Array]):
     is imported, and neither Coordinates nor metadata to be saved.
 
     Args:
-        arrays: the arrays by dotted name.
-        coordinates: the Coordinates of each CoordConv, by the layer's dotted name; ``""`` is the
-            name of a layer on its own.
+        arrays: by dotted name.
+        coordinates: by the dotted name of each CoordConv; that of a layer on its own is ``""``.
         metadata: further text entries for the file.
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 from coordconv import networks
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
-from coordconv.weights.kernels import Position, check_position, kernel_rank, take_nested
+from coordconv.weights.kernels import Position, check_position, is_kernel, take_nested
 
 LAYOUTS = ("oihw", "hwio")
 Layout: TypeAlias = Literal["oihw", "hwio"]
@@ -123,7 +123,7 @@ def fitted(
     found = Weights(_without_nesting(arrays, network), coordinates)
     for layer, layout in kernels.items():
         name = f"{layer}.weight"
-        if kernel_rank(found.get(name)) is not None:
+        if is_kernel(found.get(name)):
             with suppress(ValueError):  # what does not fit is told of with all other problems
                 found[name] = layout.fitted(found[name], np.concatenate, _zeros, position)
     ready = checked(found, network.weight_shapes(), kernels, sources)

@@ -56,10 +56,9 @@ class KernelLayout:
         return self.plain_width + len(self.coords) * (self.groups if self.transposed else 1)
 
     def split(self, kernel: Any) -> tuple[Any, Any]:
-        """The features' part, laid out as a plain convolution's kernel, and the coordinates' part.
+        """The features' part, as a plain convolution's kernel, and ``(out, n, *kernel size)``.
 
-        Returns:
-            Views where there can be; the coordinates' part is ``(out, n, *kernel size)``.
+        These are views where there can be.
         """
         features = self.features
         if not self.transposed:
@@ -85,11 +84,7 @@ class KernelLayout:
         return joined.reshape((-1, *rest))
 
     def reordered(self, kernel: Any, found: Coordinates) -> Any:
-        """A kernel made for ``found``, for this layout's Coordinates.
-
-        Raises:
-            ValueError: ``found`` are not the same coordinates in another order.
-        """
+        """A kernel made for the same Coordinates in another order, or else ValueError."""
         if found == self.coords:
             return kernel
         if not same_channels(found, self.coords):
@@ -178,7 +173,7 @@ def fit_state(
     if nested:
         take_nested(state, prefix)
     name = f"{prefix}weight"
-    if kernel_rank(state.get(name)) is None:  # no kernel at all: for the framework to refuse
+    if not is_kernel(state.get(name)):  # for the framework to refuse
         return
     try:
         state[name] = layout.fitted(state[name], concatenate, zeros, position)
@@ -198,10 +193,9 @@ def take_nested(state: MutableMapping[str, Any], prefix: str) -> None:
             state[f"{prefix}{name}"] = state.pop(inner)
 
 
-def kernel_rank(kernel: Any) -> int | None:
-    """The number of spatial axes of a kernel, or None if it has not the axes of one."""
-    axes = len(getattr(kernel, "shape", ()))
-    return axes - 2 if 3 <= axes <= 5 else None
+def is_kernel(array: Any) -> bool:
+    """Whether it has the axes of a kernel."""
+    return 3 <= len(getattr(array, "shape", ())) <= 5
 
 
 def split_kernel(
@@ -299,13 +293,11 @@ def join_kernel(
 def _checked(name: str, kernel: Array, groups: int, transposed: bool) -> Array:
     """A kernel as an array, if it has a kernel's axes and that many groups."""
     kernel = np.asarray(kernel)
-    if kernel_rank(kernel) is None:
+    if not is_kernel(kernel):
         raise ValueError(f"{name} must have 1 to 3 spatial axes and 2 more, got {kernel.shape}")
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups must be an int, got {groups!r}")
-    channels, which = kernel.shape[0], "input" if transposed else "output"
-    if groups < 1 or channels % groups:
-        raise ValueError(
-            f"groups must divide the kernel's {channels} {which} channels, got {groups}"
-        )
+    if groups < 1 or len(kernel) % groups:
+        channels = f"{len(kernel)} {'input' if transposed else 'output'} channels"
+        raise ValueError(f"groups must divide the kernel's {channels}, got {groups}")
     return kernel
