@@ -19,20 +19,20 @@ CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[str] | None"
 class _Convention(NamedTuple):
     """What another implementation appends."""
 
-    channels: Mapping[int, tuple[str, str | None]]  # by rank: without the radius, with it if any
+    channels: Mapping[int, str]  # by rank; with the radius where it has one
     r_center: float = 0.0
     span: tuple[float, float] = (-1.0, 1.0)
 
 
 _NAMED = {
-    "paddle": _Convention({2: ("xy", None)}),
+    "paddle": _Convention({2: "xy"}),
     # arange(w) / ((w - 1) * 2) - 1: its parentheses moved in 2021
-    "paddledetection": _Convention({2: ("xy", None)}, span=(-1.0, -0.5)),
-    "uber": _Convention({2: ("xy", "xyr")}),
-    "paper": _Convention({2: ("xy", "xyr")}, 0.5),
-    "mkocabas": _Convention({2: ("yx", "yxr")}, 0.5),
-    "walsvid": _Convention({1: ("x", "xr"), 2: ("yx", "yxr")}, 0.5),
-    "keras": _Convention({1: ("x", None), 2: ("yx", "yxr"), 3: ("zyx", None)}, 0.5),
+    "paddledetection": _Convention({2: "xy"}, span=(-1.0, -0.5)),
+    "uber": _Convention({2: "xyr"}),
+    "paper": _Convention({2: "xyr"}, 0.5),
+    "mkocabas": _Convention({2: "yxr"}, 0.5),
+    "walsvid": _Convention({1: "xr", 2: "yxr"}, 0.5),
+    "keras": _Convention({1: "x", 2: "yxr", 3: "zyx"}, 0.5),
 }
 
 
@@ -161,11 +161,12 @@ class Coordinates:
                 f"{', '.join(map(str, convention.channels))}"
                 + (" (its 3-D variant mixes its axes)" if name == "walsvid" else "")
             )
-        channels = convention.channels[rank][with_r]
-        if channels is None:
+        channels = convention.channels[rank]
+        if not with_r:
+            return cls(channels.strip("r"), span=convention.span)
+        if "r" not in channels:
             raise ValueError(f"the {name!r} convention has no radius in {rank}-D: with_r=False")
-        center = convention.r_center if with_r else 0.0
-        return cls(channels, span=convention.span, r_center=center)
+        return cls(channels, span=convention.span, r_center=convention.r_center)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; ``Coordinates.from_dict`` reads it back.
