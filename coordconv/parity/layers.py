@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from coordconv.grid import Array
 from coordconv.parity.bounds import PRECISIONS, Expected, expected
 from coordconv.parity.cases import Case
 from coordconv.weights import Weights
+
+if TYPE_CHECKING:
+    from coordconv.backends.protocols import Backend
 
 WAYS = (position_bias.APPEND, position_bias.MAP)
 
@@ -255,7 +258,7 @@ def _outcomes(case: Case, names: Sequence[str], compiled: bool | None) -> list[C
 
 
 def _outcome(
-    backend: Any,
+    backend: Backend,
     case: Case,
     data: tuple[Weights, Array, Array],
     wanted: dict[str, Expected],

@@ -10,8 +10,10 @@ from coordconv.parity import exchange
 from coordconv.parity.exchange import Pair, check_exchange, count_steps
 
 
-def test_every_backend_reads_what_another_wrote(backend):
+def test_every_backend_reads_what_another_wrote():
     others = available_backends()
+    if not others:
+        pytest.skip("no framework is installed")
     advanced = []
     report = check_exchange(["coord_cnn"], others, inputs=60, advance=lambda: advanced.append(1))
     assert report.ok, report.pairs

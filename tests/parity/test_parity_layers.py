@@ -45,8 +45,8 @@ def test_other_types_are_within_their_bounds(backend, dtype):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compiled_or_not(backend, compiled):
     """A few, of every rank: torch takes seconds to compile one, JAX without compiling as long."""
-    drawn = [case for case in generate(40, seed=6) if case.is_layer and case.exact]
-    kinds = {case.kind[:5]: case for case in drawn if case.network.layers[0].geometry.groups == 1}
+    exact = [case for case in generate(40, seed=6) if case.is_layer and case.exact]
+    kinds = {case.kind[:5]: case for case in exact if case.network.layers[0].geometry.groups == 1}
     cases = list(kinds.values())
     assert {kind[:3] for kind in kinds} == {"1-D", "2-D", "3-D"}
     (tally,) = check_layers(cases, [backend], compiled=compiled).tallies
@@ -207,13 +207,13 @@ def test_another_way_is_refused():
 
 @pytest.mark.parametrize("way", [position_bias.APPEND, position_bias.MAP])
 def test_every_case_passes_in_either_way(backend, way):
-    """Wherever both are right, that is; the other ways of these cases are chosen anyway."""
+    """Both are right for these cases, which differ from backend to backend only in what it has."""
     cases = [case for case in generate(60, seed=12) if case.is_layer]
-    cases = [case for case in cases if case.network.layers[0].coords.outside == "zero"][:24]
+    cases = [case for case in cases if case.network.layers[0].coords.outside == "zero"][:14]
     (tally,) = check_layers(cases, [backend], way=way).tallies
     assert not tally.failures, "\n".join(tally.failures)
-    assert tally.layers >= 12
-    assert tally.bitwise == tally.exact >= 4
+    assert tally.layers >= 6
+    assert tally.bitwise == tally.exact >= 3
 
 
 @dataclass(frozen=True)
