@@ -39,8 +39,8 @@ class CoordLayer:
         TypeError: ``coords`` that are no tokens; input channels that are no int; an input of a type
             that the base class refuses.
         ValueError: unknown tokens, or tokens beyond the rank of the layer; another ``coord_init``;
-            fewer input channels than one;
-            an input of the wrong rank or number of channels, or with an empty axis.
+            fewer input channels than one; an input of the wrong rank or number of channels, or with
+            an empty axis.
 
     Source:
         Liu et al., NeurIPS 2018, section 3.

@@ -220,7 +220,7 @@ def axis_tables(
     return tables
 
 
-def factors(
+def as_product(
     kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], shape: Sequence[int] = ()
 ) -> tuple[Any, Any]:
     """The axes' part of P as a product of two matrices.
@@ -247,8 +247,8 @@ def factors(
 def contract(
     kernel: Any, tables: Sequence[Any], einsum: Callable[..., Any], shape: Sequence[int] = ()
 ) -> Any:
-    """The axes' part of P, ``(out, *lengths)``, from what :func:`factors` takes."""
-    left, right = factors(kernel, tables, einsum, shape)
+    """The axes' part of P, ``(out, *lengths)``, from what :func:`as_product` takes."""
+    left, right = as_product(kernel, tables, einsum, shape)
     out = (shape or kernel.shape)[0]
     return (left @ right).reshape((out, *(table.shape[-1] for table in tables)))
 

@@ -133,7 +133,7 @@ class Tape:
                 given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
 
             with ExitStack() as stack, self.grad_enabled(output_gradient is not None):
-                stack.enter_context(self._kept(module))
+                stack.enter_context(self._restored(module))
 
                 def call(see: See) -> Any:
                     for name, each in self.modules(module).items():
@@ -168,7 +168,7 @@ class Tape:
         return {name: self.numpy(gradient) for name, gradient in zip(of, found, strict=True)}
 
     @contextmanager
-    def _kept(self, module: Any) -> Iterator[None]:
+    def _restored(self, module: Any) -> Iterator[None]:
         """Afterwards the module has the state of before, such as batch statistics.
 
         What is trained no call changes. A lazy module keeps what its first call has made of it.

@@ -226,10 +226,10 @@ def _by_axes(
         table = jax.device_put(table).astype(kernel.dtype)
         terms = jnp.einsum(contraction, terms, table, precision=_HIGHEST)
     # All channels but that of the first axis have the same table, so that their terms are summed.
-    along = [token == axis_tokens(geometry.rank)[-1] for token in coords.channels]
+    runs_along = [token == axis_tokens(geometry.rank)[-1] for token in coords.channels]
     tables, summed = [], []
-    for whether in set(along):
-        alike = [c for c, is_along in enumerate(along) if is_along == whether]
+    for whether in set(runs_along):
+        alike = [c for c, is_along in enumerate(runs_along) if is_along == whether]
         tables.append(first[alike[0]])
         summed.append(_channels(terms, alike, axis=0).sum(0))
     return _sum_of_products(np.concatenate(tables), lax.concatenate(summed, 0))

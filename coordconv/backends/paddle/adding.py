@@ -294,7 +294,7 @@ def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Paddle takes long to allocate a tensor, and longer for the gradient of a sum.
     """
     if not output.stop_gradient:
-        return _AddProduct.apply([_anchor(), output, left, right])  # type: ignore[no-any-return]
+        return _AddProduct.apply([_always_differentiable(), output, left, right])  # type: ignore[no-any-return]
     if left.stop_gradient and right.stop_gradient:
         return _add_in_place(output, left, right)
     return output + paddle.matmul(left, right).reshape(output.shape)
@@ -308,10 +308,10 @@ def _add_in_place(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
 class _AddProduct(paddle.autograd.PyLayer):
     """:func:`_add_in_place` where there are gradients.
 
-    Paddle's own would copy the output's gradient, and has no derivative. Takes one list: its first
-    tensor, of :func:`_anchor`, is always in need of a gradient. Of separate tensors, and of a list
-    whose first is not in need, Paddle refuses gradients where ``paddle.grad`` is asked for some of
-    the inputs alone.
+    Paddle's own would copy the output's gradient, and has no derivative. It takes one list, whose
+    first tensor is always in need of a gradient: :func:`_always_differentiable`. Of separate
+    tensors, and of a list whose first is not in need, Paddle refuses gradients where
+    ``paddle.grad`` is asked for some of the inputs alone.
     """
 
     @staticmethod
@@ -339,11 +339,11 @@ class _AddProduct(paddle.autograd.PyLayer):
 
 
 @lru_cache(maxsize=1)
-def _anchor() -> Tensor:
+def _always_differentiable() -> Tensor:
     """A tensor that takes gradients, though it never gets one."""
-    anchor = paddle.zeros([1])
-    anchor.stop_gradient = False
-    return anchor
+    tensor = paddle.zeros([1])
+    tensor.stop_gradient = False
+    return tensor
 
 
 @lru_cache(maxsize=16)

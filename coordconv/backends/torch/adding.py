@@ -111,7 +111,7 @@ def add_map(
         if axes and not others and _is_one_without_gradient(output, kernel, low):
             # P would be as large as the output, and is never made.
             tables = _tables(geometry, axes, shape, lengths, kernel.dtype, kernel.device)
-            left, right = position_bias.factors(kernel, tables, torch.einsum)
+            left, right = position_bias.as_product(kernel, tables, torch.einsum)
             output.view(len(left), -1).addmm_(left, right)
             return output
         bias = _known_map(geometry, coords, shape, lengths, kernel)
@@ -246,7 +246,7 @@ def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
+def _cached(make: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the last few constants that a function makes, but for a tracer's stand-ins."""
     kept = lru_cache(maxsize=64)(make)
 
@@ -260,14 +260,14 @@ def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
-@_kept
+@_cached
 def _grid(
     coords: Coordinates, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     return _constant(coordinate_grid(shape, coords, dtype=_exact(dtype)), dtype, device)
 
 
-@_kept
+@_cached
 def _padded_grid(
     geometry: ConvGeometry,
     coords: Coordinates,
@@ -280,7 +280,7 @@ def _padded_grid(
     return _constant(grid, dtype, device)
 
 
-@_kept
+@_cached
 def _tables(
     geometry: ConvGeometry,
     coords: Coordinates,

@@ -109,8 +109,8 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
 
     def _add_map(self, output: Any, x: Any, coordinates: Any) -> Any:
         low = self._is_low_precision(coordinates)
-        made_for = options.geometry(self), self.coords, output, x, coordinates
-        return adding.add_map(*made_for, self.out_channels, low)
+        arguments = options.geometry(self), self.coords, output, x, coordinates
+        return adding.add_map(*arguments, self.out_channels, low)
 
     def _canonical(self) -> dict[str, Array]:
         found = {"weight": self.weight, "bias": self.bias}

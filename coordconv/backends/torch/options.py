@@ -18,7 +18,7 @@ from coordconv.geometry import ConvGeometry
 
 def geometry(layer: Any) -> ConvGeometry:
     """The geometry of a torch convolution, as its attributes are now."""
-    made_for = (
+    found = (
         layer.kernel_size,
         layer.stride,
         0 if layer.padding == "valid" else layer.padding,
@@ -29,8 +29,8 @@ def geometry(layer: Any) -> ConvGeometry:
         layer.padding_mode,
     )
     if torch.compiler.is_compiling():
-        return _geometry.__wrapped__(*made_for)  # a compiler warns of caches
-    return _geometry(*made_for)
+        return _geometry.__wrapped__(*found)  # a compiler warns of caches
+    return _geometry(*found)
 
 
 @lru_cache(maxsize=256)

@@ -60,9 +60,9 @@ class KeepsCoordinates:
             error_msgs,
         )
 
-    def _reorder(self, state: dict[str, Any], prefix: str, made_for: Mapping[str, Any]) -> None:
+    def _reorder(self, state: dict[str, Any], prefix: str, coords: Mapping[str, Any]) -> None:
         """Put the coordinates of a state of ours in this layer's order."""
-        found, name = Coordinates.from_dict(made_for), f"{prefix}weight"
+        found, name = Coordinates.from_dict(coords), f"{prefix}weight"
         # The tensors of a parametrization have other names, and nothing tells their channels apart.
         if not same_channels(found, self.coords) or (found != self.coords and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
