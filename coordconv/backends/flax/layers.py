@@ -1,8 +1,4 @@
-"""CoordConv for Flax NNX: subclasses of ``flax.nnx``'s own convolutions.
-
-Their base classes compute with the kernel that they find on a layer. A layer has them find the
-whole kernel and an input with coordinates, or the features' part of the kernel and the input alone.
-"""
+"""CoordConv for Flax NNX: subclasses of ``flax.nnx``'s own convolutions."""
 
 from __future__ import annotations
 
@@ -14,8 +10,8 @@ from flax import nnx
 from jax import numpy as jnp
 
 from coordconv.backends.jax import adding, options
-from coordconv.backends.jax.arrays import to_flax, to_numpy, to_torch
-from coordconv.backends.jax.layers import Replaced, kernel_init, masked
+from coordconv.backends.jax.arrays import layer_arrays, layer_params
+from coordconv.backends.jax.layers import KernelInit, coord_conv, masked
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
@@ -28,23 +24,13 @@ class _CoordLayer(CoordLayer):
     CHANNELS = CHANNELS_ATTRIBUTE = "in_features"
     GROUPS = "feature_group_count"
 
-    # What the base class has.
-    in_features: int
-    kernel: Any
-    bias: Any
-    mask: Any
-    dtype: Any
-    promote_dtype: Any
-
     def _rank(self, arguments: Mapping[str, Any]) -> int:
-        size = arguments["kernel_size"]
-        return 1 if isinstance(size, int) else len(size)
+        return len(options.per_axis(arguments["kernel_size"], 1))
 
     def _prepare(self, arguments: dict[str, Any]) -> None:
+        zeros = len(self.coords) if self.coord_init == "zeros" else 0
         axis = -1 if arguments.get("transpose_kernel") else -2
-        arguments["kernel_init"] = kernel_init(
-            arguments["kernel_init"], self.coord_init, len(self.coords), axis
-        )
+        arguments["kernel_init"] = KernelInit(arguments["kernel_init"], zeros, axis)
 
     @property
     def layout(self) -> KernelLayout:
@@ -58,50 +44,33 @@ class _CoordLayer(CoordLayer):
         kernel = masked(self.kernel[...], self.mask)
         bias = None if self.bias is None else self.bias[...]
         arrays = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        own_call: Any = super().__call__  # type: ignore[misc]  # the base class comes next
-        base = own_call.__func__  # to be called on another object
-
-        def convolve(inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-            seen = Replaced(
-                self,
-                kernel=kernel,
-                bias=bias,
-                mask=None,
-                promote_dtype=lambda arrays, dtype: arrays,  # they are promoted already
-            )
-            return base(seen, inputs, *args, **kwargs)
-
-        return adding.coord_conv(self, arrays, convolve)
+        return coord_conv(self, super().__call__, arrays, *args, **kwargs)
 
     def _canonical(self) -> dict[str, Array]:
-        found = {"weight": self.kernel, "bias": self.bias}
-        reverse = options.is_reversed(self)
-        return {
-            name: to_torch(to_numpy(param[...]), reverse=reverse)
-            for name, param in found.items()
-            if param is not None
-        }
+        params = {"kernel": self.kernel, "bias": self.bias}
+        arrays = {name: param[...] for name, param in params.items() if param is not None}
+        return layer_arrays(arrays, reverse=options.is_reversed(self))
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
-        params = {"weight": self.kernel, "bias": self.bias}
-        for name, array in arrays.items():
-            values = to_flax(array, reverse=options.is_reversed(self))
+        for name, values in layer_params(arrays, reverse=options.is_reversed(self)).items():
+            param = getattr(self, name)
             # In place, which keeps metadata and sharding; a copy, as asarray may share memory.
-            params[name][...] = jnp.array(values, params[name].dtype)
+            param[...] = jnp.array(values, param.dtype)
 
 
 class CoordConv(_CoordLayer, nnx.Conv):
     """``flax.nnx.Conv`` that sees its coordinates, on one to three axes.
 
     Takes every argument of ``flax.nnx.Conv``, and keyword-only ``coords=None`` and
-    ``coord_init="fan_in"``; see :class:`coordconv.layers.CoordLayer`. A ``mask`` has the shape of
-    the kernel over features and coordinates. A ``conv_general_dilated`` of one's own is given both.
+    ``coord_init="fan_in"``; :class:`coordconv.layers.CoordLayer` says what they mean and what is
+    raised. ``kernel_init`` is asked for, and a ``mask`` has, the shape over features and
+    coordinates, and a ``conv_general_dilated`` of one's own is given both.
 
     Shape:
         inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.nnx.Conv``.
 
     Raises:
-        ValueError: besides, a ``kernel_init`` that returns another shape than it is asked for.
+        ValueError: besides, a kernel or a mask of another shape.
 
     Example:
         >>> layer = CoordConv(3, 8, (3, 3), coords="xyr", rngs=nnx.Rngs(0))
@@ -116,21 +85,14 @@ class CoordConv(_CoordLayer, nnx.Conv):
 
 
 class CoordConvTranspose(_CoordLayer, nnx.ConvTranspose):
-    """``flax.nnx.ConvTranspose`` that sees its coordinates, those of its input.
+    """``flax.nnx.ConvTranspose`` that sees the coordinates of its input.
 
-    Takes every argument of ``flax.nnx.ConvTranspose``, and keyword-only ``coords=None`` and
-    ``coord_init="fan_in"``; as :class:`CoordConv`.
-
-    Shape:
-        inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.nnx.ConvTranspose``.
+    As :class:`CoordConv` in arguments, shapes, errors and source.
 
     Example:
         >>> layer = CoordConvTranspose(3, 8, (2, 2), strides=(2, 2), rngs=nnx.Rngs(0))
         >>> layer(jnp.zeros((2, 16, 16, 3))).shape
         (2, 32, 32, 8)
-
-    Source:
-        Liu et al., NeurIPS 2018, section 3.
     """
 
 

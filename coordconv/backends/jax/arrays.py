@@ -8,11 +8,14 @@ that it is the transpose of, ``(*kernel, out, in)`` in the canonical order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from coordconv.grid import Array
+
+NAMES = {"weight": "kernel", "bias": "bias"}  # of a layer's parameters: canonical, and Flax's
 
 
 def to_numpy(array: Any) -> Array:
@@ -22,12 +25,7 @@ def to_numpy(array: Any) -> Array:
 
 
 def to_flax(array: Array, *, reverse: bool = False) -> Array:
-    """A canonical kernel, matrix or bias in Flax's layout.
-
-    Args:
-        array: ``(out, in, *kernel)``, of a transposed convolution ``(in, out, *kernel)``; or
-            ``(out, in)`` of a linear layer; or ``(out,)``.
-        reverse: whether it is the kernel of a transposed convolution without ``transpose_kernel``.
+    """A canonical kernel, matrix or bias in Flax's layout, its taps reversed or not.
 
     Example:
         >>> to_flax(np.zeros((8, 3, 5, 7))).shape
@@ -40,11 +38,23 @@ def to_flax(array: Array, *, reverse: bool = False) -> Array:
     return np.flip(np.moveaxis(array, (0, 1), (-2, -1)), tuple(range(array.ndim - 2)))
 
 
-def to_torch(array: Array, *, reverse: bool = False) -> Array:
-    """The inverse of :func:`to_flax`, a copy."""
-    if array.ndim < 2:
-        return np.array(array)
-    if not reverse:
-        return np.array(np.moveaxis(array, (-2, -1), (1, 0)), order="C")
-    flipped = np.flip(array, tuple(range(array.ndim - 2)))
-    return np.array(np.moveaxis(flipped, (-2, -1), (0, 1)), order="C")
+def to_torch(param: Any, *, reverse: bool = False) -> Array:
+    """The inverse of :func:`to_flax`, of an array of JAX or NumPy; a copy."""
+    array = to_numpy(param)
+    if array.ndim > 1 and reverse:
+        array = np.moveaxis(np.flip(array, tuple(range(array.ndim - 2))), (-2, -1), (0, 1))
+    elif array.ndim > 1:
+        array = np.moveaxis(array, (-2, -1), (1, 0))
+    return np.array(array, order="C")
+
+
+def layer_params(arrays: Mapping[str, Array], *, reverse: bool) -> dict[str, Array]:
+    """A layer's parameters under Flax's names, from canonical arrays."""
+    return {NAMES[name]: to_flax(array, reverse=reverse) for name, array in arrays.items()}
+
+
+def layer_arrays(params: Mapping[str, Any], *, reverse: bool) -> dict[str, Array]:
+    """The inverse of :func:`layer_params`."""
+    return {
+        name: to_torch(params[own], reverse=reverse) for name, own in NAMES.items() if own in params
+    }

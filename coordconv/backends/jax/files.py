@@ -1,7 +1,4 @@
-"""Orbax checkpoints of NNX and of Linen, and the layout of the parameters in them.
-
-Flax keeps channels last, in kernels ``(*kernel, in, out)`` under the name ``kernel``.
-"""
+"""Orbax checkpoints of NNX and of Linen, and a network's parameters as they have them."""
 
 from __future__ import annotations
 
@@ -15,11 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from coordconv.backends.jax.arrays import to_flax, to_numpy, to_torch
+from coordconv.backends.jax.arrays import NAMES, layer_arrays, layer_params, to_numpy, to_torch
 from coordconv.grid import Array
 from coordconv.networks import Conv, Layer, Network
-
-_NAMES = {"weight": "kernel", "bias": "bias"}
 
 
 def read_state(path: str) -> dict[str, Array]:
@@ -42,15 +37,13 @@ def read_state(path: str) -> dict[str, Array]:
             listed = checkpointer.metadata(path).item_metadata
             if listed is None:
                 raise ValueError("what it holds is not to be found out")
-            # As NumPy, which is on no device, and has float64 whatever JAX is told.
-            text = ocp.metadata.StringMetadata
-            kind = jax.tree.map(
-                lambda leaf: ocp.RestoreArgs(
-                    restore_type=str if isinstance(leaf, text) else np.ndarray
-                ),
-                listed.tree,
-            )
-            tree = checkpointer.restore(path, restore_args=kind)
+
+            def kind(leaf: Any) -> Any:
+                # As NumPy, which is on no device, and has float64 whatever JAX is told.
+                is_text = isinstance(leaf, ocp.metadata.StringMetadata)
+                return ocp.RestoreArgs(restore_type=str if is_text else np.ndarray)
+
+            tree = checkpointer.restore(path, restore_args=jax.tree.map(kind, listed.tree))
     except PermissionError:
         raise
     except Exception as error:  # Orbax and TensorStore have no error of their own for it
@@ -72,17 +65,15 @@ def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array
     What else a train state has besides ``params`` is left out.
     """
     variables = {n.removeprefix("params."): a for n, a in arrays.items() if n.startswith("params.")}
-    names = {
-        f"{layer.name}.{flax}": (layer, f"{layer.name}.{name}")
-        for layer in network.layers
-        for name, flax in _NAMES.items()
-    }
+    layers = {layer.name: layer for layer in network.layers if layer.weight_shapes()}
+    canonical = {own: name for name, own in NAMES.items()}
     found = {}
     for name, array in (variables or arrays).items():
-        param = name.removesuffix(".value")  # an NNX state's own leaves
-        if param in names:
-            layer, canonical = names[param]
-            found[canonical] = to_torch(to_numpy(array), reverse=_is_reversed(layer))
+        # An NNX state's own leaves end in ".value".
+        layer, _, param = name.removesuffix(".value").rpartition(".")
+        if layer in layers and param in canonical:
+            reverse = _is_reversed(layers[layer])
+            found[f"{layer}.{canonical[param]}"] = to_torch(array, reverse=reverse)
         else:
             found[name] = array
     return found
@@ -90,24 +81,21 @@ def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array
 
 def to_params(network: Network, arrays: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     """Parameters by layer and by Flax's names, from canonical arrays."""
-    return {
-        layer.name: {
-            _NAMES[name]: to_flax(arrays[f"{layer.name}.{name}"], reverse=_is_reversed(layer))
-            for name in layer.weight_shapes()
-        }
-        for layer in network.layers
-        if layer.weight_shapes()
-    }
+    params = {}
+    for layer in network.layers:
+        if shapes := layer.weight_shapes():
+            of_layer = {name: arrays[f"{layer.name}.{name}"] for name in shapes}
+            params[layer.name] = layer_params(of_layer, reverse=_is_reversed(layer))
+    return params
 
 
 def from_params(network: Network, params: Mapping[str, Any]) -> dict[str, Array]:
     """The inverse of :func:`to_params`."""
     return {
-        f"{layer.name}.{name}": to_torch(
-            to_numpy(params[layer.name][_NAMES[name]]), reverse=_is_reversed(layer)
-        )
+        f"{layer.name}.{name}": array
         for layer in network.layers
-        for name in layer.weight_shapes()
+        if layer.name in params
+        for name, array in layer_arrays(params[layer.name], reverse=_is_reversed(layer)).items()
     }
 
 

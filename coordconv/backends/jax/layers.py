@@ -1,9 +1,14 @@
-"""What the layers of NNX and of Linen share: how they see their base class, and draw a kernel."""
+"""What the layers of NNX and of Linen share: how they use their base class, and draw a kernel.
+
+The base classes compute with the kernel that they find on a layer. A layer has them find the whole
+kernel and an input with coordinates, or the features' part of the kernel and the input alone.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,26 +16,45 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from coordconv.backends.jax import adding
 
-class Replaced:
-    """A layer with some attributes replaced, as the ``__call__`` of its base class is to see it.
 
-    So that class computes with one part of the kernel, and the layer itself stays as it is.
-    """
+class _Seen:
+    """A layer as its base class is to see it: without a mask, and with arrays already promoted."""
 
-    def __init__(self, layer: Any, **replaced: Any) -> None:
-        vars(self).update(replaced, _layer=layer)
+    mask = None
+
+    def __init__(self, layer: Any, kernel: jax.Array, bias: jax.Array | None) -> None:
+        self._layer, self._kernel, self._bias = layer, kernel, bias
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
+    def param(self, *_: Any) -> None:
+        """Linen's parameter, which :meth:`promote_dtype` brings."""
+
+    def promote_dtype(self, inputs: Any, *_: Any, dtype: Any) -> tuple[Any, ...]:
+        """The arrays to compute with; NNX gives its three as one tuple."""
+        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        return inputs, self._kernel, self._bias
+
+
+def coord_conv(layer: Any, call: Any, arrays: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """The output of a layer for its promoted arrays: inputs, masked kernel, and bias or None.
+
+    ``call`` is the base class's, bound to the layer. Its function is called by itself: as a method
+    of a Linen module it would be recorded apart by capture_intermediates and interceptors.
+    """
+    function = inspect.unwrap(call.__func__)
+
+    def convolve(inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return function(_Seen(layer, kernel, bias), inputs, *args, **kwargs)
+
+    return adding.coord_conv(layer, arrays, convolve)
+
 
 def masked(kernel: jax.Array, mask: Any) -> jax.Array:
-    """The kernel over features and coordinates, masked.
-
-    Raises:
-        ValueError: a mask of another shape.
-    """
+    """The kernel over features and coordinates, masked."""
     if mask is None:
         return kernel
     if mask.shape != kernel.shape:
@@ -41,24 +65,22 @@ def masked(kernel: jax.Array, mask: Any) -> jax.Array:
     return kernel * mask
 
 
-def kernel_init(init: Callable[..., Any], coord_init: str, n: int, axis: int) -> Callable[..., Any]:
-    """What draws a kernel over features and coordinates, as ``coord_init`` says.
+@dataclass(frozen=True)
+class KernelInit:
+    """What draws a kernel over features and coordinates, the last ``zeros`` input channels as zero.
 
-    Args:
-        init: what draws a plain convolution's kernel, ``init(key, shape, dtype)``, in a box of
-            metadata or not.
-        coord_init: ``"fan_in"`` has it draw the whole kernel, ``"zeros"`` the features' part.
-        n: the number of coordinate channels, the last of ``axis``.
-        axis: the axis of the input channels.
-
-    Raises:
-        ValueError: when it draws, if ``init`` returns another shape than it was asked for.
+    ``init`` draws the others; it may return a box of metadata. Equal ones compare equal, as some
+    releases of Flax keep what drew a kernel on an NNX layer, where unequal graphs compile anew.
     """
 
-    def draw(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    init: Callable[..., Any]
+    zeros: int
+    axis: int  # of the input channels
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        """The kernel, in ``init``'s box."""
         asked, zeros = list(shape), list(shape)
-        zeros[axis] = n if coord_init == "zeros" else 0
-        asked[axis] -= zeros[axis]
+        asked[self.axis], zeros[self.axis] = shape[self.axis] - self.zeros, self.zeros
 
         def complete(kernel: Any) -> Any:
             if np.shape(kernel) != tuple(asked):
@@ -66,13 +88,11 @@ def kernel_init(init: Callable[..., Any], coord_init: str, n: int, axis: int) ->
                     "kernel_init must return a kernel of the shape that it is asked for, "
                     f"{tuple(asked)}, got {np.shape(kernel)}"
                 )
-            if not zeros[axis]:
+            if not self.zeros:
                 return kernel
-            return jnp.concatenate([kernel, jnp.zeros(zeros, kernel.dtype)], axis)
+            return jnp.concatenate([kernel, jnp.zeros(zeros, kernel.dtype)], self.axis)
 
-        drawn = init(key, tuple(asked), dtype)
+        drawn = self.init(key, tuple(asked), dtype)
         if isinstance(drawn, nnx.VariableMetadata):  # NNX's box, which is no tree as Linen's is
             return replace(drawn, raw_value=complete(drawn.raw_value))
         return jax.tree.map(complete, drawn)
-
-    return draw

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from coordconv.geometry import ConvGeometry
+from coordconv.geometry import ConvGeometry, Pairs
 
-_MODES = {"CIRCULAR": "circular", "REFLECT": "reflect"}
+_MODES = ("CIRCULAR", "REFLECT")  # paddings that are modes, too
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
 
 
@@ -38,58 +38,56 @@ def groups(conv: Any) -> int:
 
 def kernel_size(conv: Any) -> tuple[int, ...]:
     """The kernel's length on each axis; Flax takes an int for one axis."""
-    return _per_axis(conv.kernel_size, 1)
+    return per_axis(conv.kernel_size, 1)
+
+
+def per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    """One int for each axis, of what Flax takes for it; None is 1."""
+    value = 1 if value is None else value
+    return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def geometry(conv: Any, shape: Sequence[Any]) -> ConvGeometry:
     """The geometry of a Flax convolution, as its attributes are now, for an input of that shape."""
     kernel = kernel_size(conv)
-    strides = _per_axis(conv.strides, len(kernel))
-    dilation = _per_axis(conv.kernel_dilation, len(kernel))
-    if is_transposed(conv):
-        return _geometry(
-            kernel,
-            stride=strides,
-            padding=_transposed_pads(conv, shape, kernel, strides, dilation),
-            dilation=dilation,
-            transposed=True,
-            padding_mode="circular" if conv.padding == "CIRCULAR" else "zeros",
-        )
-    padding: Any = conv.padding
-    mode = "zeros"
-    if not isinstance(padding, str | int):
-        padding = tuple(p if isinstance(p, int) else tuple(p) for p in padding)
-    elif padding in _MODES:
-        padding, mode = _half(kernel, dilation), _MODES[padding]  # type: ignore[index]
-    elif padding == "CAUSAL":
-        reach = dilation[0] * (kernel[0] - 1)
-        padding = ((reach, 0), *((0, 0),) * (len(kernel) - 1))  # Flax refuses other axes itself
-    elif isinstance(padding, str):  # lax takes lower case, too
-        padding = {"VALID": 0, "SAME_LOWER": "lower"}.get(padding.upper(), "same")
-    if padding == "lower":
-        pads = _geometry(kernel, strides, "same", dilation).pads(shape)
-        padding = tuple((before, after) for after, before in pads)
+    strides, dilation, holes = (
+        per_axis(getattr(conv, name, 1), len(kernel))
+        for name in ("strides", "kernel_dilation", "input_dilation")
+    )
+    pads = _transposed_pads if is_transposed(conv) else _pads
     return _geometry(
         kernel,
-        stride=strides,
-        padding=padding,
-        dilation=dilation,
-        groups=groups(conv),
-        input_dilation=_per_axis(conv.input_dilation, len(kernel)),
-        padding_mode=mode,
+        strides,
+        pads(conv, shape, kernel, strides, dilation),
+        dilation,
+        groups(conv),
+        transposed=is_transposed(conv),
+        input_dilation=holes,
+        padding_mode=conv.padding.lower() if conv.padding in _MODES else "zeros",
     )
 
 
-def _transposed_pads(
-    conv: Any,
-    shape: Sequence[Any],
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> tuple[tuple[int, int], ...]:
+def _pads(conv: Any, shape: Sequence[Any], *options: tuple[int, ...]) -> Any:
+    """The padding of a convolution as ConvGeometry takes it; options as in ``geometry``."""
+    padding, (kernel, strides, dilation) = conv.padding, options
+    if isinstance(padding, int):
+        return padding
+    if not isinstance(padding, str):
+        return tuple(p if isinstance(p, int) else tuple(p) for p in padding)
+    if padding in _MODES:
+        return _half(kernel, dilation)
+    if padding == "CAUSAL":
+        return ((dilation[0] * (kernel[0] - 1), 0), *((0, 0),) * (len(kernel) - 1))
+    if padding.upper() == "SAME_LOWER":  # lax takes lower case, too
+        pads = _geometry(kernel, strides, "same", dilation).pads(shape)
+        return tuple((before, after) for after, before in pads)
+    return 0 if padding.upper() == "VALID" else "same"
+
+
+def _transposed_pads(conv: Any, shape: Sequence[Any], *options: tuple[int, ...]) -> Pairs:
     """What is cut off the full output: Flax says how far the spread input is padded instead."""
     pads = []
-    for axis, (n, k, s, d) in enumerate(zip(shape, kernel, strides, dilation, strict=True)):
+    for axis, (n, k, s, d) in enumerate(zip(shape, *options, strict=True)):
         reach = d * (k - 1)
         if conv.padding == "SAME":
             before = reach if s > reach else -(-(reach + s - 1) // 2)
@@ -106,12 +104,7 @@ def _transposed_pads(
     return tuple(pads)
 
 
-def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
-    value = 1 if value is None else value
-    return (value,) * rank if isinstance(value, int) else tuple(value)
-
-
-def _half(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _half(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Pairs:
     """The padding of Flax's ``CIRCULAR`` and ``REFLECT``: half the kernel, whatever the stride."""
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return tuple((r // 2, r - r // 2) for r in reach)
@@ -120,52 +113,40 @@ def _half(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int
 def arguments(geometry: ConvGeometry) -> dict[str, Any]:
     """The arguments of a Flax convolution with this geometry.
 
-    Raises:
-        NotImplementedError: Flax's convolutions lack an option, or XLA gets it wrong.
+    NotImplementedError says that Flax's convolutions lack an option, or XLA gets it wrong.
     """
     kernel, strides, dilation, extra, holes = geometry.per_axis
-    found = {"kernel_size": kernel, "strides": strides, "kernel_dilation": dilation}
+    found: dict[str, Any] = {"kernel_size": kernel, "strides": strides, "kernel_dilation": dilation}
     padding: Any = geometry.padding
+    mode = geometry.padding_mode
     if geometry.transposed:
         if geometry.groups > 1:
             raise NotImplementedError("Flax transposed convolutions have no groups")
-        if geometry.padding_mode != "zeros":
+        if mode != "zeros":
             raise NotImplementedError("Flax's circular transposed convolutions have other offsets")
         reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         padding = [(r - p, r - q + e) for r, (p, q), e in zip(reach, padding, extra, strict=True)]
-        _check_cut(strides, padding)
-        return {**found, "padding": padding}
-    half = _half(kernel, dilation)
-    if padding == "same":  # at stride 1 it is the same for every input
-        padding = "SAME" if max(strides) > 1 else half
-    if geometry.padding_mode != "zeros" and padding != ((0, 0),) * geometry.rank:
-        if geometry.padding_mode not in _MODES.values() or padding != half:
+    else:
+        found |= {"input_dilation": holes, "feature_group_count": geometry.groups}
+        half = _half(kernel, dilation)
+        if padding == "same":  # at stride 1 it is the same for every input
+            padding = "SAME" if max(strides) > 1 else half
+        if mode != "zeros" and padding != ((0, 0),) * geometry.rank:
+            if mode.upper() not in _MODES or padding != half:
+                raise NotImplementedError(
+                    f"Flax convolutions have no padding_mode={mode!r}, or not by this much"
+                )
+            padding = mode.upper()
+    spread = strides if geometry.transposed else holes
+    if isinstance(padding, str):
+        if max(holes) > 1:
             raise NotImplementedError(
-                f"Flax convolutions have no padding_mode={geometry.padding_mode!r}, or not by this "
-                "much"
+                f"Flax convolutions have no padding={padding!r} with input_dilation"
             )
-        padding = geometry.padding_mode.upper()
-    if isinstance(padding, str) and max(holes) > 1:
-        raise NotImplementedError(
-            f"Flax convolutions have no padding={padding!r} with input_dilation"
-        )
-    if not isinstance(padding, str):
-        _check_cut(holes, padding)
-    return {
-        **found,
-        "padding": padding,
-        "input_dilation": holes,
-        "feature_group_count": geometry.groups,
-    }
-
-
-def _check_cut(spread: tuple[int, ...], padding: Sequence[tuple[int, int]]) -> None:
-    """Refuse what XLA computes wrongly: on a CPU it reads beyond the input (jax 0.10.2).
-
-    Its own convolutions are as wrong, whatever their strides, but not where the input is spread.
-    """
-    if max(spread) == 1 and any(before < 0 < after for before, after in padding):
+    elif max(spread) == 1 and any(before < 0 < after for before, after in padding):
+        # On a CPU XLA reads beyond the input (jax 0.10.2), but not where the input is spread.
         raise NotImplementedError(
             "XLA's convolutions are wrong where an axis is cut at its start and padded at its end, "
             "without coordinates too"
         )
+    return found | {"padding": padding}
