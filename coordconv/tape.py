@@ -10,52 +10,38 @@ has a function for each. All that they do alike is here, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, ClassVar
+
+import numpy as np
 
 from coordconv.grid import Array
 from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
 from coordconv.recording import Names, OutputGradient, Recorded, See, record
 from coordconv.weights.canonical import Weights, checked, layouts
+from coordconv.weights.files import replace_file
 
 
 @dataclass(frozen=True)
 class Tape:
-    """What a framework has to say, beside the methods that its tensors and modules share.
+    """What a framework has to say, beside the methods that its tensors and modules share."""
 
-    Args:
-        nn: the framework's ``nn``, with ``Linear``, ``ReLU``, ``Flatten`` and the ``mse_loss`` and
-            ``cross_entropy`` of ``functional``, both means.
-        conv: a convolution from its description, with coordinates or without.
-        tensor: ``tensor(array, like)``: an array as a tensor; a floating-point one has the type and
-            the device of the tensor ``like``, if that is not None.
-        numpy: a copy of a tensor's values; bfloat16, which NumPy lacks, as float32.
-        is_array: whether something is a tensor whose values NumPy can have.
-        gradients: ``gradients(outputs, inputs, output_gradients)``, all of them sequences; zeros of
-            what the outputs do not depend on.
-        grad_enabled: ``with grad_enabled(False)`` the tape stops.
-        compiled: the module before the framework's compiler.
-        modules: the modules inside a module, itself included, by name, as far as they take hooks.
-        optimizers: ``adam(parameters, epsilon)`` and ``sgd(parameters, epsilon)``.
-        set_rate: ``set_rate(optimizer, learning_rate)``.
-        from_state: canonical arrays from the arrays of a state of a network.
-        to_state: the inverse.
-    """
-
-    nn: Any
-    conv: Callable[[Conv], Any]
-    tensor: Callable[[Array, Any], Any]
-    numpy: Callable[[Any], Array]
-    is_array: Callable[[Any], bool]
-    gradients: Callable[[list[Any], list[Any], list[Any]], Iterable[Any]]
-    grad_enabled: Callable[[bool], AbstractContextManager[Any]]
-    compiled: Callable[[Any], Callable[[Any], Any]]
+    framework: Any  # the package itself, with ``nn``, ``save`` and ``set_grad_enabled``
+    conv: Callable[[Conv], Any]  # a convolution from its description
+    tensor: Callable[[Array], Any]
+    numpy: Callable[[Any], Array]  # a copy; bfloat16, which NumPy lacks, as float32
+    is_array: Callable[[Any], bool]  # whether it is a tensor whose values NumPy can have
+    # grad(outputs, inputs, output_gradients, allow_unused=True)
+    grad: Callable[..., Iterable[Any]]
+    compiled: Callable[[Any], Callable[[Any], Any]]  # the module before the framework's compiler
+    # The modules in a module, itself included, by name, as far as they take hooks.
     modules: Callable[[Any], Mapping[str, Any]]
-    optimizers: Mapping[str, Callable[[list[Any], float], Any]]
-    set_rate: Callable[[Any, float], None]
+    optimizers: Mapping[str, Callable[[list[Any], float], Any]]  # of parameters and Adam's epsilon
+    set_rate: Callable[[Any, float], None]  # of an optimizer, the learning rate
+    # Canonical arrays from those of a network's state, and the inverse: it is its own.
     from_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]
-    to_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]
 
     def layer(self, layer: Layer) -> Any:
         """A module from the description of a layer."""
@@ -63,11 +49,11 @@ class Tape:
             case Conv():
                 return self.conv(layer)
             case Linear():
-                return self.nn.Linear(layer.in_features, layer.out_features)
+                return self.framework.nn.Linear(layer.in_features, layer.out_features)
             case ReLU():
-                return self.nn.ReLU()
+                return self.framework.nn.ReLU()
             case Flatten():
-                return self.nn.Flatten()
+                return self.framework.nn.Flatten()
 
     def evaluate(
         self,
@@ -83,16 +69,15 @@ class Tape:
         parameters = dict(module.named_parameters())
         like = next(iter(parameters.values()), None)
         run = self.compiled(module) if compiled else module
-        given = self.tensor(x, like)
+        given = self.tensor_like(x, like)
         if dy is None:
-            with self.grad_enabled(False):
+            with self.framework.set_grad_enabled(False):
                 return self.numpy(run(given)), {}
         given = given.requires_grad_()
         output = run(given)
         of = {"x": given, **parameters}
-        found = self.gradients([output], [*of.values()], [self.tensor(dy, like)])
-        arrays = {name: self.numpy(each) for name, each in zip(of, found, strict=True)}
-        return self.numpy(output), self.from_state(module.network, arrays)
+        gradients = self._gradients([output], of, [self.tensor_like(dy, like)])
+        return self.numpy(output), self.from_state(module.network, gradients)
 
     def trainer(
         self,
@@ -111,37 +96,54 @@ class Tape:
         def step(x: Array, target: Array, learning_rate: float) -> float:
             self.set_rate(rule, learning_rate)
             rule.zero_grad()
-            wanted = self.tensor(target, parameters[0])
-            losses = self.nn.functional
+            wanted = self.tensor_like(target, parameters[0])
+            losses = self.framework.nn.functional
             criterion = losses.mse_loss if wanted.is_floating_point() else losses.cross_entropy
-            loss = criterion(module(self.tensor(x, parameters[0])), wanted)
+            loss = criterion(module(self.tensor_like(x, parameters[0])), wanted)
             loss.backward()
             rule.step()
             return float(loss.item())
 
         return step, module.export_weights
 
+    def write_state(self, path: str, network: Network, weights: Mapping[str, Array]) -> None:
+        """Write what the framework saves of a module; see ``Backend``, as above."""
+        state = {n: self.tensor(array) for n, array in self.from_state(network, weights).items()}
+        content = BytesIO()
+        self.framework.save(state, content)
+        replace_file(path, content.getvalue())
+
     def recorded(
         self, module: Any, names: Names, output_gradient: OutputGradient, options: dict[str, Any]
     ) -> Recorded:
         """``recorded`` of a backend; ``options`` go to the call. See ``Backend``, as above."""
+        differentiated = output_gradient is not None
 
         def run(*inputs: Array) -> Mapping[str, Array]:
             like = next((p for p in module.parameters() if p.is_floating_point()), None)
-            given = [self.tensor(x, like) for x in inputs]
-            if output_gradient is not None:
+            given = [self.tensor_like(x, like) for x in inputs]
+            if differentiated:
                 given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
 
-            with ExitStack() as stack, self.grad_enabled(output_gradient is not None):
-                stack.enter_context(self._restored(module))
+            tape = self.framework.set_grad_enabled(differentiated)
+            with tape, self._restored(module), ExitStack() as stack:
 
                 def call(see: See) -> Any:
                     for name, each in self.modules(module).items():
                         if name:  # the output of the module itself is recorded as the model's
-                            hook = _hook(name, see)
-                            stack.callback(each.register_forward_hook(hook).remove)
+                            hook = each.register_forward_hook(
+                                lambda module, inputs, output, name=name: see(name, output)
+                            )
+                            stack.callback(hook.remove)
                     # Clones, since no leaf of a graph can be written to.
                     return module(*(x.clone() for x in given), **options)
+
+                def gradients(
+                    outputs: dict[str, Any], inputs: dict[str, Any], dys: dict[str, Array]
+                ) -> dict[str, Array]:
+                    of = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+                    given = [self.tensor_like(dys[name], y) for name, y in outputs.items()]
+                    return self._gradients([*outputs.values()], of, given) if of else {}
 
                 return record(
                     call,
@@ -152,20 +154,27 @@ class Tape:
                     is_array=self.is_array,
                     is_floating=lambda tensor: bool(tensor.is_floating_point()),
                     watch=_watched,
-                    gradients=self._named_gradients,
+                    gradients=gradients,
                 )
 
         return run
 
-    def _named_gradients(
-        self, outputs: dict[str, Any], inputs: dict[str, Any], given: dict[str, Array]
+    def tensor_like(self, array: Array, like: Any) -> Any:
+        """An array on the device of ``like`` and, if floating-point, of its type, unless None."""
+        tensor = self.tensor(array)
+        if like is None:
+            return tensor
+        return tensor.to(like.device, (like if tensor.is_floating_point() else tensor).dtype)
+
+    def _gradients(
+        self, outputs: list[Any], inputs: dict[str, Any], output_gradients: list[Any]
     ) -> dict[str, Array]:
-        of = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-        if not of:
-            return {}
-        dys = [self.tensor(given[name], output) for name, output in outputs.items()]
-        found = self.gradients([*outputs.values()], [*of.values()], dys)
-        return {name: self.numpy(gradient) for name, gradient in zip(of, found, strict=True)}
+        """By the names of the inputs; zeros of what the outputs do not depend on."""
+        found = self.grad(outputs, [*inputs.values()], output_gradients, allow_unused=True)
+        return {
+            name: np.zeros_like(self.numpy(x)) if gradient is None else self.numpy(gradient)
+            for (name, x), gradient in zip(inputs.items(), found, strict=True)
+        }
 
     @contextmanager
     def _restored(self, module: Any) -> Iterator[None]:
@@ -182,7 +191,7 @@ class Tape:
         try:
             yield
         finally:
-            with self.grad_enabled(False):
+            with self.framework.set_grad_enabled(False):
                 for tensor, value in values:
                     if not (tensor == value).all():
                         tensor.copy_(value)
@@ -193,10 +202,6 @@ class Tape:
                         delattr(each, name)
                     elif now.get(name) is not buffers.get(name):
                         setattr(each, name, buffers.get(name))  # None, which named_buffers omits
-
-
-def _hook(name: str, see: See) -> Callable[[Any, Any, Any], Any]:
-    return lambda module, inputs, output: see(name, output)
 
 
 def _watched(tensor: Any) -> tuple[Any, Any]:
@@ -219,20 +224,23 @@ class NetworkModule:
             self.add_module(name, self.TAPE.layer(layer))
         self.network = network
 
+    @classmethod
+    def build(cls, network: Network, weights: Mapping[str, Array], dtype: str = "float32") -> Any:
+        """A network with these weights; see :class:`coordconv.backends.protocols.Backend`."""
+        module: Any = cls(network)
+        module.to(dtype=getattr(cls.TAPE.framework, dtype))
+        module.import_weights(weights)
+        return module
+
     def export_weights(self) -> Weights:
         """The canonical weights under dotted names."""
         arrays = {name: self.TAPE.numpy(tensor) for name, tensor in self.named_parameters()}
         return Weights.of(self.network, self.TAPE.from_state(self.network, arrays))
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
-        """Take canonical weights.
-
-        Raises:
-            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
-                coordinates; all are listed and nothing is changed.
-        """
+        """Take canonical weights; ValueError, which lists what does not fit, changes nothing."""
         arrays = checked(mapping, self.network.weight_shapes(), layouts(self.network))
-        state = self.TAPE.to_state(self.network, arrays)
-        with self.TAPE.grad_enabled(False):
+        state = self.TAPE.from_state(self.network, arrays)
+        with self.TAPE.framework.set_grad_enabled(False):
             for name, parameter in self.named_parameters():
-                parameter.copy_(self.TAPE.tensor(state[name], parameter))
+                parameter.copy_(self.TAPE.tensor_like(state[name], parameter))

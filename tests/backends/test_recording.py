@@ -10,7 +10,7 @@ import pytest
 from coordconv import Coordinates, backends, networks
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Flatten, Linear, Network, ReLU
-from coordconv.recording import Recording, mapped
+from coordconv.recording import Calls, mapped
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
 
@@ -24,14 +24,15 @@ class Parts:
 
 class TestNames:
     def test_a_part_is_no_child(self):
-        recording = Recording()
-        for name, output in (("enc.0", 1), ("enc", (2, {"0": 3})), ("enc.1.0", 4)):
-            recording.visit(name, output, recording.keep)
-        recording.end([5, Parts(6)], recording.keep)
-        found = recording.found()
-        assert list(found)[:4] == ["enc.0", "enc[0]", "enc[1][0]", "enc.1.0"]
-        assert list(found)[4:6] == ["model output[0]", "model output[1][logits]"]
-        assert [*found.values()][:6] == [1, 2, 3, 4, 5, 6]
+        found = []
+        for name, output in (("enc.0", 1), ("enc", (2, {"0": 3})), ("enc.1.0", [Parts(4)])):
+            mapped(lambda name, part: found.append(name), name, output)
+        assert found[:4] == ["enc.0", "enc[0]", "enc[1][0]", "enc.1.0[0][logits]"]
+
+    def test_calls_are_numbered_by_the_names_that_are_given(self):
+        calls = Calls({"act": "relu", "relu1": "relu"})
+        named = [calls.name(module) for module in ("act", "conv", "relu1", "act")]
+        assert named == ["relu", "conv", "relu#2", "relu#3"]
 
     def test_what_holds_the_parts_is_kept(self):
         pair = collections.namedtuple("pair", "x y")

@@ -16,10 +16,10 @@ from coordconv.backends.jax.arrays import to_numpy
 from coordconv.grid import Array
 from coordconv.recording import (
     OUTPUT,
+    Calls,
     Names,
     OutputGradient,
     Recorded,
-    Recording,
     See,
     input_names,
     mapped,
@@ -52,7 +52,7 @@ def recorded(
             reached = set(given)  # not what is traced only where gradients are taken
 
             def perturbed(points: dict[str, jax.Array]) -> dict[str, jax.Array]:
-                again, ends = Recording(names), {}
+                calls, ends = Calls(names), {}
 
                 def add(name: str, part: Any) -> Any:
                     if name not in points:
@@ -64,7 +64,7 @@ def recorded(
                     if name in outputs:
                         ends[name] = part
 
-                see = _untraced(lambda module, output: again.visit(module, output, add))
+                see = _untraced(lambda name, output: mapped(add, calls.name(name), output))
                 output = call(see, *(points.get(name, x) for name, x in given.items()))
                 mapped(end, OUTPUT, output)
                 return ends

@@ -6,7 +6,7 @@ with warnings.catch_warnings():  # of a compiler cache, which only builders of e
     warnings.filterwarnings("ignore", "No ccache found")
     import paddle  # noqa: F401
 
-from coordconv.backends.paddle.files import from_state, read_state, write_state
+from coordconv.backends.paddle.files import from_state, read_state
 from coordconv.backends.paddle.layers import (
     AddCoords,
     CoordConv1D,
@@ -17,7 +17,7 @@ from coordconv.backends.paddle.layers import (
     CoordConv3DTranspose,
     adapt_state_dict,
 )
-from coordconv.backends.paddle.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.paddle.networks import COMPILED, build, evaluate, trainer, write_state
 from coordconv.backends.paddle.recording import recorded
 
 __all__ = [

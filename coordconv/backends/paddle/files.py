@@ -7,18 +7,16 @@ runs whatever code a pickle holds. So a pickle is written here, as users do, but
 from __future__ import annotations
 
 from collections.abc import Mapping
-from io import BytesIO
 
 import numpy as np
-import paddle
 
 from coordconv.grid import Array
 from coordconv.networks import Linear, Network
-from coordconv.weights.files import read_weights, replace_file
+from coordconv.weights.files import read_weights
 
 
 def read_state(path: str) -> dict[str, Array]:
-    """The arrays of a file that is no pickle; see ``Backend`` in protocols."""
+    """The arrays of a file that is no pickle; see :class:`coordconv.backends.protocols.Backend`."""
     try:
         return read_weights(path)
     except ValueError as error:
@@ -36,14 +34,3 @@ def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array
     """Canonical arrays from Paddle's, or the inverse: its linear weights are ``(in, out)``."""
     linear = {f"{layer.name}.weight" for layer in network.layers if isinstance(layer, Linear)}
     return {n: np.ascontiguousarray(a.T) if n in linear else a for n, a in arrays.items()}
-
-
-to_state = from_state
-
-
-def write_state(path: str, network: Network, weights: Mapping[str, Array]) -> None:
-    """Write a file as ``paddle.save`` does; see :class:`coordconv.backends.protocols.Backend`."""
-    content = BytesIO()
-    state = to_state(network, weights)
-    paddle.save({name: paddle.to_tensor(array) for name, array in state.items()}, content)
-    replace_file(path, content.getvalue())

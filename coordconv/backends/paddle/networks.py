@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import paddle
 from paddle import Tensor, nn
@@ -10,23 +10,11 @@ from paddle import Tensor, nn
 from coordconv import networks
 from coordconv.backends.paddle import layers, options
 from coordconv.backends.paddle.arrays import to_numpy
-from coordconv.backends.paddle.files import from_state, to_state
+from coordconv.backends.paddle.files import from_state
 from coordconv.grid import Array
 from coordconv.tape import NetworkModule, Tape
 
 COMPILED = False
-
-
-def _tensor(array: Array, like: Tensor | None) -> Tensor:
-    tensor = paddle.to_tensor(array)
-    return tensor.astype(like.dtype) if like is not None and tensor.is_floating_point() else tensor
-
-
-def _gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], output_gradients: Sequence[Tensor]
-) -> list[Tensor]:
-    found = paddle.grad(outputs, inputs, output_gradients, allow_unused=True)
-    return [paddle.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def _conv(layer: networks.Conv) -> nn.Layer:
@@ -39,32 +27,27 @@ def _conv(layer: networks.Conv) -> nn.Layer:
     return kind(layer.in_channels, layer.out_channels, bias_attr=bias, **arguments)
 
 
-_TAPE = Tape(
-    nn=nn,
-    conv=_conv,
-    tensor=_tensor,
-    numpy=to_numpy,
-    is_array=lambda part: isinstance(part, Tensor),
-    gradients=_gradients,
-    grad_enabled=paddle.set_grad_enabled,
-    compiled=lambda module: paddle.jit.to_static(module.forward, full_graph=True),
-    modules=lambda module: dict(module.named_sublayers(include_self=True)),
-    optimizers={
-        "adam": lambda parameters, epsilon: paddle.optimizer.Adam(
-            parameters=parameters, epsilon=epsilon
-        ),
-        "sgd": lambda parameters, epsilon: paddle.optimizer.SGD(parameters=parameters),
-    },
-    set_rate=paddle.optimizer.Optimizer.set_lr,
-    from_state=from_state,
-    to_state=to_state,
-)
-
-
 class Network(NetworkModule, nn.Sequential):
     """A :class:`coordconv.networks.Network` as a Paddle layer; input ``(N, C, *S)``."""
 
-    TAPE = _TAPE
+    TAPE = Tape(
+        framework=paddle,
+        conv=_conv,
+        tensor=paddle.to_tensor,
+        numpy=to_numpy,
+        is_array=lambda part: isinstance(part, Tensor),
+        grad=paddle.grad,
+        compiled=lambda module: paddle.jit.to_static(module.forward, full_graph=True),
+        modules=lambda module: dict(module.named_sublayers(include_self=True)),
+        optimizers={
+            "adam": lambda parameters, epsilon: paddle.optimizer.Adam(
+                parameters=parameters, epsilon=epsilon
+            ),
+            "sgd": lambda parameters, epsilon: paddle.optimizer.SGD(parameters=parameters),
+        },
+        set_rate=paddle.optimizer.Optimizer.set_lr,
+        from_state=from_state,
+    )
 
 
 def build(
@@ -73,10 +56,9 @@ def build(
     """A network with these weights; see :class:`coordconv.backends.protocols.Backend`."""
     if dtype in ("float16", "bfloat16") and paddle.device.get_device() == "cpu":
         raise NotImplementedError("paddle convolutions have no 16-bit types on a CPU")
-    module = Network(network).to(dtype=getattr(paddle, dtype))
-    module.import_weights(weights)
-    return module
+    return Network.build(network, weights, dtype)  # type: ignore[no-any-return]
 
 
-evaluate = _TAPE.evaluate
-trainer = _TAPE.trainer
+evaluate = Network.TAPE.evaluate
+trainer = Network.TAPE.trainer
+write_state = Network.TAPE.write_state

@@ -1,6 +1,6 @@
 """CoordConv for PyTorch."""
 
-from coordconv.backends.torch.files import from_state, read_state, write_state
+from coordconv.backends.torch.files import from_state, read_state
 from coordconv.backends.torch.layers import (
     AddCoords,
     CoordConv1d,
@@ -18,7 +18,7 @@ from coordconv.backends.torch.lazy import (
     LazyCoordConvTranspose2d,
     LazyCoordConvTranspose3d,
 )
-from coordconv.backends.torch.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.torch.networks import COMPILED, build, evaluate, trainer, write_state
 from coordconv.backends.torch.recording import recorded
 from coordconv.backends.torch.states import adapt_state_dict
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
-from io import BytesIO
 
 import torch
 from torch import Tensor
@@ -12,7 +10,6 @@ from torch import Tensor
 from coordconv.backends.torch.arrays import to_numpy
 from coordconv.grid import Array
 from coordconv.networks import Network
-from coordconv.weights.files import replace_file
 
 
 def read_state(path: str) -> dict[str, Array]:
@@ -20,9 +17,7 @@ def read_state(path: str) -> dict[str, Array]:
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # torch lets pass what a damaged file makes any of its parts raise
+        except Exception as error:  # torch lets pass what a damaged file makes its parts raise
             raise ValueError(
                 f"{path} is damaged, or holds other things than weights, which may be code: "
                 "torch.load(weights_only=True) refuses it"
@@ -54,14 +49,3 @@ def read_state(path: str) -> dict[str, Array]:
 def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The same arrays: the canonical names and layout are torch's own."""
     return dict(arrays)
-
-
-to_state = from_state
-
-
-def write_state(path: str, network: Network, weights: Mapping[str, Array]) -> None:
-    """Write the file of a state_dict; see :class:`coordconv.backends.protocols.Backend`."""
-    content = BytesIO()
-    state = to_state(network, weights)
-    torch.save(OrderedDict((n, torch.tensor(array)) for n, array in state.items()), content)
-    replace_file(path, content.getvalue())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,10 @@ from torch import Tensor, nn
 from coordconv import networks
 from coordconv.backends.torch import layers, options
 from coordconv.backends.torch.arrays import to_numpy
-from coordconv.backends.torch.files import from_state, to_state
-from coordconv.grid import Array
+from coordconv.backends.torch.files import from_state
 from coordconv.tape import NetworkModule, Tape
 
 COMPILED = False
-
-
-def _tensor(array: Array, like: Tensor | None) -> Tensor:
-    tensor = torch.tensor(array)
-    if like is None:
-        return tensor
-    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
 
 def _is_array(part: Any) -> bool:
@@ -38,11 +30,9 @@ def _is_array(part: Any) -> bool:
     )
 
 
-def _gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], output_gradients: Sequence[Tensor]
-) -> Sequence[Tensor]:
+def _grad(*args: Any, **options: Any) -> Sequence[Tensor | None]:
     try:
-        return torch.autograd.grad(outputs, inputs, output_gradients, materialize_grads=True)
+        return torch.autograd.grad(*args, **options)
     except AssertionError as error:  # the compiled code's, of strides that it did not expect
         if "replication_pad" in str(error):
             raise NotImplementedError(
@@ -74,40 +64,28 @@ def _conv(layer: networks.Conv) -> nn.Module:
     return kind(layer.in_channels, layer.out_channels, bias=layer.bias, **arguments)
 
 
-_TAPE = Tape(
-    nn=nn,
-    conv=_conv,
-    tensor=_tensor,
-    numpy=to_numpy,
-    is_array=_is_array,
-    gradients=_gradients,
-    grad_enabled=torch.set_grad_enabled,
-    compiled=_compiled,
-    modules=_modules,
-    optimizers={
-        "adam": lambda parameters, epsilon: torch.optim.Adam(parameters, eps=epsilon),
-        "sgd": lambda parameters, epsilon: torch.optim.SGD(parameters),
-    },
-    set_rate=_set_rate,
-    from_state=from_state,
-    to_state=to_state,
-)
-
-
 class Network(NetworkModule, nn.Sequential):
     """A :class:`coordconv.networks.Network` as a module; input ``(N, C, *S)``."""
 
-    TAPE = _TAPE
+    TAPE = Tape(
+        framework=torch,
+        conv=_conv,
+        tensor=torch.tensor,
+        numpy=to_numpy,
+        is_array=_is_array,
+        grad=_grad,
+        compiled=_compiled,
+        modules=_modules,
+        optimizers={
+            "adam": lambda parameters, epsilon: torch.optim.Adam(parameters, eps=epsilon),
+            "sgd": lambda parameters, epsilon: torch.optim.SGD(parameters),
+        },
+        set_rate=_set_rate,
+        from_state=from_state,
+    )
 
 
-def build(
-    network: networks.Network, weights: Mapping[str, Array], dtype: str = "float32"
-) -> Network:
-    """A network with these weights; see :class:`coordconv.backends.protocols.Backend`."""
-    module = Network(network).to(getattr(torch, dtype))
-    module.import_weights(weights)
-    return module
-
-
-evaluate = _TAPE.evaluate
-trainer = _TAPE.trainer
+build = Network.build
+evaluate = Network.TAPE.evaluate
+trainer = Network.TAPE.trainer
+write_state = Network.TAPE.write_state
