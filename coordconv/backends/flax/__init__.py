@@ -1,9 +1,10 @@
 """CoordConv for Flax NNX."""
 
-from coordconv.backends.flax.files import from_state, read_state, write_state
 from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose
-from coordconv.backends.flax.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.flax.networks import build
 from coordconv.backends.flax.recording import recorded
+from coordconv.backends.jax.files import from_state, read_state, write_state
+from coordconv.backends.jax.networks import COMPILED, evaluate, trainer
 
 __all__ = [
     "COMPILED",

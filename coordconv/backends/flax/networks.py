@@ -14,19 +14,19 @@ from coordconv.backends.jax import networks as common
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights
 
-COMPILED = common.COMPILED
-
 
 class Network(nnx.Module):
     """A :class:`coordconv.networks.Network` as a module; inputs ``(N, *S, C)``."""
 
-    def __init__(self, network: networks.Network, dtype: str = "float32") -> None:
+    def __init__(self, network: networks.Network, dtype: str) -> None:
         self.network = network
         self.dtype = dtype
-        rngs = nnx.Rngs(0)  # for nothing: import_weights brings the weights
+        # For nothing: import_weights brings the weights.
+        drawn: Any = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
         for layer in network.layers:
             if layer.weight_shapes():
-                setattr(self, layer.name, _layer(layer, rngs, dtype))
+                kind, channels, arguments = common.described(layer, nnx, layers, dtype)
+                setattr(self, layer.name, kind(*channels, **arguments, **drawn))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return common.run(self.network, inputs, lambda layer: getattr(self, layer.name))
@@ -42,23 +42,8 @@ class Network(nnx.Module):
         return common.exported(self.network, nnx.to_pure_dict(nnx.state(self, nnx.Param)))
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
-        """Take canonical weights.
-
-        Raises:
-            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
-                coordinates; all are listed and nothing is changed.
-        """
+        """Take canonical weights; ValueError lists all that is wrong, and nothing is changed."""
         nnx.update(self, common.imported(self.network, mapping, self.dtype))
-
-
-def _layer(layer: networks.Layer, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
-    further: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-    further["kernel_init"] = nnx.initializers.zeros
-    if isinstance(layer, networks.Linear):
-        return nnx.Linear(layer.in_features, layer.out_features, **further)
-    assert isinstance(layer, networks.Conv)  # no other has weights
-    kind, arguments = common.convolution(layer, nnx, layers)
-    return kind(layer.in_channels, layer.out_channels, **arguments, **further)
 
 
 def build(
@@ -69,7 +54,3 @@ def build(
         module = Network(network, dtype)
         module.import_weights(weights)
         return module
-
-
-evaluate = common.evaluate
-trainer = common.trainer

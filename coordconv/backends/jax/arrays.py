@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax import numpy as jnp
 
 from coordconv.grid import Array
 
@@ -46,6 +48,18 @@ def to_torch(param: Any, *, reverse: bool = False) -> Array:
     elif array.ndim > 1:
         array = np.moveaxis(array, (-2, -1), (1, 0))
     return np.array(array, order="C")
+
+
+def channels_last(x: Array, dtype: Any = None) -> jax.Array:
+    """JAX's array of NumPy's, whose channels are on axis 1 where there are three and more."""
+    # In NumPy: outside of a jitted function jnp would compile the transposition for each shape.
+    return jnp.asarray(np.moveaxis(x, 1, -1) if x.ndim > 2 else x, dtype)
+
+
+def channels_first(x: jax.Array) -> Array:
+    """The inverse of :func:`channels_last`, a copy."""
+    array = to_numpy(x)
+    return np.array(np.moveaxis(array, -1, 1) if array.ndim > 2 else array, order="C")
 
 
 def layer_params(arrays: Mapping[str, Array], *, reverse: bool) -> dict[str, Array]:

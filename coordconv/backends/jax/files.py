@@ -6,15 +6,15 @@ import errno
 import glob
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from coordconv.backends.jax.arrays import NAMES, layer_arrays, layer_params, to_numpy, to_torch
+from coordconv.backends.jax.arrays import NAMES, to_flax, to_numpy, to_torch
 from coordconv.grid import Array
-from coordconv.networks import Conv, Layer, Network
+from coordconv.networks import Conv, Network
 
 
 def read_state(path: str) -> dict[str, Array]:
@@ -65,15 +65,12 @@ def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array
     What else a train state has besides ``params`` is left out.
     """
     variables = {n.removeprefix("params."): a for n, a in arrays.items() if n.startswith("params.")}
-    layers = {layer.name: layer for layer in network.layers if layer.weight_shapes()}
-    canonical = {own: name for name, own in NAMES.items()}
+    known = {f"{layer}.{own}": rest for layer, own, *rest in _params(network)}
     found = {}
     for name, array in (variables or arrays).items():
-        # An NNX state's own leaves end in ".value".
-        layer, _, param = name.removesuffix(".value").rpartition(".")
-        if layer in layers and param in canonical:
-            reverse = _is_reversed(layers[layer])
-            found[f"{layer}.{canonical[param]}"] = to_torch(array, reverse=reverse)
+        canonical, reverse = known.get(name.removesuffix(".value"), (None, False))
+        if canonical:  # an NNX state's own leaves end in ".value"
+            found[canonical] = to_torch(array, reverse=reverse)
         else:
             found[name] = array
     return found
@@ -81,30 +78,40 @@ def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array
 
 def to_params(network: Network, arrays: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     """Parameters by layer and by Flax's names, from canonical arrays."""
-    params = {}
-    for layer in network.layers:
-        if shapes := layer.weight_shapes():
-            of_layer = {name: arrays[f"{layer.name}.{name}"] for name in shapes}
-            params[layer.name] = layer_params(of_layer, reverse=_is_reversed(layer))
+    params: dict[str, dict[str, Array]] = {}
+    for layer, own, canonical, reverse in _params(network):
+        params.setdefault(layer, {})[own] = to_flax(arrays[canonical], reverse=reverse)
     return params
 
 
 def from_params(network: Network, params: Mapping[str, Any]) -> dict[str, Array]:
     """The inverse of :func:`to_params`."""
     return {
-        f"{layer.name}.{name}": array
-        for layer in network.layers
-        if layer.name in params
-        for name, array in layer_arrays(params[layer.name], reverse=_is_reversed(layer)).items()
+        canonical: to_torch(params[layer][own], reverse=reverse)
+        for layer, own, canonical, reverse in _params(network)
     }
 
 
-def write_tree(path: str, tree: Mapping[str, Any]) -> None:
-    """Write an Orbax checkpoint, whole or not at all.
+def _params(network: Network) -> Iterator[tuple[str, str, str, bool]]:
+    """Of each parameter the layer, Flax's name, the canonical name, and whether it is reversed."""
+    for layer in network.layers:
+        reverse = isinstance(layer, Conv) and layer.geometry.transposed
+        for name in layer.weight_shapes():
+            yield layer.name, NAMES[name], f"{layer.name}.{name}", reverse
 
-    Raises:
-        OSError: there is something of that name already, or it cannot be written.
-    """
+
+def write_state(path: str, network: Network, weights: Mapping[str, Array]) -> None:
+    """Write a checkpoint of the pure dict of an NNX state; see ``Backend``, as above."""
+    _write(path, to_params(network, weights))
+
+
+def write_variables(path: str, network: Network, weights: Mapping[str, Array]) -> None:
+    """Write a checkpoint of Linen's variables ``{"params": ...}``; see ``Backend``, as above."""
+    _write(path, {"params": to_params(network, weights)})
+
+
+def _write(path: str, tree: Mapping[str, Any]) -> None:
+    """Write an Orbax checkpoint, whole or not at all."""
     import orbax.checkpoint as ocp
 
     path = os.path.abspath(path)
@@ -120,8 +127,3 @@ def write_tree(path: str, tree: Mapping[str, Any]) -> None:
         number = getattr(error, "errno", None) or errno.EIO
         reason = getattr(error, "strerror", None) or error
         raise OSError(number, f"cannot write weights: {reason}", path) from error
-
-
-def _is_reversed(layer: Layer) -> bool:
-    """Whether Flax keeps the taps of a layer in the reverse of the canonical order."""
-    return isinstance(layer, Conv) and layer.geometry.transposed

@@ -1,4 +1,4 @@
-"""Evaluation and training of the networks of NNX and of Linen, as functions of their parameters.
+"""Networks of NNX and of Linen: what they are made of, their evaluation and training.
 
 A network of either has ``network``, its description, ``dtype``, and ``run(params, x)``, the output
 for ``x (N, *S, C)`` where ``params`` has the arrays by layer and by Flax's names.
@@ -12,27 +12,42 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax import numpy as jnp
 
 from coordconv import networks
 from coordconv.backends.jax import options
-from coordconv.backends.jax.arrays import to_numpy
+from coordconv.backends.jax.arrays import channels_first, channels_last
 from coordconv.backends.jax.files import from_params, to_params
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
 
+if hasattr(jax, "enable_x64"):
+    enable_x64 = jax.enable_x64
+else:  # JAX before 0.8
+    from jax.experimental import enable_x64
+
 COMPILED = True
 
 
-def imported(network: networks.Network, mapping: Mapping[str, Array], dtype: str) -> dict[str, Any]:
-    """The parameters of a network for canonical weights.
+def described(layer: Any, flax: Any, ours: Any, dtype: str) -> tuple[Any, tuple[int, int], Any]:
+    """The class of a layer with weights, its channels in and out, and its further arguments.
 
-    Raises:
-        ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
-            coordinates; all are listed.
+    ``flax`` is ``flax.nnx`` or ``flax.linen``, and ``ours`` has that one's CoordConv.
     """
+    arguments = {"dtype": dtype, "param_dtype": dtype}
+    if isinstance(layer, networks.Linear):
+        kind = flax.Linear if hasattr(flax, "Linear") else flax.Dense
+        return kind, (layer.in_features, layer.out_features), arguments
+    name = "ConvTranspose" if layer.geometry.transposed else "Conv"
+    arguments |= options.arguments(layer.geometry) | {"use_bias": layer.bias}
+    if layer.coords:
+        flax, name, arguments["coords"] = ours, f"Coord{name}", layer.coords
+    return getattr(flax, name), (layer.in_channels, layer.out_channels), arguments
+
+
+def imported(network: networks.Network, mapping: Mapping[str, Array], dtype: str) -> dict[str, Any]:
+    """The parameters of a network for canonical weights, or one error with all problems."""
     arrays = checked(mapping, network.weight_shapes(), layouts(network))
     return jax.tree.map(lambda array: jnp.array(array, dtype), to_params(network, arrays))
 
@@ -40,15 +55,6 @@ def imported(network: networks.Network, mapping: Mapping[str, Array], dtype: str
 def exported(network: networks.Network, params: Mapping[str, Any]) -> Weights:
     """The canonical weights in the parameters of a network, under dotted names."""
     return Weights.of(network, from_params(network, params))
-
-
-def convolution(layer: networks.Conv, plain: Any, ours: Any) -> tuple[Any, dict[str, Any]]:
-    """The class of a described convolution, from Flax's module or from ours, and its arguments."""
-    name = "ConvTranspose" if layer.geometry.transposed else "Conv"
-    arguments = options.arguments(layer.geometry) | {"use_bias": layer.bias}
-    if layer.coords is None:
-        return getattr(plain, name), arguments
-    return getattr(ours, f"Coord{name}"), arguments | {"coords": layer.coords}
 
 
 def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> jax.Array:
@@ -66,7 +72,7 @@ def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> 
 
 def precision(dtype: str) -> AbstractContextManager[Any]:
     """Within it, JAX has the type ``dtype``: without leave it takes float64 for float32."""
-    return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+    return enable_x64(True) if dtype == "float64" else nullcontext()
 
 
 def evaluate(
@@ -78,32 +84,27 @@ def evaluate(
     compiled: bool = COMPILED,
 ) -> tuple[Array, dict[str, Array]]:
     """Output and gradients; see :class:`coordconv.backends.protocols.Backend`."""
-    forward, backward = (_compiled if compiled else _functions)(module)
+    forward, backward = _functions(module, compiled)
     # Comparisons are of float32: accelerators take shorter products unless told otherwise.
     with precision(module.dtype), jax.default_matmul_precision("highest"):
         params = imported(module.network, weights, module.dtype)
-        given = _channels_last(x, module.dtype)
+        given = channels_last(x, module.dtype)
         if dy is None:
-            return _channels_first(forward(params, given)), {}
-        y, (of_params, of_x) = backward(params, given, _channels_last(dy, module.dtype))
+            return channels_first(forward(params, given)), {}
+        y, (of_params, of_x) = backward(params, given, channels_last(dy, module.dtype))
         gradients = from_params(module.network, of_params)
-        return _channels_first(y), {"x": _channels_first(of_x), **gradients}
+        return channels_first(y), {"x": channels_first(of_x), **gradients}
 
 
-def _functions(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+@lru_cache(maxsize=8)  # so that few networks, and what was compiled of them, outlive their use
+def _functions(module: Any, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The output for parameters and an input, and with a gradient of the output all gradients."""
 
     def backward(params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, Any]:
         y, pull_back = jax.vjp(module.run, params, x)
         return y, pull_back(dy)
 
-    return module.run, backward
-
-
-@lru_cache(maxsize=8)  # so that few networks, and what was compiled of them, outlive their use
-def _compiled(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    forward, backward = _functions(module)
-    return jax.jit(forward), jax.jit(backward)
+    return (jax.jit(module.run), jax.jit(backward)) if compiled else (module.run, backward)
 
 
 def trainer(
@@ -131,18 +132,9 @@ def trainer(
 
     def step(x: Array, target: Array, learning_rate: float) -> float:
         nonlocal params, state
-        batch = _channels_last(x, "float32"), jnp.asarray(target)
+        batch = channels_last(x, "float32"), jnp.asarray(target)
         with jax.default_matmul_precision("highest"):
             value, params, state = update(params, state, jnp.float32(learning_rate), *batch)
         return float(value)
 
     return step, lambda: exported(module.network, params)
-
-
-def _channels_last(x: Array, dtype: str) -> jax.Array:
-    # In NumPy: outside of a jitted function jnp would compile the transposition for each shape.
-    return jnp.asarray(np.moveaxis(x, 1, -1), dtype)
-
-
-def _channels_first(x: jax.Array) -> Array:
-    return np.array(np.moveaxis(to_numpy(x), -1, 1), order="C")

@@ -1,8 +1,10 @@
 """CoordConv for Flax Linen."""
 
-from coordconv.backends.linen.files import from_state, read_state, write_state
+from coordconv.backends.jax.files import from_state, read_state
+from coordconv.backends.jax.files import write_variables as write_state
+from coordconv.backends.jax.networks import COMPILED, evaluate, trainer
 from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose
-from coordconv.backends.linen.networks import COMPILED, build, evaluate, trainer
+from coordconv.backends.linen.networks import build
 from coordconv.backends.linen.recording import recorded
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,23 +14,26 @@ from coordconv.backends.linen import layers
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights
 
-COMPILED = common.COMPILED
-
 
 class Network(nn.Module):
     """A :class:`coordconv.networks.Network` as a module; inputs ``(N, *S, C)``."""
 
     network: networks.Network
-    dtype: str = "float32"
+    dtype: str
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return common.run(self.network, inputs, partial(_layer, dtype=self.dtype))
+        return common.run(self.network, inputs, self._layer)
+
+    @nn.nowrap
+    def _layer(self, layer: Any) -> nn.Module:
+        kind, (_, out), arguments = common.described(layer, nn, layers, self.dtype)
+        return kind(out, **arguments, name=layer.name)
 
     @nn.nowrap
     def run(self, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
         """The output with ``params``, arrays by layer and name."""
-        output: jax.Array = self.apply({"params": params}, inputs)  # type: ignore[assignment]
+        output: Any = self.apply({"params": params}, inputs)
         return output
 
     @nn.nowrap
@@ -41,22 +43,8 @@ class Network(nn.Module):
 
     @nn.nowrap
     def import_weights(self, mapping: Mapping[str, Array]) -> dict[str, Any]:
-        """The variables ``{"params": ...}`` for canonical weights.
-
-        Raises:
-            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
-                coordinates; all are listed.
-        """
+        """The variables for canonical weights; ValueError lists all that is wrong with these."""
         return {"params": common.imported(self.network, mapping, self.dtype)}
-
-
-def _layer(layer: networks.Layer, dtype: str, **further: Any) -> nn.Module:
-    further |= {"name": layer.name, "dtype": dtype, "param_dtype": dtype}
-    if isinstance(layer, networks.Linear):
-        return nn.Dense(layer.out_features, **further)
-    assert isinstance(layer, networks.Conv)  # no other has weights
-    kind, arguments = common.convolution(layer, nn, layers)
-    return kind(layer.out_channels, **arguments, **further)
 
 
 def build(
@@ -70,10 +58,6 @@ def build(
     with common.precision(dtype):
         module.import_weights(weights)
     for layer in network.layers:
-        if layer.weight_shapes():
-            _layer(layer, dtype, parent=None)  # options that Flax lacks are told of now
+        if layer.weight_shapes():  # options that Flax lacks are told of now
+            common.described(layer, nn, layers, dtype)
     return module
-
-
-evaluate = common.evaluate
-trainer = common.trainer
