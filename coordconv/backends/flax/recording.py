@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 from flax import nnx
 
 from coordconv.backends.jax import recording as common
-from coordconv.recording import Names, OutputGradient, Recorded, See
+from coordconv.recording import Names, OutputGradient, Recorded
+
+_PATCHING = threading.RLock()
 
 
 def recorded(
@@ -24,8 +26,8 @@ def recorded(
 ) -> Recorded:
     """The module as a function on NumPy arrays that returns what each module in it returned.
 
-    It makes models for :func:`coordconv.parity.compare`. The names, their order and the gradients
-    are those of :attr:`coordconv.backends.protocols.Backend.recorded`. What runs inside a scan, a
+    It makes models for :func:`coordconv.parity.compare`; names, order, gradients and errors are
+    those of :attr:`coordconv.backends.protocols.Backend.recorded`. What runs inside a scan, a
     ``jit`` or another transformation of the model's own is not recorded. A copy of the module is
     run, so that it keeps its state.
 
@@ -33,63 +35,52 @@ def recorded(
         module: any module.
         names: other names for the modules inside it, by their paths, with dots.
         output_gradient: the output's gradient, to have gradients recorded, too.
-        channels_last: whether the module's channels are on the last axis where those of the
-            inputs, and of all models that it is compared with, are on axis 1; arrays of three and
-            more axes are then turned round on the way in and out.
+        channels_last: whether the module's channels are last, where those of the inputs are on axis
+            1: arrays of three and more axes are then turned round on the way in and out.
         kwargs: what ``module`` is called with beside the inputs.
 
     Raises:
         TypeError: when run: the module returned no array.
-        ValueError: when run: ``names`` has a module that was not called, or ``output_gradient``
-            does not fit the output.
+        ValueError: when run: a module in ``names`` that was not called, or an ``output_gradient``
+            that does not fit.
 
     Example:
         >>> import numpy as np
         >>> from coordconv.backends.flax import CoordConv
         >>> net = nnx.Sequential(CoordConv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
         >>> run = recorded(net, names={"layers.0": "conv"}, channels_last=True)
-        >>> x = np.ones((1, 3, 5, 5), np.float32)
-        >>> {name: array.shape for name, array in run(x).items()}
+        >>> {name: array.shape for name, array in run(np.ones((1, 3, 5, 5), "f4")).items()}
         {'conv': (1, 8, 5, 5), 'model output': (1, 8, 5, 5)}
     """
 
-    def call(see: See, *inputs: Any) -> Any:
+    def run(watch: common.Watch, *inputs: Any) -> Any:
         copied = nnx.clone(module)
-        paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(copied)}
-        running = {id(copied)}  # its own output is recorded as the model's
-
-        def seen(call: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(call)
-            def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if id(self) not in paths:  # another model's module, of the same class
-                    return call(self, *args, **kwargs)
-                name = paths[id(self)]
-                return common.see_once(
-                    running, self, name, see, lambda: call(self, *args, **kwargs)
-                )
-
-            return wrapper
-
-        kinds = {type(m) for _, m in nnx.iter_modules(copied) if callable(m)}
+        found = [(path, m) for path, m in nnx.iter_graph(copied) if isinstance(m, nnx.Module)]
+        # But for its own, whose output is the model's.
+        paths = {id(m): ".".join(map(str, path)) for path, m in found if path}
         with _PATCHING, ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(_patched(kind, seen(kind.__call__)))
+            for kind in {type(m) for _, m in found if callable(m)}:
+                stack.enter_context(_watched(kind, paths, watch))
             return copied(*inputs, **kwargs)
 
-    return common.recorded(call, names, output_gradient, channels_last)
-
-
-_PATCHING = threading.RLock()
+    return common.recorded(run, names, output_gradient, channels_last)
 
 
 @contextmanager
-def _patched(kind: Any, call: Callable[..., Any]) -> Iterator[None]:
-    """Within it, modules of this class, and of those derived from it, are called by ``call``.
+def _watched(kind: Any, paths: Mapping[int, str], watch: common.Watch) -> Iterator[None]:
+    """Within it, ``watch`` calls the modules of a class, and of those derived from it.
 
     NNX has no hooks, and Python looks for ``__call__`` on the class alone.
     """
-    own = vars(kind).get("__call__")
-    kind.__call__ = call
+    own, call = vars(kind).get("__call__"), kind.__call__
+
+    @wraps(call)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) not in paths:  # another model's module, of the same class
+            return call(self, *args, **kwargs)
+        return watch(self, paths[id(self)], partial(call, self, *args, **kwargs))
+
+    kind.__call__ = watched
     try:
         yield
     finally:

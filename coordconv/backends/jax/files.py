@@ -65,11 +65,12 @@ def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array
     What else a train state has besides ``params`` is left out.
     """
     variables = {n.removeprefix("params."): a for n, a in arrays.items() if n.startswith("params.")}
-    known = {f"{layer}.{own}": rest for layer, own, *rest in _params(network)}
+    known = {f"{layer}.{own}": (name, reverse) for layer, own, name, reverse in _params(network)}
     found = {}
     for name, array in (variables or arrays).items():
-        canonical, reverse = known.get(name.removesuffix(".value"), (None, False))
-        if canonical:  # an NNX state's own leaves end in ".value"
+        param = name.removesuffix(".value")  # an NNX state's own leaves
+        if param in known:
+            canonical, reverse = known[param]
             found[canonical] = to_torch(array, reverse=reverse)
         else:
             found[name] = array

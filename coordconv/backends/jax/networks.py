@@ -22,11 +22,6 @@ from coordconv.backends.jax.files import from_params, to_params
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
 
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:  # JAX before 0.8
-    from jax.experimental import enable_x64
-
 COMPILED = True
 
 
@@ -72,7 +67,13 @@ def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> 
 
 def precision(dtype: str) -> AbstractContextManager[Any]:
     """Within it, JAX has the type ``dtype``: without leave it takes float64 for float32."""
-    return enable_x64(True) if dtype == "float64" else nullcontext()
+    if dtype != "float64":
+        return nullcontext()
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax import experimental  # JAX before 0.8
+
+    return experimental.enable_x64()
 
 
 def evaluate(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 
 # Public, but without a promise: nothing else tells inside which transformation JAX is.
 from jax.extend.core import get_opaque_trace_state
 
-from coordconv.backends.jax.arrays import to_numpy
+from coordconv.backends.jax import arrays
 from coordconv.grid import Array
 from coordconv.recording import (
     OUTPUT,
@@ -26,23 +25,23 @@ from coordconv.recording import (
     record,
 )
 
+# (module, its name, its call) -> what it returned, or what goes on instead
+Watch: TypeAlias = Callable[[Any, str, Callable[[], Any]], Any]
+
 
 def recorded(
-    call: Callable[..., Any], names: Names, output_gradient: OutputGradient, channels_last: bool
+    run: Callable[..., Any], names: Names, output_gradient: OutputGradient, channels_last: bool
 ) -> Recorded:
     """A model as a function on NumPy arrays; see ``recorded`` of NNX and of Linen.
 
-    Args:
-        call: ``call(see, *inputs)`` calls the model, lets ``see(name, output)`` go on in place of
-            what each module in it returned, and returns the model's output. It runs twice if
-            gradients are wanted.
-        names: other names for its modules.
-        output_gradient: the output's gradient, to have gradients recorded, too.
-        channels_last: whether to move channels from axis 1 to the last and back.
+    ``run(watch, *inputs)`` has ``watch`` call each module in the model, and returns the model's
+    output. It runs twice if gradients are wanted.
     """
-    to_jax, numpy = (_moved_last, _moved_first) if channels_last else (jnp.asarray, to_numpy)
+    to_jax, numpy = jnp.asarray, arrays.to_numpy
+    if channels_last:
+        to_jax, numpy = arrays.channels_last, arrays.channels_first
 
-    def run(*inputs: Array) -> Mapping[str, Array]:
+    def called(*inputs: Array) -> Mapping[str, Array]:
         given = dict(zip(input_names(len(inputs)), map(to_jax, inputs), strict=True))
 
         def gradients(
@@ -52,7 +51,7 @@ def recorded(
             reached = set(given)  # not what is traced only where gradients are taken
 
             def perturbed(points: dict[str, jax.Array]) -> dict[str, jax.Array]:
-                calls, ends = Calls(names), {}
+                calls, ends = Calls(names), dict[str, Any]()
 
                 def add(name: str, part: Any) -> Any:
                     if name not in points:
@@ -60,14 +59,10 @@ def recorded(
                     reached.add(name)
                     return part + points[name]
 
-                def end(name: str, part: Any) -> None:
-                    if name in outputs:
-                        ends[name] = part
-
-                see = _untraced(lambda name, output: mapped(add, calls.name(name), output))
-                output = call(see, *(points.get(name, x) for name, x in given.items()))
-                mapped(end, OUTPUT, output)
-                return ends
+                watch = _watching(lambda name, output: mapped(add, calls.name(name), output))
+                output = run(watch, *(points.get(name, x) for name, x in given.items()))
+                mapped(ends.setdefault, OUTPUT, output)
+                return {name: ends[name] for name in outputs}
 
             points = {n: x if n in given else jnp.zeros_like(x) for n, x in watched.items()}
             _, pull_back = jax.vjp(perturbed, points)
@@ -76,7 +71,7 @@ def recorded(
             return {name: numpy(found[name]) for name in watched if name in reached}
 
         return record(
-            lambda see: call(_untraced(see), *given.values()),
+            lambda see: run(_watching(see), *given.values()),
             [*given.values()],
             names,
             output_gradient,
@@ -87,44 +82,33 @@ def recorded(
             gradients=gradients,
         )
 
-    return run
+    return called
 
 
-def _untraced(see: See) -> See:
-    """``see``, but not inside a scan or a jitted function of the model's own.
+def _watching(see: See) -> Watch:
+    """A ``watch`` that has ``see`` look at what modules return.
 
-    There are no values there, and whether a call is traced once more depends on JAX's caches.
+    But not inside a module's own call, as from super(), nor inside a scan or a jitted function of
+    the model's own: there are no values there, and whether a call is traced once more depends on
+    JAX's caches.
     """
     state = get_opaque_trace_state(convention="flax")  # as Flax itself tells where it runs
+    running = set()
 
-    def seen(name: str, output: Any) -> Any:
+    def watch(module: Any, name: str, call: Callable[[], Any]) -> Any:
+        if id(module) in running:
+            return call()
+        running.add(id(module))
+        try:
+            output = call()
+        finally:
+            running.discard(id(module))
         here = get_opaque_trace_state(convention="flax") == state
         return see(name, output) if here else output
 
-    return seen
-
-
-def see_once(running: set[int], module: Any, name: str, see: See, call: Callable[[], Any]) -> Any:
-    """What ``module`` returns, as seen; but within its own call, as from super(), only returned."""
-    if id(module) in running:
-        return call()
-    running.add(id(module))
-    try:
-        output = call()
-    finally:
-        running.discard(id(module))
-    return see(name, output)
+    return watch
 
 
 def _is_array(part: Any) -> bool:
     """Whether these are numbers, which keys of random numbers are not."""
     return isinstance(part, jax.Array) and not jnp.issubdtype(part.dtype, jax.dtypes.extended)
-
-
-def _moved_last(x: Array) -> jax.Array:
-    return jnp.asarray(np.moveaxis(x, 1, -1) if x.ndim > 2 else x)
-
-
-def _moved_first(x: Any) -> Array:
-    array = to_numpy(x)
-    return np.array(np.moveaxis(array, -1, 1), order="C") if array.ndim > 2 else array

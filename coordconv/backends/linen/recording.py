@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from flax import linen as nn
 
 from coordconv.backends.jax import recording as common
-from coordconv.recording import Names, OutputGradient, Recorded, See
+from coordconv.recording import Names, OutputGradient, Recorded
 
 
 def recorded(
@@ -22,8 +23,8 @@ def recorded(
 ) -> Recorded:
     """The module as a function on NumPy arrays that returns what each module in it returned.
 
-    It makes models for :func:`coordconv.parity.compare`. The names, their order and the gradients
-    are those of :attr:`coordconv.backends.protocols.Backend.recorded`. What runs inside a scan, a
+    It makes models for :func:`coordconv.parity.compare`; names, order, gradients and errors are
+    those of :attr:`coordconv.backends.protocols.Backend.recorded`. What runs inside a scan, a
     ``jit`` or another transformation of the model's own is not recorded. Every collection but the
     parameters may change in the course of a call; ``variables`` do not.
 
@@ -32,42 +33,36 @@ def recorded(
         variables: its variables, as ``init`` returns them.
         names: other names for the modules inside it, by their paths, with dots.
         output_gradient: the output's gradient, to have gradients recorded, too.
-        channels_last: whether the module's channels are on the last axis where those of the
-            inputs, and of all models that it is compared with, are on axis 1; arrays of three and
-            more axes are then turned round on the way in and out.
+        channels_last: whether the module's channels are last, where those of the inputs are on axis
+            1: arrays of three and more axes are then turned round on the way in and out.
         kwargs: what ``module.apply`` is called with beside the inputs.
 
     Raises:
         TypeError: when run: the module returned no array.
-        ValueError: when run: ``names`` has a module that was not called, or ``output_gradient``
-            does not fit the output.
+        ValueError: when run: a module in ``names`` that was not called, or an ``output_gradient``
+            that does not fit.
 
     Example:
         >>> import jax
         >>> import numpy as np
         >>> from coordconv.backends.linen import CoordConv
         >>> net = nn.Sequential([CoordConv(8, (3, 3)), nn.relu])
-        >>> x = np.ones((1, 3, 5, 5), np.float32)
-        >>> variables = net.init(jax.random.key(0), np.moveaxis(x, 1, -1))
+        >>> variables = net.init(jax.random.key(0), np.ones((1, 5, 5, 3)))
         >>> run = recorded(net, variables, names={"layers_0": "conv"}, channels_last=True)
-        >>> {name: array.shape for name, array in run(x).items()}
+        >>> {name: array.shape for name, array in run(np.ones((1, 3, 5, 5), "f4")).items()}
         {'conv': (1, 8, 5, 5), 'model output': (1, 8, 5, 5)}
     """
     mutable = [collection for collection in variables if collection != "params"]
 
-    def call(see: See, *inputs: Any) -> Any:
-        running: set[int] = set()
-
+    def run(watch: common.Watch, *inputs: Any) -> Any:
         def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
-            path = context.module.path
+            called, path = partial(call, *args, **options), context.module.path
             if context.method_name != "__call__" or not path:  # the model's own output, or a part
-                return call(*args, **options)
-            return common.see_once(
-                running, context.module, ".".join(path), see, lambda: call(*args, **options)
-            )
+                return called()
+            return watch(context.module, ".".join(path), called)
 
         with nn.intercept_methods(intercept):
             output, _ = module.apply(variables, *inputs, mutable=mutable, **kwargs)
         return output
 
-    return common.recorded(call, names, output_gradient, channels_last)
+    return common.recorded(run, names, output_gradient, channels_last)
