@@ -55,8 +55,10 @@ class CoordLayer:
     CHANNELS_ATTRIBUTE: ClassVar[str] = "in_channels"
     GROUPS: ClassVar[str] = "groups"
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, rank: int | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if rank is not None:
+            cls.rank = rank
         # What editors show, and what tools such as torch.nn.utils.skip_init look into.
         owner, *bases = (each for each in cls.__mro__ if "__init__" in vars(each))
         signature = inspect.signature(owner.__init__)  # type: ignore[misc]  # the class's own

@@ -16,17 +16,12 @@ from paddle import nn
 # What set_global_initializer has set; there is no public way to ask.
 from paddle.base.initializer import _global_weight_initializer
 
-from coordconv.backends.paddle.arrays import concatenate, zeros
+from coordconv.backends.paddle.arrays import zeros
 from coordconv.weights.kernels import KernelLayout
 
 
 class CoordinatesAtZero(nn.initializer.Initializer):  # type: ignore[name-defined,misc]
-    """Draws the features' part as another initializer draws a plain convolution's kernel.
-
-    Args:
-        drawn: the initializer of the features' part, or None for Paddle's own choice.
-        layout: of the kernel.
-    """
+    """Draws the features' part of a kernel as ``drawn`` does, or by None as Paddle would."""
 
     def __init__(self, drawn: Any, layout: KernelLayout) -> None:
         super().__init__()
@@ -35,31 +30,27 @@ class CoordinatesAtZero(nn.initializer.Initializer):  # type: ignore[name-define
     def forward(self, var: Any, block: Any = None) -> Any:
         """Initialize a parameter; in a static graph return its value, as Paddle's own do."""
         layout, shape = self.layout, list(var.shape)
-        shape[layout.axis] = layout.channels if layout.transposed else layout.features
-        drawn = self.drawn or _default(layout, math.prod(shape[2:]))
+        shape[layout.axis] = layout.plain_width
+        drawn = self.drawn
+        if drawn is None and layout.transposed:  # as Paddle's layers
+            drawn = nn.initializer.XavierUniform()
+        elif drawn is None:
+            deviation = (2.0 / (math.prod(shape[2:]) * layout.channels)) ** 0.5
+            drawn = nn.initializer.Normal(0.0, deviation)
         if not paddle.in_dynamic_mode():
             plain = drawn(type(var)(shape, var.dtype), block)
-            return layout.fitted(plain, concatenate, zeros)
+            return layout.fitted(plain, paddle.concat, zeros)
         with paddle.no_grad():
             plain = paddle.empty(shape, var.dtype)
             drawn(plain, block)
-            paddle.assign(layout.fitted(plain, concatenate, zeros), var)
+            paddle.assign(layout.fitted(plain, paddle.concat, zeros), var)
         return None
-
-
-def _default(layout: KernelLayout, taps: int) -> Any:
-    """What Paddle draws a plain convolution's kernel with."""
-    if layout.transposed:
-        return nn.initializer.XavierUniform()
-    return nn.initializer.Normal(0.0, (2.0 / (taps * layout.channels)) ** 0.5)
 
 
 def coordinates_at_zero(attr: Any, layout: KernelLayout) -> Any:
     """A ``weight_attr`` that draws the features' part as a plain convolution would with ``attr``.
 
-    Args:
-        attr: what Paddle takes: None, a name, an initializer, a ParamAttr and so on.
-        layout: of the kernel.
+    That is what Paddle takes: None, a name, an initializer, a ParamAttr and so on.
     """
     attr = copy.copy(paddle.ParamAttr._to_attr(attr))  # what create_parameter does; nothing public
     drawn = attr.initializer or _global_weight_initializer()

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.utils.decorator_utils import param_one_alias
 
 from coordconv.backends.paddle import adding, options
-from coordconv.backends.paddle.arrays import concatenate, to_numpy, zeros
+from coordconv.backends.paddle.arrays import to_numpy, zeros
 from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
@@ -56,8 +57,7 @@ class _CoordLayer(CoordLayer):
         if self.coord_init == "zeros":
             sizes = arguments["in_channels"], arguments["groups"]
             layout = KernelLayout(self.coords, *sizes, self.transposed)
-            attr = coordinates_at_zero(arguments["weight_attr"], layout)
-            arguments["weight_attr"] = attr
+            arguments["weight_attr"] = coordinates_at_zero(arguments["weight_attr"], layout)
 
     @property
     def layout(self) -> KernelLayout:
@@ -74,7 +74,7 @@ class _CoordLayer(CoordLayer):
         options.check(x, self.rank, self.channels_last, self._in_channels, len(self.coords))
         shape = adding.spatial_shape(x, self.channels_last)
         if all(isinstance(n, int) for n in shape):
-            options.check_output(options.geometry(self, shape, output_size), shape)
+            options.output_shape(options.geometry(self, shape, output_size), shape)
         if adding.choose(self, x) == APPEND:
             x = adding.append(self.coords, x, self.channels_last, self._groups)
             return adding.convolve(self, x, self.weight, self.bias, output_size)
@@ -133,13 +133,13 @@ def adapt_state_dict(
 
     Args:
         layer: the network, or one layer.
-        state_dict: tensors or arrays by structured name; it is left as it is.
+        state_dict: tensors, or arrays of NumPy, by structured name; it is left as it is.
         position: where the coordinates are among the input channels of each group. Where they come
             before the features, as in SparseInst, CondInst and CAM-Convs, no shape tells it.
 
     Returns:
-        The same, but for the kernels of CoordConvs: those over features and coordinates have the
-        coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
+        The same as tensors, but for the kernels of CoordConvs: those over features and coordinates
+        have the coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
         ``weight``.
 
     Raises:
@@ -151,7 +151,10 @@ def adapt_state_dict(
         >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
         {'0.weight': (8, 5, 1, 1), '0.bias': (8,)}
     """
-    state = dict(state_dict)
+    state = {
+        name: paddle.to_tensor(each) if isinstance(each, np.ndarray) else each
+        for name, each in state_dict.items()
+    }
     for name, each in layer.named_sublayers(include_self=True, remove_duplicate=False):
         if isinstance(each, _CoordLayer):
             fit_state(
@@ -160,46 +163,34 @@ def adapt_state_dict(
                 each.layout,
                 nested="conv" not in dict(each.named_children()),
                 position=position,
-                concatenate=concatenate,
+                concatenate=paddle.concat,
                 zeros=zeros,
             )
     return state
 
 
-class CoordConv1D(_CoordConv, nn.Conv1D):
+class CoordConv1D(_CoordConv, nn.Conv1D, rank=1):
     """``paddle.nn.Conv1D`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
 
-    rank = 1
 
-
-class CoordConv2D(_CoordConv, nn.Conv2D):
+class CoordConv2D(_CoordConv, nn.Conv2D, rank=2):
     """``paddle.nn.Conv2D`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
 
-    rank = 2
 
-
-class CoordConv3D(_CoordConv, nn.Conv3D):
+class CoordConv3D(_CoordConv, nn.Conv3D, rank=3):
     """``paddle.nn.Conv3D`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
 
-    rank = 3
 
-
-class CoordConv1DTranspose(_CoordConvTranspose, nn.Conv1DTranspose):
+class CoordConv1DTranspose(_CoordConvTranspose, nn.Conv1DTranspose, rank=1):
     """As :class:`CoordConv1D`, of ``paddle.nn.Conv1DTranspose``."""
 
-    rank = 1
 
-
-class CoordConv2DTranspose(_CoordConvTranspose, nn.Conv2DTranspose):
+class CoordConv2DTranspose(_CoordConvTranspose, nn.Conv2DTranspose, rank=2):
     """As :class:`CoordConv2D`, of ``paddle.nn.Conv2DTranspose``."""
 
-    rank = 2
 
-
-class CoordConv3DTranspose(_CoordConvTranspose, nn.Conv3DTranspose):
+class CoordConv3DTranspose(_CoordConvTranspose, nn.Conv3DTranspose, rank=3):
     """As :class:`CoordConv3D`, of ``paddle.nn.Conv3DTranspose``."""
-
-    rank = 3
 
 
 @paddle.jit.marker.force_dynamic  # as the convolutions are

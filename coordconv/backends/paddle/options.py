@@ -21,16 +21,12 @@ from coordconv.geometry import ConvGeometry, check_input
 
 DATA_FORMATS = ("NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
-_output_shape = lru_cache(maxsize=256)(ConvGeometry.output_shape)
+# ValueError where the output would be empty: Paddle returns a negative length, or crashes.
+output_shape = lru_cache(maxsize=256)(ConvGeometry.output_shape)
 
 
 def check_arguments(arguments: Mapping[str, Any], rank: int) -> None:
-    """Say what is wrong with a layer's arguments where Paddle does not, or not in full.
-
-    Raises:
-        ValueError: channels that ``groups`` does not divide; a ``data_format`` of another rank,
-            which Paddle may take and misread.
-    """
+    """Say what is wrong with a layer's arguments where Paddle does not, or not in full."""
     groups = arguments["groups"]
     if groups < 1:
         raise ValueError(f"groups must be positive, got {groups}")
@@ -43,11 +39,7 @@ def check_arguments(arguments: Mapping[str, Any], rank: int) -> None:
 
 
 def check_data_format(data_format: str, rank: int) -> None:
-    """Say what is wrong with a data format for inputs of ``rank`` spatial axes.
-
-    Raises:
-        ValueError: it is neither of the two of that rank.
-    """
+    """Refuse the data format of another rank, which Paddle may take and misread."""
     formats = [each for each in DATA_FORMATS if len(each) == rank + 2]
     if data_format not in formats:
         raise ValueError(f"data_format must be one of {formats}, got {data_format!r}")
@@ -56,22 +48,11 @@ def check_data_format(data_format: str, rank: int) -> None:
 def check(
     x: Tensor, rank: int, channels_last: bool, channels: int | None = None, coords: int = 0
 ) -> None:
-    """Say what is wrong with an input; an unknown length of a traced program is -1.
-
-    Raises:
-        TypeError: it is not floating-point.
-        ValueError: as :func:`coordconv.geometry.check_input`.
-    """
+    """Say what is wrong with an input; an unknown length of a traced program is -1."""
     if not paddle.is_floating_point(x):
         raise TypeError(f"input must be floating-point, got {x.dtype}")
-    check_input(
-        x.shape,
-        rank=rank,
-        channels=channels,
-        coords=coords,
-        channel_axis=-1 if channels_last else -1 - rank,
-        batched=1,
-    )
+    axis = -1 if channels_last else -1 - rank
+    check_input(x.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=1)
 
 
 def steps(layer: Any, output_size: Any = None) -> dict[str, Any]:
@@ -93,17 +74,12 @@ def geometry(
 ) -> ConvGeometry:
     """The geometry of a Paddle convolution, as its attributes are now.
 
-    Args:
-        layer: the convolution.
-        shape: the spatial shape of its input, on which padding depends if it is ``"SAME"``. None
-            stands for any multiple of the stride.
-        output_size: the size that the call wants of a transposed layer's output, or None.
-
-    Raises:
-        ValueError: padding depends on a length that a traced program does not know.
+    Padding of ``"SAME"`` depends on the spatial ``shape`` of the input: None stands for any
+    multiple of the stride, and ValueError says that a traced program has to know it. The
+    ``output_size`` is what the call wants of a transposed layer, or None.
     """
-    rank, kernel, stride = layer.rank, tuple(layer._kernel_size), tuple(layer._stride)
-    same, pads = _pads(_padding(layer), rank, layer._data_format.endswith("C"))
+    kernel, stride = tuple(layer._kernel_size), tuple(layer._stride)
+    same, pads = _pads(layer)
     if same and max(stride) > 1 and not all(isinstance(n, int) for n in shape or ()):
         raise ValueError(
             "input_spec must fix the spatial shape of a layer with stride, padding='SAME' and "
@@ -117,7 +93,6 @@ def geometry(
         if same:
             pads = _geometry(kernel, stride=stride, padding="same").pads(shape or stride)
         extra = 0 if output_size is not None else layer.output_padding
-        extra = (extra,) * rank if isinstance(extra, int) else extra
         extra = tuple(extra) if isinstance(extra, list) else extra
         options = {"transposed": True, "output_padding": extra}
     return _geometry(
@@ -130,21 +105,8 @@ def geometry(
     )
 
 
-def check_output(geometry: ConvGeometry, shape: tuple[int, ...]) -> None:
-    """Refuse an output that would be empty: of one Paddle returns a negative length, or crashes.
-
-    Raises:
-        ValueError: as :meth:`ConvGeometry.output_shape`.
-    """
-    _output_shape(geometry, shape)
-
-
 def arguments(geometry: ConvGeometry) -> dict[str, Any]:
-    """The arguments of a Paddle convolution with this geometry.
-
-    Raises:
-        NotImplementedError: Paddle's convolutions lack an option.
-    """
+    """The arguments of a Paddle convolution with this geometry, or NotImplementedError."""
     kernel, stride, dilation, output_padding, holes = geometry.per_axis
     pads: Any = geometry.padding
     same, mode = pads == "same", geometry.padding_mode
@@ -184,15 +146,16 @@ def _padding(layer: Any) -> Any:
     return "SAME" if layer._padding_algorithm == "SAME" else layer._updated_padding
 
 
-def _pads(padding: Any, rank: int, channels_last: bool) -> tuple[bool, Any]:
-    """Whether Paddle's padding is "SAME", and what ConvGeometry takes for it."""
+def _pads(layer: Any) -> tuple[bool, Any]:
+    """Whether a layer's padding is "SAME", and what ConvGeometry takes for it."""
+    padding = _padding(layer)
     if isinstance(padding, str):
         same = padding.upper() == "SAME"
         return same, "same" if same else 0
     if isinstance(padding, int):
         return False, padding
     if not isinstance(padding[0], int):  # a pair for every axis of the input
-        return False, tuple(map(tuple, padding[1:-1] if channels_last else padding[2:]))
-    if len(padding) == 2 * rank:
+        return False, tuple(map(tuple, padding[1:-1] if layer.channels_last else padding[2:]))
+    if len(padding) == 2 * layer.rank:
         return False, tuple(zip(padding[::2], padding[1::2], strict=True))
     return False, tuple(padding)

@@ -15,26 +15,11 @@ from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
 from coordconv.backends.torch.arrays import to_numpy, zeros
-from coordconv.backends.torch.states import KeepsCoordinates, features_of
+from coordconv.backends.torch.states import KeepsCoordinates
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import check_input
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
-from coordconv.weights.kernels import KernelLayout
-
-_PLAIN: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transposed
-    (1, False): nn.Conv1d,
-    (2, False): nn.Conv2d,
-    (3, False): nn.Conv3d,
-    (1, True): nn.ConvTranspose1d,
-    (2, True): nn.ConvTranspose2d,
-    (3, True): nn.ConvTranspose3d,
-}
-_CONVOLVE_TRANSPOSED: dict[int, Any] = {
-    1: nn.functional.conv_transpose1d,
-    2: nn.functional.conv_transpose2d,
-    3: nn.functional.conv_transpose3d,
-}
 
 
 def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -> None:
@@ -50,7 +35,7 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         )
 
 
-class TorchCoordLayer(KeepsCoordinates, CoordLayer):
+class _TorchCoordLayer(KeepsCoordinates, CoordLayer):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -69,19 +54,14 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
         torch.Size([8, 6, 3, 3])
     """
 
-    @property
-    def layout(self) -> KernelLayout:
-        """Where features and coordinates lie in ``weight``."""
-        return KernelLayout(self.coords, self.in_channels, self.groups, self.transposed)
-
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as ``coord_init`` says."""
         if self.coord_init == "fan_in" or is_lazy(self.weight) or not self.weight.numel():
             super().reset_parameters()
             return
-        channels = features_of(self, self.weight)
-        plain = _PLAIN[self.rank, self.transposed](
-            channels,
+        layout = self._layout_of(self.weight)
+        plain = getattr(nn, f"Conv{'Transpose' if self.transposed else ''}{self.rank}d")(
+            layout.channels,
             self.out_channels,
             self.kernel_size,
             groups=self.groups,
@@ -89,7 +69,6 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        layout = KernelLayout(self.coords, channels, self.groups, self.transposed)
         with torch.no_grad():
             self.weight.copy_(layout.fitted(plain.weight, torch.cat, zeros))
             if self.bias is not None:
@@ -125,7 +104,7 @@ class TorchCoordLayer(KeepsCoordinates, CoordLayer):
         return f"{super().extra_repr()}, coords={self.coords!r}"
 
 
-class _CoordConv(TorchCoordLayer):
+class _CoordConv(_TorchCoordLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of ``input`` and its coordinates."""
         check(input, self.rank, self.in_channels, len(self.coords))
@@ -139,55 +118,93 @@ class _CoordConv(TorchCoordLayer):
         return self._coord_conv(input, weight, bias, super()._conv_forward)
 
 
-class _CoordConvTranspose(TorchCoordLayer):
+class _CoordConvTranspose(_TorchCoordLayer):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution of ``input`` and its coordinates."""
         check(input, self.rank, self.in_channels, len(self.coords))
         extra = self.output_padding
         if output_size is not None:
             extra = options.output_padding(self, input.shape, output_size)
+        function = getattr(nn.functional, f"conv_transpose{self.rank}d")
 
         def convolve(x: Any, weight: Any, bias: Any) -> Any:
             steps = self.stride, self.padding, extra, self.groups, self.dilation
-            return _CONVOLVE_TRANSPOSED[self.rank](x, weight, bias, *steps)
+            return function(x, weight, bias, *steps)
 
         return self._coord_conv(input, self.weight, self.bias, convolve)
 
 
-class CoordConv1d(_CoordConv, nn.Conv1d):
+class CoordConv1d(_CoordConv, nn.Conv1d, rank=1):
     """``torch.nn.Conv1d`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
 
-    rank = 1
 
-
-class CoordConv2d(_CoordConv, nn.Conv2d):
+class CoordConv2d(_CoordConv, nn.Conv2d, rank=2):
     """``torch.nn.Conv2d`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
 
-    rank = 2
 
-
-class CoordConv3d(_CoordConv, nn.Conv3d):
+class CoordConv3d(_CoordConv, nn.Conv3d, rank=3):
     """``torch.nn.Conv3d`` that sees its coordinates; see :class:`coordconv.layers.CoordLayer`."""
 
-    rank = 3
 
-
-class CoordConvTranspose1d(_CoordConvTranspose, nn.ConvTranspose1d):
+class CoordConvTranspose1d(_CoordConvTranspose, nn.ConvTranspose1d, rank=1):
     """As :class:`CoordConv1d`, of ``torch.nn.ConvTranspose1d``."""
 
-    rank = 1
 
-
-class CoordConvTranspose2d(_CoordConvTranspose, nn.ConvTranspose2d):
+class CoordConvTranspose2d(_CoordConvTranspose, nn.ConvTranspose2d, rank=2):
     """As :class:`CoordConv2d`, of ``torch.nn.ConvTranspose2d``."""
 
-    rank = 2
 
-
-class CoordConvTranspose3d(_CoordConvTranspose, nn.ConvTranspose3d):
+class CoordConvTranspose3d(_CoordConvTranspose, nn.ConvTranspose3d, rank=3):
     """As :class:`CoordConv3d`, of ``torch.nn.ConvTranspose3d``."""
 
-    rank = 3
+
+class _LazyCoordLayer(_TorchCoordLayer):
+    """Before ``cls_to_become``, which it becomes as its first input says ``in_channels``."""
+
+    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Make the parameters for an input, as torch does, with the coordinates' channels."""
+        check(input, self.rank)
+        shape = list(input.shape)
+        shape[-1 - self.rank] += self.groups * len(self.coords)
+        super().initialize_parameters(input.new_empty(shape, device="meta"), *args, **kwargs)
+        # Here and not before: if a state was loaded, torch finds nothing left to initialise.
+        self.in_channels = self._layout_of(self.weight).channels
+
+
+class LazyCoordConv1d(_LazyCoordLayer, CoordConv1d, nn.LazyConv1d):
+    """:class:`CoordConv1d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConv1d
+
+
+class LazyCoordConv2d(_LazyCoordLayer, CoordConv2d, nn.LazyConv2d):
+    """:class:`CoordConv2d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConv2d
+
+
+class LazyCoordConv3d(_LazyCoordLayer, CoordConv3d, nn.LazyConv3d):
+    """:class:`CoordConv3d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConv3d
+
+
+class LazyCoordConvTranspose1d(_LazyCoordLayer, CoordConvTranspose1d, nn.LazyConvTranspose1d):
+    """:class:`CoordConvTranspose1d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConvTranspose1d
+
+
+class LazyCoordConvTranspose2d(_LazyCoordLayer, CoordConvTranspose2d, nn.LazyConvTranspose2d):
+    """:class:`CoordConvTranspose2d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConvTranspose2d
+
+
+class LazyCoordConvTranspose3d(_LazyCoordLayer, CoordConvTranspose3d, nn.LazyConvTranspose3d):
+    """:class:`CoordConvTranspose3d` whose first input says ``in_channels``."""
+
+    cls_to_become = CoordConvTranspose3d
 
 
 class AddCoords(nn.Module):

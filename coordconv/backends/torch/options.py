@@ -15,10 +15,13 @@ import torch
 
 from coordconv.geometry import ConvGeometry
 
+_geometry = lru_cache(maxsize=256)(ConvGeometry)
+
 
 def geometry(layer: Any) -> ConvGeometry:
     """The geometry of a torch convolution, as its attributes are now."""
-    found = (
+    make = ConvGeometry if torch.compiler.is_compiling() else _geometry  # compilers warn of caches
+    return make(
         layer.kernel_size,
         layer.stride,
         0 if layer.padding == "valid" else layer.padding,
@@ -26,47 +29,14 @@ def geometry(layer: Any) -> ConvGeometry:
         layer.groups,
         layer.transposed,
         layer.output_padding,
-        layer.padding_mode,
-    )
-    if torch.compiler.is_compiling():
-        return _geometry.__wrapped__(*found)  # a compiler warns of caches
-    return _geometry(*found)
-
-
-@lru_cache(maxsize=256)
-def _geometry(
-    kernel: tuple[int, ...],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    transposed: bool,
-    output_padding: Any,
-    padding_mode: str,
-) -> ConvGeometry:
-    return ConvGeometry(
-        kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        transposed=transposed,
-        output_padding=output_padding,
-        padding_mode=padding_mode,
+        padding_mode=layer.padding_mode,
     )
 
 
 def output_padding(layer: Any, shape: Sequence[int], output_size: Sequence[int]) -> tuple[int, ...]:
-    """The output padding of a transposed layer that gives an output of that size.
+    """The output padding of a transposed layer that gives an output of that size, or ValueError.
 
-    Args:
-        layer: the transposed convolution.
-        shape: the whole shape of its input.
-        output_size: the spatial shape of its output, or the whole shape, as torch takes it.
-
-    Raises:
-        ValueError: the size has another number of elements, or the layer's stride does not leave
-            it open.
+    The ``shape`` is the input's, the whole one; ``output_size`` may be so, too, or be spatial.
     """
     if len(output_size) not in (layer.rank, len(shape)):
         raise ValueError(
@@ -85,11 +55,7 @@ def output_padding(layer: Any, shape: Sequence[int], output_size: Sequence[int])
 
 
 def arguments(geometry: ConvGeometry) -> dict[str, Any]:
-    """The arguments of a torch convolution with this geometry.
-
-    Raises:
-        NotImplementedError: torch's convolutions lack an option.
-    """
+    """The arguments of a torch convolution with this geometry, or NotImplementedError."""
     kernel, stride, dilation, output_padding, holes = geometry.per_axis
     if max(holes) > 1:
         raise NotImplementedError("torch convolutions have no input_dilation")

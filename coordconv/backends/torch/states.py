@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch.arrays import zeros
@@ -21,11 +20,24 @@ _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coo
 class KeepsCoordinates:
     """Mixed into a layer, its state dict has the Coordinates in its metadata, and is fitted.
 
-    Torch documents the two methods below as those to override for a state of one's own.
+    Torch documents the two methods of private names as those to override for a state of one's own.
     """
 
     coords: Coordinates
-    layout: KernelLayout
+    in_channels: int
+    groups: int
+    transposed: bool
+
+    @property
+    def layout(self) -> KernelLayout:
+        """Where features and coordinates lie in ``weight``."""
+        return KernelLayout(self.coords, self.in_channels, self.groups, self.transposed)
+
+    def _layout_of(self, kernel: Tensor) -> KernelLayout:
+        """The layout by the kernel's shape, where ``in_channels`` is not what it will be."""
+        width = kernel.shape[0] if self.transposed else kernel.shape[1] * self.groups
+        channels = int(width - self.groups * len(self.coords))
+        return KernelLayout(self.coords, channels, self.groups, self.transposed)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -34,31 +46,18 @@ class KeepsCoordinates:
             metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],  # a copy of the caller's
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
+        *_, error_msgs = rest
         try:
+            # In place: the state is a copy of the caller's.
             if _COORDS in local_metadata:
                 self._reorder(state_dict, prefix, local_metadata[_COORDS])
             self._adapt(state_dict, prefix)
         except ValueError as error:
             error_msgs.append(str(error))
             return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _reorder(self, state: dict[str, Any], prefix: str, coords: Mapping[str, Any]) -> None:
         """Put the coordinates of a state of ours in this layer's order."""
@@ -67,9 +66,7 @@ class KeepsCoordinates:
         if not same_channels(found, self.coords) or (found != self.coords and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
         if found != self.coords:
-            # A lazy layer's own layout knows no channels yet.
-            layout = replace(self.layout, channels=features_of(self, state[name]))
-            state[name] = layout.reordered(state[name], found)
+            state[name] = self._layout_of(state[name]).reordered(state[name], found)
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
@@ -83,12 +80,6 @@ class KeepsCoordinates:
                 concatenate=torch.cat,
                 zeros=zeros,
             )
-
-
-def features_of(layer: Any, kernel: Any) -> int:
-    """The features that a kernel of a layer's is made for, of all groups."""
-    width = kernel.shape[0] if layer.transposed else kernel.shape[1] * layer.groups
-    return int(width - layer.groups * len(layer.coords))
 
 
 def adapt_state_dict(
