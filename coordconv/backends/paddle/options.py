@@ -93,6 +93,8 @@ def geometry(
         if same:
             pads = _geometry(kernel, stride=stride, padding="same").pads(shape or stride)
         extra = 0 if output_size is not None else layer.output_padding
+        if isinstance(extra, int):
+            extra = [extra] * layer.rank  # since for a cache 1.0, which is refused, is 1
         extra = tuple(extra) if isinstance(extra, list) else extra
         options = {"transposed": True, "output_padding": extra}
     return _geometry(
