@@ -61,16 +61,11 @@ class _CoordLayer(CoordLayer):
 class CoordConv(_CoordLayer, nnx.Conv):
     """``flax.nnx.Conv`` that sees its coordinates, on one to three axes.
 
-    Takes every argument of ``flax.nnx.Conv``, and keyword-only ``coords=None`` and
-    ``coord_init="fan_in"``; :class:`coordconv.layers.CoordLayer` says what they mean and what is
-    raised. ``kernel_init`` is asked for, and a ``mask`` has, the shape over features and
-    coordinates, and a ``conv_general_dilated`` of one's own is given both.
-
-    Shape:
-        inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.nnx.Conv``.
-
-    Raises:
-        ValueError: besides, a kernel or a mask of another shape.
+    Takes every argument of ``flax.nnx.Conv``, and inputs ``(..., *S, C)``; keyword-only
+    ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
+    :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
+    features and coordinates, else there is a ValueError; a
+    ``conv_general_dilated`` of one's own is given both.
 
     Example:
         >>> layer = CoordConv(3, 8, (3, 3), coords="xyr", rngs=nnx.Rngs(0))
@@ -78,16 +73,11 @@ class CoordConv(_CoordLayer, nnx.Conv):
         (2, 16, 16, 8)
         >>> layer.kernel.shape  # over 3 features and 3 coordinates
         (3, 3, 6, 8)
-
-    Source:
-        Liu et al., NeurIPS 2018, section 3.
     """
 
 
 class CoordConvTranspose(_CoordLayer, nnx.ConvTranspose):
-    """``flax.nnx.ConvTranspose`` that sees the coordinates of its input.
-
-    As :class:`CoordConv` in arguments, shapes, errors and source.
+    """As :class:`CoordConv`, of ``flax.nnx.ConvTranspose``; the coordinates are its input's.
 
     Example:
         >>> layer = CoordConvTranspose(3, 8, (2, 2), strides=(2, 2), rngs=nnx.Rngs(0))
@@ -97,14 +87,11 @@ class CoordConvTranspose(_CoordLayer, nnx.ConvTranspose):
 
 
 class AddCoords(nnx.Module):
-    """Append the coordinate channels to an input, for layers that have no CoordConv.
+    """Append the coordinate channels to ``inputs (..., *S, C)``, for layers without a CoordConv.
 
     Args:
         coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
         rank: the number of spatial axes, 1 to 3. Keyword only.
-
-    Shape:
-        inputs ``(..., *S, C)``, any number of batch axes; output with ``n`` channels more.
 
     Raises:
         TypeError: the inputs are not floating-point.

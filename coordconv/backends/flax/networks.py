@@ -23,13 +23,11 @@ class Network(nnx.Module):
         self.dtype = dtype
         # For nothing: import_weights brings the weights.
         drawn: Any = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
-        for layer in network.layers:
-            if layer.weight_shapes():
-                kind, channels, arguments = common.described(layer, nnx, layers, dtype)
-                setattr(self, layer.name, kind(*channels, **arguments, **drawn))
+        for name, kind, channels, arguments in common.described(network, nnx, layers, dtype):
+            setattr(self, name, kind(*channels, **arguments, **drawn))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return common.run(self.network, inputs, lambda layer: getattr(self, layer.name))
+        return common.run(self, inputs)
 
     def run(self, params: dict[str, Any], inputs: jax.Array) -> jax.Array:
         """The output with ``params``, arrays by layer and name, in place of its own."""

@@ -6,7 +6,7 @@ for ``x (N, *S, C)`` where ``params`` has the arrays by layer and by Flax's name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -25,20 +25,26 @@ from coordconv.weights.canonical import Weights, checked, layouts
 COMPILED = True
 
 
-def described(layer: Any, flax: Any, ours: Any, dtype: str) -> tuple[Any, tuple[int, int], Any]:
-    """The class of a layer with weights, its channels in and out, and its further arguments.
+def described(
+    network: networks.Network, flax: Any, ours: Any, dtype: str
+) -> Iterator[tuple[str, Any, tuple[int, int], dict[str, Any]]]:
+    """Of each layer with weights the name, its class, its channels in and out, further arguments.
 
     ``flax`` is ``flax.nnx`` or ``flax.linen``, and ``ours`` has that one's CoordConv.
     """
-    arguments = {"dtype": dtype, "param_dtype": dtype}
-    if isinstance(layer, networks.Linear):
-        kind = flax.Linear if hasattr(flax, "Linear") else flax.Dense
-        return kind, (layer.in_features, layer.out_features), arguments
-    name = "ConvTranspose" if layer.geometry.transposed else "Conv"
-    arguments |= options.arguments(layer.geometry) | {"use_bias": layer.bias}
-    if layer.coords:
-        flax, name, arguments["coords"] = ours, f"Coord{name}", layer.coords
-    return getattr(flax, name), (layer.in_channels, layer.out_channels), arguments
+    for layer in network.layers:
+        if isinstance(layer, networks.Linear):
+            kind = flax.Linear if hasattr(flax, "Linear") else flax.Dense
+            channels, found = (layer.in_features, layer.out_features), {}
+        elif isinstance(layer, networks.Conv):
+            name = "ConvTranspose" if layer.geometry.transposed else "Conv"
+            kind = getattr(ours, f"Coord{name}") if layer.coords else getattr(flax, name)
+            channels = layer.in_channels, layer.out_channels
+            found = options.arguments(layer.geometry) | {"use_bias": layer.bias}
+            found |= {"coords": layer.coords} if layer.coords else {}
+        else:
+            continue
+        yield layer.name, kind, channels, found | {"dtype": dtype, "param_dtype": dtype}
 
 
 def imported(network: networks.Network, mapping: Mapping[str, Array], dtype: str) -> dict[str, Any]:
@@ -52,16 +58,16 @@ def exported(network: networks.Network, params: Mapping[str, Any]) -> Weights:
     return Weights.of(network, from_params(network, params))
 
 
-def run(network: networks.Network, x: jax.Array, find: Callable[[Any], Any]) -> jax.Array:
-    """A network's output for ``x (N, *S, C)``; ``find`` returns the module of a layer."""
-    for layer in network.layers:
+def run(module: Any, x: jax.Array) -> jax.Array:
+    """The output for ``x (N, *S, C)`` of a module that has its layers under their names."""
+    for layer in module.network.layers:
         match layer:
             case networks.ReLU():
                 x = jax.nn.relu(x)
             case networks.Flatten():
                 x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
             case _:
-                x = find(layer)(x)
+                x = getattr(module, layer.name)(x)
     return x
 
 
@@ -73,7 +79,7 @@ def precision(dtype: str) -> AbstractContextManager[Any]:
         return jax.enable_x64(True)
     from jax import experimental  # JAX before 0.8
 
-    return experimental.enable_x64()
+    return experimental.enable_x64()  # type: ignore[attr-defined]
 
 
 def evaluate(

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+from flax.core.tracers import current_trace
 from jax import numpy as jnp
-
-# Public, but without a promise: nothing else tells inside which transformation JAX is.
-from jax.extend.core import get_opaque_trace_state
 
 from coordconv.backends.jax import arrays
 from coordconv.grid import Array
@@ -37,9 +35,8 @@ def recorded(
     ``run(watch, *inputs)`` has ``watch`` call each module in the model, and returns the model's
     output. It runs twice if gradients are wanted.
     """
-    to_jax, numpy = jnp.asarray, arrays.to_numpy
-    if channels_last:
-        to_jax, numpy = arrays.channels_last, arrays.channels_first
+    to_jax: Any = arrays.channels_last if channels_last else jnp.asarray
+    numpy = arrays.channels_first if channels_last else arrays.to_numpy
 
     def called(*inputs: Array) -> Mapping[str, Array]:
         given = dict(zip(input_names(len(inputs)), map(to_jax, inputs), strict=True))
@@ -92,8 +89,7 @@ def _watching(see: See) -> Watch:
     the model's own: there are no values there, and whether a call is traced once more depends on
     JAX's caches.
     """
-    state = get_opaque_trace_state(convention="flax")  # as Flax itself tells where it runs
-    running = set()
+    outside, running = current_trace(), set()
 
     def watch(module: Any, name: str, call: Callable[[], Any]) -> Any:
         if id(module) in running:
@@ -103,8 +99,7 @@ def _watching(see: See) -> Watch:
             output = call()
         finally:
             running.discard(id(module))
-        here = get_opaque_trace_state(convention="flax") == state
-        return see(name, output) if here else output
+        return see(name, output) if current_trace() == outside else output
 
     return watch
 

@@ -82,17 +82,11 @@ class _CoordLayer(nn.Module):
 class CoordConv(_CoordLayer, nn.Conv):
     """``flax.linen.Conv`` that sees its coordinates, on one to three axes.
 
-    Takes every argument of ``flax.linen.Conv``, and keyword-only ``coords=None`` and
-    ``coord_init="fan_in"``; :class:`coordconv.layers.CoordLayer` says what they mean and what is
-    raised. ``kernel_init`` is asked for, and a ``mask`` has, the shape over features and
-    coordinates, and the function that a ``conv_general_dilated_cls`` of one's own makes is given
-    both.
-
-    Shape:
-        inputs ``(..., *S, C)``, any number of batch axes; output as ``flax.linen.Conv``.
-
-    Raises:
-        ValueError: besides, a kernel or a mask of another shape.
+    Takes every argument of ``flax.linen.Conv``, and inputs ``(..., *S, C)``; keyword-only
+    ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
+    :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
+    features and coordinates, else there is a ValueError; what a
+    ``conv_general_dilated_cls`` of one's own makes is given both.
 
     Example:
         >>> layer = CoordConv(8, (3, 3), coords="xyr")
@@ -101,16 +95,11 @@ class CoordConv(_CoordLayer, nn.Conv):
         (2, 16, 16, 8)
         >>> variables["params"]["kernel"].shape  # over 3 features and 3 coordinates
         (3, 3, 6, 8)
-
-    Source:
-        Liu et al., NeurIPS 2018, section 3.
     """
 
 
 class CoordConvTranspose(_CoordLayer, nn.ConvTranspose):
-    """``flax.linen.ConvTranspose`` that sees the coordinates of its input.
-
-    As :class:`CoordConv` in arguments, shapes, errors and source.
+    """As :class:`CoordConv`, of ``flax.linen.ConvTranspose``; the coordinates are its input's.
 
     Example:
         >>> layer = CoordConvTranspose(8, (2, 2), strides=(2, 2))
@@ -121,14 +110,11 @@ class CoordConvTranspose(_CoordLayer, nn.ConvTranspose):
 
 
 class AddCoords(nn.Module):
-    """Append the coordinate channels to an input, for layers that have no CoordConv.
+    """Append the coordinate channels to ``inputs (..., *S, C)``, for layers without a CoordConv.
 
     Args:
         coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
         rank: the number of spatial axes, 1 to 3. Keyword only.
-
-    Shape:
-        inputs ``(..., *S, C)``, any number of batch axes; output with ``n`` channels more.
 
     Raises:
         TypeError: the inputs are not floating-point.

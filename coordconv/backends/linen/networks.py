@@ -21,14 +21,13 @@ class Network(nn.Module):
     network: networks.Network
     dtype: str
 
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return common.run(self.network, inputs, self._layer)
+    def setup(self) -> None:
+        described = common.described(self.network, nn, layers, self.dtype)
+        for name, kind, (_, out), arguments in described:
+            setattr(self, name, kind(out, **arguments))
 
-    @nn.nowrap
-    def _layer(self, layer: Any) -> nn.Module:
-        kind, (_, out), arguments = common.described(layer, nn, layers, self.dtype)
-        return kind(out, **arguments, name=layer.name)
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return common.run(self, inputs)
 
     @nn.nowrap
     def run(self, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
@@ -57,7 +56,5 @@ def build(
     module = Network(network, dtype)
     with common.precision(dtype):
         module.import_weights(weights)
-    for layer in network.layers:
-        if layer.weight_shapes():  # options that Flax lacks are told of now
-            common.described(layer, nn, layers, dtype)
+    list(common.described(network, nn, layers, dtype))  # options that Flax lacks are told of now
     return module
