@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -90,7 +91,7 @@ def test_metadata(dist: dict[str, Path]) -> None:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         raw = archive.read(name)
     metadata = Metadata.from_email(raw, validate=True)
-    assert metadata.name == "coordconv"
+    assert metadata.name == "coordconv-layers"
     assert str(metadata.requires_python) == PROJECT["requires-python"]
     assert metadata.license_expression == "MIT"
     assert metadata.license_files == ["LICENSE"]
@@ -103,16 +104,33 @@ def test_metadata(dist: dict[str, Path]) -> None:
     assert set(metadata.provides_extra or ()) == set(PROJECT["optional-dependencies"])
 
 
+def pinned(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(str(pin.specifier).startswith("==") for pin in found)
+    return {pin.name: next(iter(pin.specifier)).version for pin in found}
+
+
+def dependencies(*extras: str) -> list[Requirement]:
+    optional = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in optional[extra])]
+    return [each for line in lines if (each := Requirement(line)).name != PROJECT["name"]]
+
+
 def test_every_direct_dependency_is_pinned() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all(str(pin.specifier).startswith("==") for pin in pinned)
-    listed = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    wanted = [Requirement(line) for lines in listed for line in lines]
-    versions = {pin.name: next(iter(pin.specifier)).version for pin in pinned}
-    for requirement in wanted:
-        if requirement.name != "coordconv":
-            assert requirement.specifier.contains(versions[requirement.name]), requirement
+    versions = pinned("constraints.txt")
+    for requirement in dependencies(*PROJECT["optional-dependencies"]):
+        assert requirement.specifier.contains(versions[requirement.name]), requirement
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    versions = pinned("constraints-oldest.txt")
+    # Not for all: Paddle and Python set the lower bound of these two.
+    versions |= {"safetensors": "0.4.0", "setuptools": "65"}
+    for requirement in dependencies("torch", "paddle", "flax"):
+        (lower,) = requirement.specifier
+        assert lower.operator == ">="
+        assert Version(lower.version) == Version(versions[requirement.name]), requirement
 
 
 def test_bare_install_imports_without_a_framework(empty: Path, tmp_path: Path) -> None:
@@ -132,7 +150,7 @@ def test_command_of_a_bare_install_says_what_to_install(empty: Path, tmp_path: P
         done = run(*command, "info", cwd=tmp_path, check=False)
         if done.returncode:  # without typer and rich it may do without them, or say what is missing
             assert "Traceback" not in done.stdout
-            assert "coordconv[cli]" in done.stdout
+            assert "coordconv-layers[cli]" in done.stdout
 
 
 def test_info_with_the_command_line_extra(

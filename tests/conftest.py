@@ -1,6 +1,10 @@
 """What every test shares: a backend that an environment promises must be there."""
 
+import json
 import os
+import platform
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,25 @@ def pytest_configure() -> None:
             raise pytest.UsageError(
                 f"COORDCONV_REQUIRE names {name!r}, which needs {PROMISES[name].missing}"
             )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Keep what ran, with which versions, where COORDCONV_VERSIONS says: docs/versions.py reads it."""
+    kept = os.environ.get("COORDCONV_VERSIONS")
+    if not kept:
+        return
+    versions = {"python": platform.python_version()}
+    for name in ("numpy", "safetensors", "torch", "paddlepaddle", "jax", "flax"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    counts = {
+        outcome: len(terminalreporter.stats.get(outcome, []))
+        for outcome in ("passed", "failed", "error", "skipped")
+    }
+    Path(kept).parent.mkdir(parents=True, exist_ok=True)
+    Path(kept).write_text(json.dumps({"versions": versions, "tests": counts}), encoding="utf-8")
 
 
 @pytest.fixture(params=BACKENDS)
