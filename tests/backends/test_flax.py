@@ -45,6 +45,7 @@ from coordconv import Coordinates, position_bias
 from coordconv.backends.flax import AddCoords, CoordConv, CoordConvTranspose
 from coordconv.backends.jax import adding, options
 from coordconv.backends.jax.arrays import to_torch
+from coordconv.backends.jax.networks import precision
 from coordconv.geometry import ConvGeometry
 from coordconv.reference import Reference
 
@@ -305,7 +306,7 @@ class TestTypes:
         assert called == ["float16"]
 
     def test_float64(self, way):
-        with jax.enable_x64(True):
+        with precision("float64"):
             layer = build((3, 3), "xyr", param_dtype=jnp.float64)
             x = np.random.default_rng(0).normal(size=(2, 6, 7, C))
             arguments = [first(x), *layer.export_weights().values()]
@@ -582,7 +583,7 @@ class TestModule:
     def test_a_head_that_is_set_to_zero_is_constant(self, way):
         """As its users do it to a convolution: by class and name."""
         model = nnx.Sequential(build(), nnx.relu)
-        for _, module in nnx.iter_modules(model):
+        for _, module in nnx.iter_graph(model):
             if isinstance(module, nnx.Conv):
                 module.kernel[...] = jnp.zeros_like(module.kernel[...])
         y = model.layers[0](draw((4, 5)))

@@ -144,8 +144,9 @@ def state(backend, net):
     if backend == "flax":
         from flax import nnx
 
-        attributes = {path: sorted(vars(m)) for path, m in nnx.iter_modules(net)}
-        calls = {type(m): vars(type(m)).get("__call__") for _, m in nnx.iter_modules(net)}
+        found = [(path, m) for path, m in nnx.iter_graph(net) if isinstance(m, nnx.Module)]
+        attributes = {path: sorted(vars(m)) for path, m in found}
+        calls = {type(m): vars(type(m)).get("__call__") for _, m in found}
         return attributes, calls, nnx.to_pure_dict(nnx.state(net)), net.norm.use_running_average
     if backend == "torch":
         modules = [(m.training, len(m._forward_hooks)) for m in net.modules()]

@@ -64,8 +64,8 @@ class CoordConv(_CoordLayer, nnx.Conv):
     Takes every argument of ``flax.nnx.Conv``, and inputs ``(..., *S, C)``; keyword-only
     ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
     :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
-    features and coordinates, else there is a ValueError; a
-    ``conv_general_dilated`` of one's own is given both.
+    features and coordinates, else there is a ValueError; a ``conv_general_dilated`` of one's own is
+    given both.
 
     Example:
         >>> layer = CoordConv(3, 8, (3, 3), coords="xyr", rngs=nnx.Rngs(0))

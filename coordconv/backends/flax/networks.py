@@ -27,7 +27,7 @@ class Network(nnx.Module):
             setattr(self, name, kind(*channels, **arguments, **drawn))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return common.run(self, inputs)
+        return common.output(self, inputs)
 
     def run(self, params: dict[str, Any], inputs: jax.Array) -> jax.Array:
         """The output with ``params``, arrays by layer and name, in place of its own."""

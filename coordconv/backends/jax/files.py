@@ -34,7 +34,8 @@ def read_state(path: str) -> dict[str, Array]:
         ) from None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            listed = checkpointer.metadata(path).item_metadata
+            listed = checkpointer.metadata(path)
+            listed = getattr(listed, "item_metadata", listed)  # older releases have it as it is
             if listed is None:
                 raise ValueError("what it holds is not to be found out")
 

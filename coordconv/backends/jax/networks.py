@@ -58,7 +58,7 @@ def exported(network: networks.Network, params: Mapping[str, Any]) -> Weights:
     return Weights.of(network, from_params(network, params))
 
 
-def run(module: Any, x: jax.Array) -> jax.Array:
+def output(module: Any, x: jax.Array) -> jax.Array:
     """The output for ``x (N, *S, C)`` of a module that has its layers under their names."""
     for layer in module.network.layers:
         match layer:

@@ -67,7 +67,7 @@ class _CoordLayer(nn.Module):
         weight: Any = mapping.get("weight") if isinstance(mapping, Mapping) else None
         size, n, out = options.kernel_size(self), len(self.coords), self.features
         transposed, groups = options.is_transposed(self), options.groups(self)
-        width = np.shape(weight)[not transposed] if np.ndim(weight) == len(size) + 2 else 0
+        width = np.shape(weight)[0 if transposed else 1] if np.ndim(weight) == len(size) + 2 else 0
         width = max(width, n + 1)  # a kernel that is missing or no kernel should have some feature
         shapes = {"weight": (width, out, *size) if transposed else (out, width, *size)}
         if self.use_bias:
@@ -85,8 +85,8 @@ class CoordConv(_CoordLayer, nn.Conv):
     Takes every argument of ``flax.linen.Conv``, and inputs ``(..., *S, C)``; keyword-only
     ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
     :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
-    features and coordinates, else there is a ValueError; what a
-    ``conv_general_dilated_cls`` of one's own makes is given both.
+    features and coordinates, else there is a ValueError; what a ``conv_general_dilated_cls`` of
+    one's own makes is given both.
 
     Example:
         >>> layer = CoordConv(8, (3, 3), coords="xyr")

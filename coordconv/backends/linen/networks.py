@@ -27,7 +27,7 @@ class Network(nn.Module):
             setattr(self, name, kind(out, **arguments))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return common.run(self, inputs)
+        return common.output(self, inputs)
 
     @nn.nowrap
     def run(self, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
