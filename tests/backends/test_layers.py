@@ -372,7 +372,7 @@ def test_copies_compute_the_same(framework, geometry):
     twins = [copy.deepcopy(layer)]
     if framework.name == "linen":  # whose modules hold a function that no pickle takes
         twins.append(harness.LinenLayer(layer.module.clone(), layer.variables))
-    else:
+    elif not hasattr(layer, "kernel_init"):  # nor those of NNX in older releases of Flax
         twins.append(pickle.loads(pickle.dumps(layer)))
     if framework.name == "flax":
         twins.append(framework.nnx.clone(layer))
