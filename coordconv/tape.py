@@ -1,14 +1,15 @@
-"""Networks, evaluation, training and recording in a framework that records a tape.
+"""Layers, networks, training and recording in a framework that records a tape.
 
 PyTorch and Paddle remember what a module computed from its parameters, and take gradients of that.
 Their modules and tensors have methods of the same names: ``parameters``, ``named_parameters``,
-``named_buffers``, ``register_forward_hook`` and ``add_module``; ``detach``, ``clone``, ``copy_``,
-``requires_grad_``, ``is_floating_point`` and ``backward``. Where the two differ, a :class:`Tape`
-has a function for each. All that they do alike is here, once.
+``named_buffers``, ``named_children`` and ``register_forward_hook``; ``detach``, ``clone``,
+``copy_``, ``new_zeros``, ``requires_grad_``, ``is_floating_point`` and ``backward``. Where the two
+differ, a :class:`Tape` has a function for each. All that they do alike is here, once.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,96 @@ from typing import Any, ClassVar
 import numpy as np
 
 from coordconv.grid import Array
+from coordconv.layers import CoordLayer
 from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
 from coordconv.recording import Names, OutputGradient, Recorded, See, record
 from coordconv.weights.canonical import Weights, checked, layouts
 from coordconv.weights.files import replace_file
+from coordconv.weights.kernels import Position, fit_state
+
+
+def to_numpy(tensor: Any) -> Array:
+    """A copy of a tensor's values; bfloat16, which NumPy lacks, becomes float32."""
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype).endswith("bfloat16"):
+        tensor = tensor.float()
+    return np.array(tensor.numpy())
+
+
+def zeros(shape: tuple[int, ...], like: Any) -> Any:
+    """Zeros of the type and on the device of a tensor, or of an array of NumPy."""
+    return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+class TapeLayer(CoordLayer):
+    """What the layers share beside their arithmetic."""
+
+    FRAMEWORK: ClassVar[Any]  # the package itself
+    weight: Any
+    bias: Any
+    named_children: Any
+
+    def _canonical(self) -> dict[str, Array]:
+        found = {"weight": self.weight, "bias": self.bias}
+        return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
+
+    def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
+        """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
+
+        def concatenate(parts: list[Any], axis: int) -> Any:
+            join = np.concatenate if isinstance(parts[0], np.ndarray) else self.FRAMEWORK.concat
+            return join(parts, axis)
+
+        fit_state(
+            state,
+            prefix,
+            self.layout,
+            nested="conv" not in dict(self.named_children()),
+            position=position,
+            concatenate=concatenate,
+            zeros=zeros,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coords={self.coords!r}"  # type: ignore[misc]  # a mixin
+
+
+def adapt_state_dict(
+    module: Any, state_dict: Mapping[str, Any], *, position: Position = "last"
+) -> dict[str, Any]:
+    """Another implementation's state, as a module of PyTorch or Paddle with CoordConvs takes it.
+
+    CoordConvs do the same as they are loaded, but for ``position="first"``: where coordinates come
+    before the features, as in SparseInst, CondInst and CAM-Convs, no shape tells it. Of a network
+    of Paddle the outermost layer alone is asked, so that it needs this, too.
+
+    Args:
+        module: the network, or one layer.
+        state_dict: tensors, in Paddle also arrays of NumPy, by name; it is left as it is.
+        position: where the coordinates are among the input channels of each group.
+
+    Returns:
+        The same, with its metadata, but for the kernels of CoordConvs: those over features and
+        coordinates have the coordinates last, and a plain convolution's has zeros for them;
+        ``conv.weight`` is ``weight``.
+
+    Raises:
+        ValueError: a kernel whose channels fit neither; another ``position``.
+
+    Example:
+        >>> net.load_state_dict(adapt_state_dict(net, torch.load("theirs.pt")))  # doctest: +SKIP
+        >>> net.set_state_dict(adapt_state_dict(net, paddle.load("theirs")))  # doctest: +SKIP
+    """
+    state = OrderedDict(state_dict)
+    vars(state).update(getattr(state_dict, "__dict__", {}))  # of PyTorch, _metadata
+    if hasattr(module, "named_sublayers"):
+        modules = module.named_sublayers(include_self=True, remove_duplicate=False)
+    else:
+        modules = module.named_modules(remove_duplicate=False)
+    for name, each in modules:
+        if isinstance(each, TapeLayer):
+            each._adapt(state, f"{name}." if name else "", position)
+    return state
 
 
 @dataclass(frozen=True)
@@ -30,8 +117,8 @@ class Tape:
 
     framework: Any  # the package itself, with ``nn``, ``save`` and ``set_grad_enabled``
     conv: Callable[[Conv], Any]  # a convolution from its description
-    tensor: Callable[[Array], Any]
-    numpy: Callable[[Any], Array]  # a copy; bfloat16, which NumPy lacks, as float32
+    # tensor(array, like): on the device and, if floating-point, of the type of `like`, unless None.
+    tensor: Callable[[Array, Any], Any]
     is_array: Callable[[Any], bool]  # whether it is a tensor whose values NumPy can have
     # grad(outputs, inputs, output_gradients, allow_unused=True)
     grad: Callable[..., Iterable[Any]]
@@ -69,15 +156,15 @@ class Tape:
         parameters = dict(module.named_parameters())
         like = next(iter(parameters.values()), None)
         run = self.compiled(module) if compiled else module
-        given = self.tensor_like(x, like)
+        given = self.tensor(x, like)
         if dy is None:
             with self.framework.set_grad_enabled(False):
-                return self.numpy(run(given)), {}
+                return to_numpy(run(given)), {}
         given = given.requires_grad_()
         output = run(given)
         of = {"x": given, **parameters}
-        gradients = self._gradients([output], of, [self.tensor_like(dy, like)])
-        return self.numpy(output), self.from_state(module.network, gradients)
+        gradients = self._gradients([output], of, [self.tensor(dy, like)])
+        return to_numpy(output), self.from_state(module.network, gradients)
 
     def trainer(
         self,
@@ -96,10 +183,10 @@ class Tape:
         def step(x: Array, target: Array, learning_rate: float) -> float:
             self.set_rate(rule, learning_rate)
             rule.zero_grad()
-            wanted = self.tensor_like(target, parameters[0])
+            wanted = self.tensor(target, parameters[0])
             losses = self.framework.nn.functional
             criterion = losses.mse_loss if wanted.is_floating_point() else losses.cross_entropy
-            loss = criterion(module(self.tensor_like(x, parameters[0])), wanted)
+            loss = criterion(module(self.tensor(x, parameters[0])), wanted)
             loss.backward()
             rule.step()
             return float(loss.item())
@@ -108,9 +195,9 @@ class Tape:
 
     def write_state(self, path: str, network: Network, weights: Mapping[str, Array]) -> None:
         """Write what the framework saves of a module; see ``Backend``, as above."""
-        state = {n: self.tensor(array) for n, array in self.from_state(network, weights).items()}
+        state = self.from_state(network, weights)
         content = BytesIO()
-        self.framework.save(state, content)
+        self.framework.save({n: self.tensor(array, None) for n, array in state.items()}, content)
         replace_file(path, content.getvalue())
 
     def recorded(
@@ -121,7 +208,7 @@ class Tape:
 
         def run(*inputs: Array) -> Mapping[str, Array]:
             like = next((p for p in module.parameters() if p.is_floating_point()), None)
-            given = [self.tensor_like(x, like) for x in inputs]
+            given = [self.tensor(x, like) for x in inputs]
             if differentiated:
                 given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
 
@@ -142,7 +229,7 @@ class Tape:
                     outputs: dict[str, Any], inputs: dict[str, Any], dys: dict[str, Array]
                 ) -> dict[str, Array]:
                     of = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-                    given = [self.tensor_like(dys[name], y) for name, y in outputs.items()]
+                    given = [self.tensor(dys[name], y) for name, y in outputs.items()]
                     return self._gradients([*outputs.values()], of, given) if of else {}
 
                 return record(
@@ -150,7 +237,7 @@ class Tape:
                     given,
                     names,
                     output_gradient,
-                    numpy=self.numpy,
+                    numpy=to_numpy,
                     is_array=self.is_array,
                     is_floating=lambda tensor: bool(tensor.is_floating_point()),
                     watch=_watched,
@@ -159,20 +246,13 @@ class Tape:
 
         return run
 
-    def tensor_like(self, array: Array, like: Any) -> Any:
-        """An array on the device of ``like`` and, if floating-point, of its type, unless None."""
-        tensor = self.tensor(array)
-        if like is None:
-            return tensor
-        return tensor.to(like.device, (like if tensor.is_floating_point() else tensor).dtype)
-
     def _gradients(
         self, outputs: list[Any], inputs: dict[str, Any], output_gradients: list[Any]
     ) -> dict[str, Array]:
         """By the names of the inputs; zeros of what the outputs do not depend on."""
         found = self.grad(outputs, [*inputs.values()], output_gradients, allow_unused=True)
         return {
-            name: np.zeros_like(self.numpy(x)) if gradient is None else self.numpy(gradient)
+            name: np.zeros_like(to_numpy(x)) if gradient is None else to_numpy(gradient)
             for (name, x), gradient in zip(inputs.items(), found, strict=True)
         }
 
@@ -214,14 +294,13 @@ class NetworkModule:
     """A :class:`coordconv.networks.Network` as a module: a base class before ``nn.Sequential``."""
 
     TAPE: ClassVar[Tape]
-    named_parameters: Any  # of nn.Sequential, as the next
-    add_module: Any
+    named_parameters: Any  # of nn.Sequential
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         for i, layer in enumerate(network.layers):
             name = layer.name or f"{layer.kind.lower()}{i}"
-            self.add_module(name, self.TAPE.layer(layer))
+            setattr(self, name, self.TAPE.layer(layer))
         self.network = network
 
     @classmethod
@@ -234,7 +313,7 @@ class NetworkModule:
 
     def export_weights(self) -> Weights:
         """The canonical weights under dotted names."""
-        arrays = {name: self.TAPE.numpy(tensor) for name, tensor in self.named_parameters()}
+        arrays = {name: to_numpy(tensor) for name, tensor in self.named_parameters()}
         return Weights.of(self.network, self.TAPE.from_state(self.network, arrays))
 
     def import_weights(self, mapping: Mapping[str, Array]) -> None:
@@ -243,4 +322,4 @@ class NetworkModule:
         state = self.TAPE.from_state(self.network, arrays)
         with self.TAPE.framework.set_grad_enabled(False):
             for name, parameter in self.named_parameters():
-                parameter.copy_(self.TAPE.tensor_like(state[name], parameter))
+                parameter.copy_(self.TAPE.tensor(state[name], parameter))

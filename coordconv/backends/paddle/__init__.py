@@ -15,10 +15,10 @@ from coordconv.backends.paddle.layers import (
     CoordConv2DTranspose,
     CoordConv3D,
     CoordConv3DTranspose,
-    adapt_state_dict,
 )
 from coordconv.backends.paddle.networks import COMPILED, build, evaluate, trainer, write_state
 from coordconv.backends.paddle.recording import recorded
+from coordconv.tape import adapt_state_dict
 
 __all__ = [
     "COMPILED",

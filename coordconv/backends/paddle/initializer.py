@@ -16,7 +16,7 @@ from paddle import nn
 # What set_global_initializer has set; there is no public way to ask.
 from paddle.base.initializer import _global_weight_initializer
 
-from coordconv.backends.paddle.arrays import zeros
+from coordconv.tape import zeros
 from coordconv.weights.kernels import KernelLayout
 
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.utils.decorator_utils import param_one_alias
 
 from coordconv.backends.paddle import adding, options
-from coordconv.backends.paddle.arrays import to_numpy, zeros
 from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
-from coordconv.layers import CoordLayer
 from coordconv.position_bias import APPEND
-from coordconv.weights.kernels import KernelLayout, Position, fit_state
+from coordconv.tape import TapeLayer, adapt_state_dict
+from coordconv.weights.kernels import KernelLayout
 
 
-class _CoordLayer(CoordLayer):
+class _CoordLayer(TapeLayer):
     """What all CoordConvs of Paddle share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``set_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -42,6 +40,7 @@ class _CoordLayer(CoordLayer):
         paddle.Size([8, 6, 3, 3])
     """
 
+    FRAMEWORK = paddle
     CHANNELS_ATTRIBUTE = "_in_channels"
     transposed = False
 
@@ -87,23 +86,16 @@ class _CoordLayer(CoordLayer):
     ) -> tuple[list[str], list[str]]:
         """As Paddle's; another implementation's state is adapted, see :func:`adapt_state_dict`."""
         if use_structured_name:
-            state_dict = adapt_state_dict(self, state_dict)  # type: ignore[arg-type]  # a mixin
+            state_dict = adapt_state_dict(self, state_dict)
         return super().set_state_dict(state_dict, use_structured_name)  # type: ignore[no-any-return]
 
     set_dict = load_dict = set_state_dict
-
-    def _canonical(self) -> dict[str, Array]:
-        found = {"weight": self.weight, "bias": self.bias}
-        return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with paddle.no_grad():
             for name, array in arrays.items():
                 tensor = getattr(self, name)
                 tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, coords={self.coords!r}"
 
 
 class _CoordConv(_CoordLayer):
@@ -121,52 +113,6 @@ class _CoordConvTranspose(_CoordLayer):
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """The transposed convolution of ``x`` and its coordinates."""
         return self._forward(x, output_size)
-
-
-def adapt_state_dict(
-    layer: nn.Layer, state_dict: Mapping[str, Any], *, position: Position = "last"
-) -> dict[str, Any]:
-    """Another implementation's state, as a network with CoordConvs takes it.
-
-    A CoordConv does the same in its own ``set_state_dict``, but Paddle asks the outermost layer
-    alone: for a network write ``net.set_state_dict(adapt_state_dict(net, state_dict))``.
-
-    Args:
-        layer: the network, or one layer.
-        state_dict: tensors, or arrays of NumPy, by structured name; it is left as it is.
-        position: where the coordinates are among the input channels of each group. Where they come
-            before the features, as in SparseInst, CondInst and CAM-Convs, no shape tells it.
-
-    Returns:
-        The same as tensors, but for the kernels of CoordConvs: those over features and coordinates
-        have the coordinates last, and a plain convolution's has zeros for them; ``conv.weight`` is
-        ``weight``.
-
-    Raises:
-        ValueError: a kernel whose channels fit neither; another ``position``.
-
-    Example:
-        >>> net = nn.Sequential(CoordConv2D(3, 8, 1), nn.ReLU())
-        >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2D(3, 8, 1).state_dict().items()}
-        >>> {n: tuple(t.shape) for n, t in adapt_state_dict(net, state).items()}
-        {'0.weight': (8, 5, 1, 1), '0.bias': (8,)}
-    """
-    state = {
-        name: paddle.to_tensor(each) if isinstance(each, np.ndarray) else each
-        for name, each in state_dict.items()
-    }
-    for name, each in layer.named_sublayers(include_self=True, remove_duplicate=False):
-        if isinstance(each, _CoordLayer):
-            fit_state(
-                state,
-                f"{name}." if name else "",
-                each.layout,
-                nested="conv" not in dict(each.named_children()),
-                position=position,
-                concatenate=paddle.concat,
-                zeros=zeros,
-            )
-    return state
 
 
 class CoordConv1D(_CoordConv, nn.Conv1D, rank=1):

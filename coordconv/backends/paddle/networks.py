@@ -9,12 +9,16 @@ from paddle import Tensor, nn
 
 from coordconv import networks
 from coordconv.backends.paddle import layers, options
-from coordconv.backends.paddle.arrays import to_numpy
 from coordconv.backends.paddle.files import from_state
 from coordconv.grid import Array
 from coordconv.tape import NetworkModule, Tape
 
 COMPILED = False
+
+
+def _tensor(array: Array, like: Tensor | None) -> Tensor:
+    tensor = paddle.to_tensor(array)
+    return tensor.astype(like.dtype) if like is not None and tensor.is_floating_point() else tensor
 
 
 def _conv(layer: networks.Conv) -> nn.Layer:
@@ -33,8 +37,7 @@ class Network(NetworkModule, nn.Sequential):
     TAPE = Tape(
         framework=paddle,
         conv=_conv,
-        tensor=paddle.to_tensor,
-        numpy=to_numpy,
+        tensor=_tensor,
         is_array=lambda part: isinstance(part, Tensor),
         grad=paddle.grad,
         compiled=lambda module: paddle.jit.to_static(module.forward, full_graph=True),

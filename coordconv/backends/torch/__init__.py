@@ -18,7 +18,7 @@ from coordconv.backends.torch.layers import (
 )
 from coordconv.backends.torch.networks import COMPILED, build, evaluate, trainer, write_state
 from coordconv.backends.torch.recording import recorded
-from coordconv.backends.torch.states import adapt_state_dict
+from coordconv.tape import adapt_state_dict
 
 __all__ = [
     "COMPILED",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coordconv.backends.torch.arrays import to_numpy
 from coordconv.grid import Array
 from coordconv.networks import Network
+from coordconv.tape import to_numpy
 
 
 def read_state(path: str) -> dict[str, Array]:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
-from coordconv.backends.torch.arrays import to_numpy, zeros
-from coordconv.backends.torch.states import KeepsCoordinates
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.geometry import check_input
 from coordconv.grid import Array
-from coordconv.layers import CoordLayer
+from coordconv.tape import TapeLayer, zeros
+from coordconv.weights.kernels import KernelLayout, Position, same_channels
+
+_COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
 def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -> None:
@@ -35,7 +36,7 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         )
 
 
-class _TorchCoordLayer(KeepsCoordinates, CoordLayer):
+class _TorchCoordLayer(TapeLayer):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -53,6 +54,19 @@ class _TorchCoordLayer(KeepsCoordinates, CoordLayer):
         >>> layer.weight.shape  # over 3 features and 3 coordinates
         torch.Size([8, 6, 3, 3])
     """
+
+    FRAMEWORK = torch
+
+    @property
+    def layout(self) -> KernelLayout:
+        """Where features and coordinates lie in ``weight``."""
+        return KernelLayout(self.coords, self.in_channels, self.groups, self.transposed)
+
+    def _layout_of(self, kernel: Tensor) -> KernelLayout:
+        """The layout by the kernel's shape, where ``in_channels`` is not what it will be."""
+        width = kernel.shape[0] if self.transposed else kernel.shape[1] * self.groups
+        channels = int(width - self.groups * len(self.coords))
+        return KernelLayout(self.coords, channels, self.groups, self.transposed)
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as ``coord_init`` says."""
@@ -91,17 +105,45 @@ class _TorchCoordLayer(KeepsCoordinates, CoordLayer):
         arguments = options.geometry(self), self.coords, output, x, coordinates
         return adding.add_map(*arguments, self.out_channels, low)
 
-    def _canonical(self) -> dict[str, Array]:
-        found = {"weight": self.weight, "bias": self.bias}
-        return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
-
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with torch.no_grad():
             for name, array in arrays.items():
                 getattr(self, name).copy_(torch.tensor(array))
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, coords={self.coords!r}"
+    # Torch documents the next two as those to override for a state of one's own.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
+        if metadata is not None and prefix[:-1] in metadata:
+            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        *_, error_msgs = rest
+        try:
+            # In place: the state is a copy of the caller's.
+            if _COORDS in local_metadata:
+                self._reorder(state_dict, prefix, local_metadata[_COORDS])
+            self._adapt(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _reorder(self, state: dict[str, Any], prefix: str, coords: Mapping[str, Any]) -> None:
+        """Put the coordinates of a state of ours in this layer's order."""
+        found, name = Coordinates.from_dict(coords), f"{prefix}weight"
+        # The tensors of a parametrization have other names, and nothing tells their channels apart.
+        if not same_channels(found, self.coords) or (found != self.coords and name not in state):
+            raise ValueError(f"{name} was made for {found}, want {self.coords}")
+        if found != self.coords:
+            state[name] = self._layout_of(state[name]).reordered(state[name], found)
+
+    def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
+        if not is_lazy(self._parameters.get("weight")):  # its first input will tell its channels
+            super()._adapt(state, prefix, position)
 
 
 class _CoordConv(_TorchCoordLayer):

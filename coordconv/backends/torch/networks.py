@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from coordconv import networks
 from coordconv.backends.torch import layers, options
-from coordconv.backends.torch.arrays import to_numpy
 from coordconv.backends.torch.files import from_state
+from coordconv.grid import Array
 from coordconv.tape import NetworkModule, Tape
 
 COMPILED = False
+
+
+def _tensor(array: Array, like: Tensor | None) -> Tensor:
+    tensor = torch.tensor(array)
+    if like is None:
+        return tensor
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
 
 def _is_array(part: Any) -> bool:
@@ -70,8 +77,7 @@ class Network(NetworkModule, nn.Sequential):
     TAPE = Tape(
         framework=torch,
         conv=_conv,
-        tensor=torch.tensor,
-        numpy=to_numpy,
+        tensor=_tensor,
         is_array=_is_array,
         grad=_grad,
         compiled=_compiled,
