@@ -34,9 +34,11 @@ class Backend(Protocol):
     brackets, as in ``lstm[0]``. ``names`` gives modules other names, so that those of two models
     meet; ``kwargs`` go to the call. With an ``output_gradient``, an array or arrays by name, there
     follow in the order of the pass back ``"gradient of NAME"`` of each, and of ``"model input"``
-    (``"model input[0]"`` and so on where there are several). TypeError says that there is no array
-    in what the module returned. The module is left as it was; bfloat16, which NumPy lacks, becomes
-    float32. Those of Flax also take ``channels_last``, and Linen's the variables after the module.
+    (``"model input[0]"`` and so on where there are several). When run, TypeError says that there is
+    no array in what the module returned, ValueError that ``names`` has a module that was not called
+    or that ``output_gradient`` does not fit. The module is left as it was; bfloat16, which NumPy
+    lacks, becomes float32. Those of Flax also take ``channels_last``, and Linen's the variables
+    after the module.
     """
 
     def build(self, network: Network, weights: Mapping[str, Array], dtype: str = "float32") -> Any:

@@ -54,8 +54,8 @@ class _CoordLayer(TapeLayer):
     def _prepare(self, arguments: dict[str, Any]) -> None:
         options.check_arguments(arguments, self.rank)
         if self.coord_init == "zeros":
-            sizes = arguments["in_channels"], arguments["groups"]
-            layout = KernelLayout(self.coords, *sizes, self.transposed)
+            sizes = arguments["in_channels"], arguments["groups"], self.transposed
+            layout = KernelLayout(self.coords, *sizes)
             arguments["weight_attr"] = coordinates_at_zero(arguments["weight_attr"], layout)
 
     @property
@@ -143,18 +143,15 @@ class CoordConv3DTranspose(_CoordConvTranspose, nn.Conv3DTranspose, rank=3):
 class AddCoords(nn.Layer):
     """Append the coordinate channels to an input, for layers that have no CoordConv.
 
-    Args:
-        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
-        rank: the number of spatial axes, 1 to 3.
-        data_format: one of Paddle's for that rank, such as ``"NHWC"``; None for channels first.
+    The ``coords`` are tokens, a :class:`~coordconv.Coordinates`, or None for all axes, of which
+    there are ``rank``; ``data_format`` is Paddle's, such as ``"NHWC"``, or None for channels first.
 
     Shape:
         input ``(N, C, *S)`` or ``(N, *S, C)``; output with ``n`` channels more.
 
     Raises:
         TypeError: the input is not floating-point.
-        ValueError: ``coords`` or a ``data_format`` that do not fit the rank; an input of another
-            rank, or with an empty axis.
+        ValueError: ``coords``, a ``data_format`` or an input of another rank; an empty axis.
 
     Example:
         >>> AddCoords("x", rank=1)(paddle.zeros([1, 1, 3])).numpy()

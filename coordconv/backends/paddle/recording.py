@@ -19,22 +19,11 @@ def recorded(
 ) -> Recorded:
     """The layer as a function on NumPy arrays that returns what each layer in it returned.
 
-    It makes models for :func:`coordconv.parity.compare`. The names, their order and the gradients
-    are those of :attr:`coordconv.backends.protocols.Backend.recorded`. The layer runs as it is, in
-    training or in evaluation, and is left as it was, its buffers too. Inputs that are
-    floating-point get the type of its first floating-point parameter.
-
-    Args:
-        layer: any layer that is not compiled: ``to_static`` with ``full_graph=True`` hides the
-            layers inside, and without it fails on what records them.
-        names: other names for the layers inside it, by those of ``named_sublayers()``.
-        output_gradient: the output's gradient, to have gradients recorded, too.
-        kwargs: what ``layer`` is called with beside the inputs.
-
-    Raises:
-        TypeError: when run: the layer returned no tensor.
-        ValueError: when run: ``names`` has a layer that was not called, or ``output_gradient``
-            does not fit the output.
+    It makes models for :func:`coordconv.parity.compare`; arguments, results and errors are those of
+    :attr:`coordconv.backends.protocols.Backend.recorded`. The layer runs as it is, in training or
+    in evaluation. Inputs that are floating-point get the type of its first floating-point
+    parameter. It must not be compiled: ``to_static`` with ``full_graph=True`` hides the layers
+    inside, and without it fails on what records them.
 
     Example:
         >>> import numpy as np

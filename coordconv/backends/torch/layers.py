@@ -252,18 +252,15 @@ class LazyCoordConvTranspose3d(_LazyCoordLayer, CoordConvTranspose3d, nn.LazyCon
 class AddCoords(nn.Module):
     """Append the coordinate channels to an input, for layers that have no CoordConv.
 
-    Args:
-        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
-        rank: the number of spatial axes, 1 to 3. It tells an image without a batch axis from a
-            batch of sequences.
+    The ``coords`` are tokens, a :class:`~coordconv.Coordinates`, or None for all axes, of which
+    there are ``rank``: this tells an image without a batch axis from a batch of sequences.
 
     Shape:
         input ``(N, C, *S)`` or ``(C, *S)``; output with ``n`` channels more.
 
     Raises:
         TypeError: the input is not floating-point.
-        ValueError: ``coords`` that do not fit the rank; an input of another rank, or with an empty
-            axis.
+        ValueError: ``coords`` or an input of another rank; an empty axis.
 
     Example:
         >>> AddCoords("x", rank=1)(torch.zeros(1, 1, 3))

@@ -19,23 +19,11 @@ def recorded(
 ) -> Recorded:
     """The module as a function on NumPy arrays that returns what each module in it returned.
 
-    It makes models for :func:`coordconv.parity.compare`. The names, their order and the gradients
-    are those of :attr:`coordconv.backends.protocols.Backend.recorded`. The module runs as it is, in
-    training or in evaluation, and is left as it was, its buffers too; what it draws moves torch's
-    generator on, as in any call. Inputs that are floating-point get the type and the device of its
-    first floating-point parameter. Nested, sparse and quantized tensors, and what runs inside a
-    ``torch.func`` transformation or a scripted module, are not recorded.
-
-    Args:
-        module: any module.
-        names: other names for the modules inside it, by those of ``named_modules()``.
-        output_gradient: the output's gradient, to have gradients recorded, too.
-        kwargs: what ``module`` is called with beside the inputs.
-
-    Raises:
-        TypeError: when run: the module returned no tensor.
-        ValueError: when run: ``names`` has a module that was not called, or ``output_gradient``
-            does not fit the output.
+    It makes models for :func:`coordconv.parity.compare`; arguments, results and errors are those of
+    :attr:`coordconv.backends.protocols.Backend.recorded`. The module runs as it is, in training or
+    in evaluation; what it draws moves torch's generator on. Inputs that are floating-point get the
+    type and the device of its first floating-point parameter. Nested, sparse and quantized tensors,
+    and what runs inside a ``torch.func`` transformation or a scripted module, are not recorded.
 
     Example:
         >>> import numpy as np
