@@ -201,9 +201,27 @@ class Tape:
         replace_file(path, content.getvalue())
 
     def recorded(
-        self, module: Any, names: Names, output_gradient: OutputGradient, options: dict[str, Any]
+        self,
+        module: Any,
+        *,
+        names: Names = None,
+        output_gradient: OutputGradient = None,
+        **kwargs: Any,
     ) -> Recorded:
-        """``recorded`` of a backend; ``options`` go to the call. See ``Backend``, as above."""
+        """The module as a function on NumPy arrays that returns what each module in it returned.
+
+        It makes models for :func:`coordconv.parity.compare`; arguments, results and errors are
+        those of :attr:`coordconv.backends.protocols.Backend.recorded`. The module runs as it is, in
+        training or in evaluation; what it draws moves the framework's generator on. Inputs that are
+        floating-point get the type and the device of its first floating-point parameter. What runs
+        in compiled and scripted modules and in transformations of ``torch.func`` is not recorded,
+        nor are nested, sparse and quantized tensors.
+
+        Example:
+            >>> run = recorded(net, names={"0": "conv"})  # doctest: +SKIP
+            >>> list(run(np.ones((1, 3, 5, 5))))  # doctest: +SKIP
+            ['conv', '1', 'model output']
+        """
         differentiated = output_gradient is not None
 
         def run(*inputs: Array) -> Mapping[str, Array]:
@@ -223,7 +241,7 @@ class Tape:
                             )
                             stack.callback(hook.remove)
                     # Clones, since no leaf of a graph can be written to.
-                    return module(*(x.clone() for x in given), **options)
+                    return module(*(x.clone() for x in given), **kwargs)
 
                 def gradients(
                     outputs: dict[str, Any], inputs: dict[str, Any], dys: dict[str, Array]

@@ -28,7 +28,7 @@ MUST_HAVE = {
     *(f"coordconv.{name}" for name in ("recording", "backends", "parity.compare")),
     *(f"coordconv.weights.{name}" for name in ("files", "foreign", "kernels")),
     *(f"coordconv.backends.{name}.layers" for name in BACKENDS),
-    *(f"coordconv.backends.{name}.recording" for name in BACKENDS),
+    *(f"coordconv.backends.{name}.recording" for name in ("flax", "linen")),
 }
 
 

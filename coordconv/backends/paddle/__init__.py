@@ -16,8 +16,14 @@ from coordconv.backends.paddle.layers import (
     CoordConv3D,
     CoordConv3DTranspose,
 )
-from coordconv.backends.paddle.networks import COMPILED, build, evaluate, trainer, write_state
-from coordconv.backends.paddle.recording import recorded
+from coordconv.backends.paddle.networks import (
+    COMPILED,
+    build,
+    evaluate,
+    recorded,
+    trainer,
+    write_state,
+)
 from coordconv.tape import adapt_state_dict
 
 __all__ = [

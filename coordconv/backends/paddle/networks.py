@@ -63,5 +63,6 @@ def build(
 
 
 evaluate = Network.TAPE.evaluate
+recorded = Network.TAPE.recorded
 trainer = Network.TAPE.trainer
 write_state = Network.TAPE.write_state

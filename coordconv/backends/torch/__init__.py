@@ -16,8 +16,14 @@ from coordconv.backends.torch.layers import (
     LazyCoordConvTranspose2d,
     LazyCoordConvTranspose3d,
 )
-from coordconv.backends.torch.networks import COMPILED, build, evaluate, trainer, write_state
-from coordconv.backends.torch.recording import recorded
+from coordconv.backends.torch.networks import (
+    COMPILED,
+    build,
+    evaluate,
+    recorded,
+    trainer,
+    write_state,
+)
 from coordconv.tape import adapt_state_dict
 
 __all__ = [

@@ -93,5 +93,6 @@ class Network(NetworkModule, nn.Sequential):
 
 build = Network.build
 evaluate = Network.TAPE.evaluate
+recorded = Network.TAPE.recorded
 trainer = Network.TAPE.trainer
 write_state = Network.TAPE.write_state
