@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 from typing import Any
@@ -315,6 +316,20 @@ def test_it_is_the_frameworks_convolution_and_has_its_parameters(framework, geom
     assert set(framework.parameters(framework.make(geometry, 4, 6, bias=False))) == {
         framework.kernel
     }
+
+
+def test_its_arguments_are_the_frameworks_and_two_more(framework, geometry):
+    """In what editors show, and tools that construct layers look into."""
+    layer = framework.make(geometry, 4, 6)
+    found = dict(inspect.signature(type(getattr(layer, "module", layer))).parameters)
+    own = [found.pop(name) for name in ("coords", "coord_init")]
+    assert [(p.kind, p.default) for p in own] == [
+        (inspect.Parameter.KEYWORD_ONLY, default) for default in (None, "fan_in")
+    ]
+    _, *wanted = inspect.signature(framework.plain_class(geometry).__init__).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in found.values()] == [
+        (p.name, p.kind, p.default) for p in wanted
+    ]
 
 
 def test_in_channels_are_what_it_takes(framework, geometry):
