@@ -87,11 +87,10 @@ class CoordConvTranspose(_CoordLayer, nnx.ConvTranspose):
 
 
 class AddCoords(nnx.Module):
-    """Append the coordinate channels to ``inputs (..., *S, C)``, for layers without a CoordConv.
+    """Append the coordinate channels to an input, for layers that have no CoordConv.
 
-    Args:
-        coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
-        rank: the number of spatial axes, 1 to 3. Keyword only.
+    The ``coords`` are tokens, a :class:`~coordconv.Coordinates`, or None for all axes, of which
+    there are ``rank``; inputs are ``(..., *S, C)``, with any number of batch axes.
 
     Raises:
         TypeError: the inputs are not floating-point.

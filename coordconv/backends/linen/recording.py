@@ -23,19 +23,12 @@ def recorded(
 ) -> Recorded:
     """The module as a function on NumPy arrays that returns what each module in it returned.
 
-    It makes models for :func:`coordconv.parity.compare`; its arguments, names, order and errors are
-    those of :attr:`coordconv.backends.protocols.Backend.recorded`. What runs inside a scan, a
-    ``jit`` or another transformation of the model's own is not recorded.
-
-    Args:
-        module: any module; those inside it are named by their paths, with dots.
-        variables: its variables, as ``init`` returns them. The parameters stay as they are in the
-            course of a call; other collections may change, but not those given.
-        names: other names for them.
-        output_gradient: the output's gradient, to have gradients recorded, too.
-        channels_last: whether the module's channels are last, where those of the inputs are on axis
-            1: arrays of three and more axes are then turned round on the way in and out.
-        kwargs: what the module is called with beside the inputs.
+    It makes models for :func:`coordconv.parity.compare`; arguments, results and errors are those of
+    :attr:`coordconv.backends.protocols.Backend.recorded`. ``channels_last`` says that the module has
+    its channels on the last axis, and not on axis 1 as the inputs: arrays of three and more axes are
+    turned round on the way in and out. Modules are named by their paths, with dots. What runs in a
+    scan, a ``jit`` or another transformation of the model's own is not recorded. Every
+    collection but the parameters may change in the course of a call; ``variables`` do not.
 
     Example:
         >>> import jax
