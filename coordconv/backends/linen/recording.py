@@ -24,10 +24,10 @@ def recorded(
     """The module as a function on NumPy arrays that returns what each module in it returned.
 
     It makes models for :func:`coordconv.parity.compare`; arguments, results and errors are those of
-    :attr:`coordconv.backends.protocols.Backend.recorded`. ``channels_last`` says that the module has
-    its channels on the last axis, and not on axis 1 as the inputs: arrays of three and more axes are
-    turned round on the way in and out. Modules are named by their paths, with dots. What runs in a
-    scan, a ``jit`` or another transformation of the model's own is not recorded. Every
+    :attr:`coordconv.backends.protocols.Backend.recorded`. ``channels_last`` says that the module
+    has its channels on the last axis, and not on axis 1 as the inputs: arrays of three and more
+    axes are turned round on the way in and out. Modules are named by their paths, with dots. What
+    runs in a scan, a ``jit`` or another transformation of the model's own is not recorded. Every
     collection but the parameters may change in the course of a call; ``variables`` do not.
 
     Example:
