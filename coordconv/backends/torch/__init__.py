@@ -9,6 +9,8 @@ from coordconv.backends.torch.layers import (
     CoordConvTranspose1d,
     CoordConvTranspose2d,
     CoordConvTranspose3d,
+)
+from coordconv.backends.torch.lazy import (
     LazyCoordConv1d,
     LazyCoordConv2d,
     LazyCoordConv3d,

@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
 from coordconv.coordinates import Coordinates, CoordinatesLike
-from coordconv.geometry import check_input
 from coordconv.grid import Array
 from coordconv.tape import TapeLayer, zeros
 from coordconv.weights.kernels import KernelLayout, Position, same_channels
@@ -23,20 +22,7 @@ from coordconv.weights.kernels import KernelLayout, Position, same_channels
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
-def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -> None:
-    """Say what is wrong with an input; a tracer's unknown sizes are left to torch."""
-    if not isinstance(input, Tensor):
-        return
-    if not (input.is_floating_point() or input.is_complex()):
-        raise TypeError(f"input must be floating-point, got {input.dtype}")
-    if all(type(n) is int for n in input.shape):
-        axis = -1 - rank
-        check_input(
-            input.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=0
-        )
-
-
-class _TorchCoordLayer(TapeLayer):
+class TorchCoordLayer(TapeLayer):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -146,10 +132,10 @@ class _TorchCoordLayer(TapeLayer):
             super()._adapt(state, prefix, position)
 
 
-class _CoordConv(_TorchCoordLayer):
+class _CoordConv(TorchCoordLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of ``input`` and its coordinates."""
-        check(input, self.rank, self.in_channels, len(self.coords))
+        options.check(input, self.rank, self.in_channels, len(self.coords))
         return super().forward(input)
 
     def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
@@ -160,10 +146,10 @@ class _CoordConv(_TorchCoordLayer):
         return self._coord_conv(input, weight, bias, super()._conv_forward)
 
 
-class _CoordConvTranspose(_TorchCoordLayer):
+class _CoordConvTranspose(TorchCoordLayer):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The transposed convolution of ``input`` and its coordinates."""
-        check(input, self.rank, self.in_channels, len(self.coords))
+        options.check(input, self.rank, self.in_channels, len(self.coords))
         extra = self.output_padding
         if output_size is not None:
             extra = options.output_padding(self, input.shape, output_size)
@@ -200,55 +186,6 @@ class CoordConvTranspose3d(_CoordConvTranspose, nn.ConvTranspose3d, rank=3):
     """As :class:`CoordConv3d`, of ``torch.nn.ConvTranspose3d``."""
 
 
-class _LazyCoordLayer(_TorchCoordLayer):
-    """Before ``cls_to_become``, which it becomes as its first input says ``in_channels``."""
-
-    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Make the parameters for an input, as torch does, with the coordinates' channels."""
-        check(input, self.rank)
-        shape = list(input.shape)
-        shape[-1 - self.rank] += self.groups * len(self.coords)
-        super().initialize_parameters(input.new_empty(shape, device="meta"), *args, **kwargs)
-        # Here and not before: if a state was loaded, torch finds nothing left to initialise.
-        self.in_channels = self._layout_of(self.weight).channels
-
-
-class LazyCoordConv1d(_LazyCoordLayer, CoordConv1d, nn.LazyConv1d):
-    """:class:`CoordConv1d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConv1d
-
-
-class LazyCoordConv2d(_LazyCoordLayer, CoordConv2d, nn.LazyConv2d):
-    """:class:`CoordConv2d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConv2d
-
-
-class LazyCoordConv3d(_LazyCoordLayer, CoordConv3d, nn.LazyConv3d):
-    """:class:`CoordConv3d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConv3d
-
-
-class LazyCoordConvTranspose1d(_LazyCoordLayer, CoordConvTranspose1d, nn.LazyConvTranspose1d):
-    """:class:`CoordConvTranspose1d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConvTranspose1d
-
-
-class LazyCoordConvTranspose2d(_LazyCoordLayer, CoordConvTranspose2d, nn.LazyConvTranspose2d):
-    """:class:`CoordConvTranspose2d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConvTranspose2d
-
-
-class LazyCoordConvTranspose3d(_LazyCoordLayer, CoordConvTranspose3d, nn.LazyConvTranspose3d):
-    """:class:`CoordConvTranspose3d` whose first input says ``in_channels``."""
-
-    cls_to_become = CoordConvTranspose3d
-
-
 class AddCoords(nn.Module):
     """Append the coordinate channels to an input, for layers that have no CoordConv.
 
@@ -275,7 +212,7 @@ class AddCoords(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with the coordinates behind its channels."""
-        check(input, self.rank)
+        options.check(input, self.rank)
         return adding.append(self.coords, input, self.rank)
 
     def extra_repr(self) -> str:

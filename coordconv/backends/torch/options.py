@@ -12,10 +12,24 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from coordconv.geometry import ConvGeometry
+from coordconv.geometry import ConvGeometry, check_input
 
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
+
+
+def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -> None:
+    """Say what is wrong with an input; a tracer's unknown sizes are left to torch."""
+    if not isinstance(input, Tensor):
+        return
+    if not (input.is_floating_point() or input.is_complex()):
+        raise TypeError(f"input must be floating-point, got {input.dtype}")
+    if all(type(n) is int for n in input.shape):
+        axis = -1 - rank
+        check_input(
+            input.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=0
+        )
 
 
 def geometry(layer: Any) -> ConvGeometry:
