@@ -2,9 +2,9 @@
 
 PyTorch and Paddle remember what a module computed from its parameters, and take gradients of that.
 Their modules and tensors have methods of the same names: ``parameters``, ``named_parameters``,
-``named_buffers``, ``named_children`` and ``register_forward_hook``; ``detach``, ``clone``,
-``copy_``, ``new_zeros``, ``requires_grad_``, ``is_floating_point`` and ``backward``. Where the two
-differ, a :class:`Tape` has a function for each. All that they do alike is here, once.
+``named_buffers`` and ``named_children``; ``detach``, ``clone``, ``copy_``, ``new_zeros``,
+``requires_grad``, ``is_floating_point`` and ``backward``. Where the two differ, a :class:`Tape` has
+a function for each. All that they do alike is here, once.
 """
 
 from __future__ import annotations
@@ -125,8 +125,10 @@ class Tape:
     compiled: Callable[[Any], Callable[[Any], Any]]  # the module before the framework's compiler
     # The modules in a module, itself included, by name, as far as they take hooks.
     modules: Callable[[Any], Mapping[str, Any]]
+    register_hook: str  # the method of a module that has a function see what the module returned
     optimizers: Mapping[str, Callable[[list[Any], float], Any]]  # of parameters and Adam's epsilon
-    set_rate: Callable[[Any, float], None]  # of an optimizer, the learning rate
+    # begin_step(optimizer, learning_rate): which it takes, and forgets gradients.
+    begin_step: Callable[[Any, float], None]
     # Canonical arrays from those of a network's state, and the inverse: it is its own.
     from_state: Callable[[Network, Mapping[str, Array]], dict[str, Array]]
 
@@ -160,7 +162,7 @@ class Tape:
         if dy is None:
             with self.framework.set_grad_enabled(False):
                 return to_numpy(run(given)), {}
-        given = given.requires_grad_()
+        given.requires_grad = True
         output = run(given)
         of = {"x": given, **parameters}
         gradients = self._gradients([output], of, [self.tensor(dy, like)])
@@ -181,8 +183,7 @@ class Tape:
         rule = self.optimizers[optimizer](parameters, epsilon)
 
         def step(x: Array, target: Array, learning_rate: float) -> float:
-            self.set_rate(rule, learning_rate)
-            rule.zero_grad()
+            self.begin_step(rule, learning_rate)
             wanted = self.tensor(target, parameters[0])
             losses = self.framework.nn.functional
             criterion = losses.mse_loss if wanted.is_floating_point() else losses.cross_entropy
@@ -227,8 +228,8 @@ class Tape:
         def run(*inputs: Array) -> Mapping[str, Array]:
             like = next((p for p in module.parameters() if p.is_floating_point()), None)
             given = [self.tensor(x, like) for x in inputs]
-            if differentiated:
-                given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
+            for x in given:
+                x.requires_grad = differentiated and x.is_floating_point()
 
             tape = self.framework.set_grad_enabled(differentiated)
             with tape, self._restored(module), ExitStack() as stack:
@@ -236,9 +237,8 @@ class Tape:
                 def call(see: See) -> Any:
                     for name, each in self.modules(module).items():
                         if name:  # the output of the module itself is recorded as the model's
-                            hook = each.register_forward_hook(
-                                lambda module, inputs, output, name=name: see(name, output)
-                            )
+                            register = getattr(each, self.register_hook)
+                            hook = register(lambda _, inputs, output, name=name: see(name, output))
                             stack.callback(hook.remove)
                     # Clones, since no leaf of a graph can be written to.
                     return module(*(x.clone() for x in given), **kwargs)
@@ -304,8 +304,10 @@ class Tape:
 
 def _watched(tensor: Any) -> tuple[Any, Any]:
     """A tensor of the graph with these values, and a clone of it, which may be written to."""
-    watched = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-    return watched, watched.clone()
+    if not tensor.requires_grad:
+        tensor = tensor.detach()
+        tensor.requires_grad = True
+    return tensor, tensor.clone()
 
 
 class NetworkModule:

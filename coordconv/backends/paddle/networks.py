@@ -31,6 +31,11 @@ def _conv(layer: networks.Conv) -> nn.Layer:
     return kind(layer.in_channels, layer.out_channels, bias_attr=bias, **arguments)
 
 
+def _begin_step(optimizer: paddle.optimizer.Optimizer, rate: float) -> None:
+    optimizer.clear_grad()
+    optimizer.set_lr(rate)
+
+
 class Network(NetworkModule, nn.Sequential):
     """A :class:`coordconv.networks.Network` as a Paddle layer; input ``(N, C, *S)``."""
 
@@ -42,13 +47,14 @@ class Network(NetworkModule, nn.Sequential):
         grad=paddle.grad,
         compiled=lambda module: paddle.jit.to_static(module.forward, full_graph=True),
         modules=lambda module: dict(module.named_sublayers(include_self=True)),
+        register_hook="register_forward_post_hook",
         optimizers={
             "adam": lambda parameters, epsilon: paddle.optimizer.Adam(
                 parameters=parameters, epsilon=epsilon
             ),
             "sgd": lambda parameters, epsilon: paddle.optimizer.SGD(parameters=parameters),
         },
-        set_rate=paddle.optimizer.Optimizer.set_lr,
+        begin_step=_begin_step,
         from_state=from_state,
     )
 

@@ -58,7 +58,8 @@ def _modules(module: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def _begin_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    optimizer.zero_grad()
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -82,11 +83,12 @@ class Network(NetworkModule, nn.Sequential):
         grad=_grad,
         compiled=_compiled,
         modules=_modules,
+        register_hook="register_forward_hook",
         optimizers={
             "adam": lambda parameters, epsilon: torch.optim.Adam(parameters, eps=epsilon),
             "sgd": lambda parameters, epsilon: torch.optim.SGD(parameters),
         },
-        set_rate=_set_rate,
+        begin_step=_begin_step,
         from_state=from_state,
     )
 
