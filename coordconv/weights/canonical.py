@@ -59,25 +59,17 @@ def layouts(network: Network) -> dict[str, KernelLayout]:
 def checked(
     mapping: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    layouts: Mapping[str, KernelLayout] | None = None,
+    layouts: Mapping[str, KernelLayout],
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Array]:
-    """The arrays of ``mapping``, ready to be copied into a module, or one error with all problems.
+    """The arrays of ``mapping`` as a module wants them, or one ValueError with all problems.
 
-    Args:
-        mapping: arrays by name. If it is :class:`Weights`, its Coordinates must be the module's:
-            the same set in another order is put in the module's order, anything else is an error.
-        shapes: the name and canonical shape of every array that the module wants.
-        layouts: of the kernel of each CoordConv in the module, by the layer's name.
-        sources: what to call the origin of an array in an error, by its name in ``mapping``.
-
-    Raises:
-        TypeError: ``mapping`` is not a mapping.
-        ValueError: every array that is missing, unexpected, of the wrong shape or not
-            floating-point, and every layer whose Coordinates differ.
+    ``shapes`` are the canonical ones that it wants, by name, ``layouts`` those of its CoordConvs'
+    kernels, by layer, and ``sources`` what an error calls an array's origin. The Coordinates of
+    :class:`Weights` must be the module's: the same set in another order is put in its order.
 
     Example:
-        >>> checked({"weights": np.ones((2, 2))}, {"weight": (2, 2)})
+        >>> checked({"weights": np.ones((2, 2))}, {"weight": (2, 2)}, {})
         Traceback (most recent call last):
         ...
         ValueError: cannot import weights:
@@ -87,9 +79,7 @@ def checked(
     if not isinstance(mapping, Mapping):
         raise TypeError(f"weights must be a mapping of names to arrays, got {type(mapping)}")
     arrays = {name: np.asarray(array) for name, array in mapping.items()}
-    kernels = {
-        f"{layer}.weight".lstrip("."): (layer, layout) for layer, layout in (layouts or {}).items()
-    }
+    kernels = {f"{layer}.weight".lstrip("."): layer for layer in layouts}
     problems = [
         f"missing: {name}, shape {shape}" for name, shape in shapes.items() if name not in arrays
     ]
@@ -98,21 +88,23 @@ def checked(
         if name not in shapes:
             problems.append(f"unexpected: {shown}, shape {array.shape}")
         elif array.shape != shapes[name]:
-            problems.append(f"wrong shape: {shown} is {array.shape}, want {shapes[name]}")
-            _, layout = kernels.get(name, ("", None))
+            problem = f"wrong shape: {shown} is {array.shape}, want {shapes[name]}"
+            layout = layouts[kernels[name]] if name in kernels else None
             if layout and array.ndim > 1 and array.shape[layout.axis] != layout.width:
-                problems[-1] += (
+                problem += (
                     f": {array.shape[layout.axis]} input channels, where features and coordinates "
                     f"have {layout.width}, and features alone {layout.plain_width}"
                 )
+            problems.append(problem)
         elif array.dtype.kind != "f":
             problems.append(f"not floating-point: {shown} is {array.dtype}")
-    for name, (layer, layout) in kernels.items():
-        given = getattr(mapping, "coordinates", {}).get(layer, layout.coords)
-        if not same_channels(given, layout.coords):
-            problems.append(f"other coordinates: {name} was made for {given}, want {layout.coords}")
-        elif name in arrays and not problems:
-            arrays[name] = layout.reordered(arrays[name], given)
+    for name, layer in kernels.items():
+        wanted = layouts[layer].coords
+        given = getattr(mapping, "coordinates", {}).get(layer, wanted)
+        if not same_channels(given, wanted):
+            problems.append(f"other coordinates: {name} was made for {given}, want {wanted}")
+        elif not problems:
+            arrays[name] = layouts[layer].reordered(arrays[name], given)
     if problems:
         raise ValueError("\n  ".join(["cannot import weights:", *problems]))
     return {name: arrays[name] for name in shapes}

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
 from coordconv import networks
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked, layouts
-from coordconv.weights.kernels import Position, check_position, is_kernel, take_nested
+from coordconv.weights.kernels import Position, check_position, fit_state, take_nested
 
-LAYOUTS = ("oihw", "hwio")
 Layout: TypeAlias = Literal["oihw", "hwio"]
 
 
@@ -40,8 +39,8 @@ def adopt(
             last; with ``"oihw"`` it is ``(out, in)``, as in PyTorch.
         names: theirs to ours, such as ``{"conv2d_1/kernel:0": "conv1.weight"}``; what is not in it
             is called the same. None is for arrays that are all called as ours, or else stand in
-            the order of the layers: the kernels, that is, and the biases, whichever come first.
-            Beware that HDF5 lists ``conv2d_10`` before ``conv2d_2``.
+            the order of the layers, kernels and biases each. Beware that HDF5 lists ``conv2d_10``
+            before ``conv2d_2``.
         position: ``"last"`` if the coordinates come after the features of each group, ``"first"``
             if before, as in SparseInst, CondInst and CAM-Convs.
 
@@ -63,8 +62,8 @@ def adopt(
         >>> adopt(arrays, keras, layout="hwio")["conv1.weight"].shape
         (32, 4, 1, 1)
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
     if not isinstance(arrays, Mapping):
         raise TypeError(f"arrays must be a mapping of names to arrays, got {type(arrays)}")
     network = networks.get(network)
@@ -89,29 +88,10 @@ def fitted(
     position: Position = "last",
     sources: Mapping[str, str] | None = None,
 ) -> Weights:
-    """A network's weights from arrays under canonical names, and nothing else.
+    """New arrays, as :func:`checked` wants them, from arrays under canonical names.
 
-    A kernel may be a plain convolution's, or under ``conv.weight``, as :func:`adopt` takes it. The
-    Coordinates of :class:`Weights` are checked, too: such are canonical, with the coordinates last.
-
-    Args:
-        arrays: in canonical layout.
-        network: what they are to be the weights of.
-        position: as :func:`adopt` takes it.
-        sources: as :func:`~coordconv.weights.canonical.checked` takes them.
-
-    Returns:
-        New arrays in the order of the network, with its Coordinates and its name.
-
-    Raises:
-        ValueError: as :func:`~coordconv.weights.canonical.checked`; another ``position``.
-
-    Example:
-        >>> network = networks.get("coord_cnn")
-        >>> arrays = {n: np.zeros(s) for n, s in network.weight_shapes().items()}
-        >>> arrays["conv4.weight"] = np.zeros((64, 64, 3, 3))  # a plain convolution's
-        >>> fitted(arrays, network)["conv4.weight"].shape
-        (64, 66, 3, 3)
+    A kernel may be a plain convolution's, or under ``conv.weight``. The Coordinates of
+    :class:`Weights` are checked, too: such are canonical, with the coordinates last.
     """
     check_position(position)
     coordinates, kernels = getattr(arrays, "coordinates", {}), layouts(network)
@@ -122,10 +102,10 @@ def fitted(
         )
     found = Weights(_without_nesting(arrays, network), coordinates)
     for layer, layout in kernels.items():
-        name = f"{layer}.weight"
-        if is_kernel(found.get(name)):
-            with suppress(ValueError):  # what does not fit is told of with all other problems
-                found[name] = layout.fitted(found[name], np.concatenate, _zeros, position)
+        with suppress(ValueError):  # what does not fit is told of with all other problems
+            fit_state(
+                found, f"{layer}.", layout, np.concatenate, _zeros, nested=False, position=position
+            )
     ready = checked(found, network.weight_shapes(), kernels, sources)
     return Weights.of(network, {name: array.copy() for name, array in ready.items()})
 
@@ -149,8 +129,7 @@ def _from_hwio(arrays: Mapping[str, Array], network: networks.Network) -> dict[s
         name = f"{layer.name}.weight"
         if np.ndim(arrays.get(name, 0)) < 2:
             continue
-        kernel = np.asarray(arrays[name])
-        kernel = np.moveaxis(kernel, (-1, -2), (0, 1))
+        kernel = np.moveaxis(np.asarray(arrays[name]), (-1, -2), (0, 1))
         if isinstance(layer, networks.Linear) and flattened:
             if kernel.shape == layer.weight_shapes()["weight"]:
                 # Its inputs were flattened with the channels last.

@@ -60,47 +60,39 @@ class KernelLayout:
 
         These are views where there can be.
         """
-        features = self.features
+        n = self.features
         if not self.transposed:
-            return kernel[:, :features], kernel[:, features:]
+            return kernel[:, :n], kernel[:, n:]
         if self.groups == 1:
-            return kernel[:features], kernel[features:].swapaxes(0, 1)
-        rest = tuple(kernel.shape[1:])
-        grouped = kernel.reshape((self.groups, -1, *rest))
-        coordinates = grouped[:, features:].swapaxes(1, 2)
-        return (
-            grouped[:, :features].reshape((-1, *rest)),
-            coordinates.reshape((-1, *tuple(coordinates.shape[2:]))),
-        )
+            return kernel[:n], kernel[n:].swapaxes(0, 1)
+        grouped = self._grouped(kernel)
+        features, coordinates = grouped[:, :n], grouped[:, n:].swapaxes(1, 2)
+        return _ungrouped(features), _ungrouped(coordinates)
 
     def join(self, features: Any, coordinates: Any, concatenate: Concatenate) -> Any:
         """The inverse of :meth:`split`."""
         if not self.transposed:
             return concatenate([features, coordinates], 1)
-        rest = tuple(features.shape[1:])
-        per_group = coordinates.reshape((self.groups, -1, *tuple(coordinates.shape[1:])))
-        grouped = features.reshape((self.groups, -1, *rest))
-        joined = concatenate([grouped, per_group.swapaxes(1, 2)], 1)
-        return joined.reshape((-1, *rest))
+        parts = [self._grouped(features), self._grouped(coordinates).swapaxes(1, 2)]
+        return _ungrouped(concatenate(parts, 1))
+
+    def _grouped(self, array: Any) -> Any:
+        """The first axis divided into groups."""
+        return array.reshape((self.groups, -1, *tuple(array.shape[1:])))
 
     def reordered(self, kernel: Any, found: Coordinates) -> Any:
-        """A kernel made for the same Coordinates in another order, or else ValueError."""
+        """A kernel made for the same coordinates in another order, in this order."""
         if found == self.coords:
             return kernel
-        if not same_channels(found, self.coords):
-            raise ValueError(f"the kernel was made for {found}, want {self.coords}")
         order = [self.features + found.channels.index(token) for token in self.coords.channels]
         return self._picked(kernel, np.array([*range(self.features), *order]))
 
-    def last(self, kernel: Any) -> Any:
-        """A kernel whose coordinates come before the features of each group, in this layout."""
+    def moved(self, kernel: Any, position: Position) -> Any:
+        """The coordinates of each group moved to this end of it from the other."""
         n = len(self.coords)
-        return self._picked(kernel, np.roll(np.arange(self.features + n), -n))
-
-    def first(self, kernel: Any) -> Any:
-        """The inverse of :meth:`last`."""
-        n = len(self.coords)
-        return self._picked(kernel, np.roll(np.arange(self.features + n), n))
+        return self._picked(
+            kernel, np.roll(np.arange(self.features + n), n if position == "first" else -n)
+        )
 
     def _picked(self, kernel: Any, order: Array) -> Any:
         """The input channels of each group in another order."""
@@ -112,22 +104,14 @@ class KernelLayout:
     def fitted(
         self, kernel: Any, concatenate: Concatenate, zeros: Zeros, position: Position = "last"
     ) -> Any:
-        """A kernel over features and coordinates, or over features alone, in this layout.
+        """A kernel in this layout from one with its coordinates at ``position``.
 
-        Args:
-            kernel: another implementation's, or a plain convolution's: the coordinates' part of
-                that is zero.
-            concatenate: the framework's, of a list of arrays and an axis.
-            zeros: the framework's, of a shape and an array whose type and device to take.
-            position: where the coordinates are among the channels of each group.
-
-        Raises:
-            ValueError: the number of channels fits neither; another ``position``.
+        A plain convolution's gets zeros for the coordinates' part. ValueError if the number of
+        input channels fits neither.
         """
-        check_position(position)
         shape = tuple(int(length) for length in kernel.shape)
         if shape[self.axis] == self.width:
-            return kernel if position == "last" else self.last(kernel)
+            return kernel if position == "last" else self.moved(kernel, "last")
         if shape[self.axis] != self.plain_width:
             raise ValueError(
                 f"a kernel must have {self.width} input channels (features and coordinates) or "
@@ -137,6 +121,10 @@ class KernelLayout:
         out = shape[1] * self.groups if self.transposed else shape[0]
         coordinates = zeros((out, len(self.coords), *shape[2:]), kernel)
         return self.join(kernel, coordinates, concatenate)
+
+
+def _ungrouped(array: Any) -> Any:
+    return array.reshape((-1, *tuple(array.shape[2:])))
 
 
 def same_channels(one: Coordinates, other: Coordinates) -> bool:
@@ -154,31 +142,26 @@ def fit_state(
     state: MutableMapping[str, Any],
     prefix: str,
     layout: KernelLayout,
+    concatenate: Concatenate,
+    zeros: Zeros,
     *,
     nested: bool = True,
     position: Position = "last",
-    concatenate: Concatenate,
-    zeros: Zeros,
 ) -> None:
-    """Give a framework's state, in place, the names and the kernel of one layer of ours.
+    """Give a state, in place, the names and the kernel of one layer of ours.
 
-    The ``prefix`` is the layer's name with its dot, or nothing. Unless the layer has a ``conv``
-    inside, its own names may be ``nested``: ``conv.weight`` and ``conv.bias`` under the prefix. The
-    last three arguments are those of :meth:`KernelLayout.fitted`.
-
-    Raises:
-        ValueError: a kernel whose input channels fit neither the layer nor a plain convolution.
+    The ``prefix`` is the layer's name with its dot, or nothing. With ``nested``, names may be those
+    that :func:`take_nested` takes. ValueError is that of :meth:`KernelLayout.fitted`.
     """
     check_position(position)
     if nested:
         take_nested(state, prefix)
     name = f"{prefix}weight"
-    if not is_kernel(state.get(name)):  # for the framework to refuse
-        return
-    try:
-        state[name] = layout.fitted(state[name], concatenate, zeros, position)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    if _is_kernel(state.get(name)):  # else it is refused with whatever else does not fit
+        try:
+            state[name] = layout.fitted(state[name], concatenate, zeros, position)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def take_nested(state: MutableMapping[str, Any], prefix: str) -> None:
@@ -191,11 +174,6 @@ def take_nested(state: MutableMapping[str, Any], prefix: str) -> None:
         inner = f"{prefix}conv.{name}"
         if inner in state:
             state[f"{prefix}{name}"] = state.pop(inner)
-
-
-def is_kernel(array: Any) -> bool:
-    """Whether it has the axes of a kernel."""
-    return 3 <= len(getattr(array, "shape", ())) <= 5
 
 
 def split_kernel(
@@ -212,14 +190,13 @@ def split_kernel(
         weight: ``(out, C / groups + n, *kernel)``, transposed ``(C + groups * n, out / groups,
             *kernel)``, of one to three spatial axes.
         coords: the coordinate channels, or None for all axes.
-        groups: the number of groups of the convolution, each of which has all coordinates.
+        groups: of the convolution; each has all coordinates.
         transposed: whether it is a transposed convolution.
         position: ``"last"`` if the coordinates come after the features of each group, ``"first"``
             if before, as SparseInst, CondInst and CAM-Convs save them.
 
     Returns:
-        New arrays: the features' part, laid out as a plain convolution's kernel, and the
-        coordinates' part ``(out, n, *kernel)``, always in this layout.
+        New arrays: a plain convolution's kernel, and the coordinates' part ``(out, n, *kernel)``.
 
     Raises:
         TypeError: ``groups`` is not an int.
@@ -233,15 +210,14 @@ def split_kernel(
     check_position(position)
     weight = _checked("weight", weight, groups, transposed)
     coordinates = Coordinates.resolve(coords, weight.ndim - 2)
-    n = len(coordinates)
-    per_group = weight.shape[0] // groups if transposed else weight.shape[1]
-    if per_group <= n:
+    features = (weight.shape[0] // groups if transposed else weight.shape[1]) - len(coordinates)
+    if features < 1:
         raise ValueError(
-            f"weight must have more than the {n} coordinates among the input channels of a group, "
-            f"got {per_group} in shape {weight.shape}"
+            f"weight must have more than the {len(coordinates)} coordinates among the input "
+            f"channels of a group, got {features + len(coordinates)} in shape {weight.shape}"
         )
-    layout = KernelLayout(coordinates, (per_group - n) * groups, groups, transposed)
-    parts = layout.split(weight if position == "last" else layout.last(weight))
+    layout = KernelLayout(coordinates, features * groups, groups, transposed)
+    parts = layout.split(weight if position == "last" else layout.moved(weight, "last"))
     return parts[0].copy(), parts[1].copy()
 
 
@@ -253,17 +229,14 @@ def join_kernel(
     *,
     position: Position = "last",
 ) -> Array:
-    """The kernel over features and coordinates: the inverse of :func:`split_kernel`.
+    """The kernel over features and coordinates, a new array: the inverse of :func:`split_kernel`.
 
     Args:
         features: ``(out, C / groups, *kernel)``, transposed ``(C, out / groups, *kernel)``.
         coordinates: ``(out, n, *kernel)``.
-        groups: the number of groups of the convolution.
+        groups: of the convolution.
         transposed: whether it is a transposed convolution.
         position: where to put the coordinates of each group.
-
-    Returns:
-        A new array.
 
     Raises:
         TypeError: ``groups`` is not an int.
@@ -276,24 +249,24 @@ def join_kernel(
     check_position(position)
     features = _checked("features", features, groups, transposed)
     coordinates = np.asarray(coordinates)
-    out = features.shape[1] * groups if transposed else features.shape[0]
+    first, second, *size = features.shape
+    channels, out = (first, second * groups) if transposed else (second * groups, first)
     n = coordinates.shape[1] if coordinates.ndim > 1 else 0
-    if not n or coordinates.shape != (out, n, *features.shape[2:]):
-        wanted = ", ".join(map(str, (out, "n", *features.shape[2:])))
+    if not n or coordinates.shape != (out, n, *size):
+        wanted = ", ".join(map(str, (out, "n", *size)))
         raise ValueError(f"coordinates must have shape ({wanted}), got {coordinates.shape}")
     if n > len(TOKENS):
         raise ValueError(f"coordinates must have at most {len(TOKENS)} channels, got {n}")
-    channels = features.shape[0] if transposed else features.shape[1] * groups
     # Which coordinates they are does not matter here, but how many.
     layout = KernelLayout(Coordinates("xyzr"[:n]), channels, groups, transposed)
     joined: Array = layout.join(features, coordinates, np.concatenate)
-    return joined if position == "last" else layout.first(joined)
+    return joined if position == "last" else layout.moved(joined, "first")
 
 
 def _checked(name: str, kernel: Array, groups: int, transposed: bool) -> Array:
     """A kernel as an array, if it has a kernel's axes and that many groups."""
     kernel = np.asarray(kernel)
-    if not is_kernel(kernel):
+    if not _is_kernel(kernel):
         raise ValueError(f"{name} must have 1 to 3 spatial axes and 2 more, got {kernel.shape}")
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups must be an int, got {groups!r}")
@@ -301,3 +274,7 @@ def _checked(name: str, kernel: Array, groups: int, transposed: bool) -> Array:
         channels = f"{len(kernel)} {'input' if transposed else 'output'} channels"
         raise ValueError(f"groups must divide the kernel's {channels}, got {groups}")
     return kernel
+
+
+def _is_kernel(array: Any) -> bool:
+    return 3 <= len(getattr(array, "shape", ())) <= 5

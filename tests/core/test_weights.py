@@ -191,18 +191,18 @@ SHAPES = {name: array.shape for name, array in ARRAYS.items()}
 
 
 def test_checked_passes_what_fits() -> None:
-    assert_same(checked(ARRAYS, SHAPES), ARRAYS)
+    assert_same(checked(ARRAYS, SHAPES, {}), ARRAYS)
     assert_same(checked(ARRAYS, SHAPES, LAYOUTS), ARRAYS)  # a dict says nothing of them
     assert_same(checked(Weights(ARRAYS, {"conv4": COORDS}), SHAPES, LAYOUTS), ARRAYS)
 
 
 def test_checked_is_in_the_modules_order() -> None:
     backwards = dict(reversed(ARRAYS.items()))
-    assert list(checked(backwards, SHAPES)) == list(SHAPES)
+    assert list(checked(backwards, SHAPES, {})) == list(SHAPES)
 
 
 def test_lists_will_do_for_arrays() -> None:
-    np.testing.assert_array_equal(checked({"w": [1.0, 2.0]}, {"w": (2,)})["w"], [1.0, 2.0])
+    np.testing.assert_array_equal(checked({"w": [1.0, 2.0]}, {"w": (2,)}, {})["w"], [1.0, 2.0])
 
 
 def test_all_problems_at_once() -> None:
@@ -245,7 +245,7 @@ def test_a_kernel_of_other_channels_is_told_the_three_numbers(
 @pytest.mark.parametrize("mapping", [[("w", np.ones(2))], None, np.ones(2), "weights"])
 def test_not_a_mapping(mapping: Any) -> None:
     with pytest.raises(TypeError, match="weights must be a mapping of names to arrays"):
-        checked(mapping, {"w": (2,)})
+        checked(mapping, {"w": (2,)}, {})
 
 
 @pytest.mark.parametrize(("groups", "transposed"), [(1, False), (2, False), (1, True), (2, True)])
