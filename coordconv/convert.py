@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +47,7 @@ def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
     path = os.fsdecode(path)
     suffix = os.path.splitext(path.rstrip("/" + os.sep))[1].lower()
     if suffix not in suffixes and (os.path.isdir(path) or path.endswith(("/", os.sep))):
-        suffix = "/"
+        suffix = "/"  # a folder
     if suffix not in suffixes:
         known = ", ".join(name for name in suffixes if name != "/")
         raise ValueError(
@@ -84,12 +83,11 @@ def load(
 
     Raises:
         ValueError: an unknown network, format or position; a file that is damaged, or that could
-            run code; every array that is missing, unexpected, of the wrong shape or not
-            floating-point.
+            run code; every array that does not fit.
         ImportError: the format's framework is not installed.
         OSError: the file cannot be read.
     """
-    return _load(path, network, format, position)
+    return warned(path, _load(path, network, format, position), stacklevel=3)
 
 
 def _load(
@@ -109,7 +107,7 @@ def _load(
     except ValueError as error:
         raise ValueError(f"{os.fsdecode(path)}: {error}") from error
     weights.metadata = {**arrays.metadata, **weights.metadata}
-    return warned(path, weights, stacklevel=4)  # where load or convert is called
+    return weights
 
 
 def save(
@@ -121,14 +119,11 @@ def save(
 ) -> None:
     """Write a network's weights in any format, whole or not at all.
 
-    A file is replaced, a folder is not: that is an error.
-
     Args:
-        path: the file or folder to write.
+        path: the file, which is replaced, or the folder, which must not exist.
         weights: canonical weights, as ``export_weights()`` returns them.
         network: whose weights they are; by default the one that their metadata name.
-        format: one of ``FORMATS``; by default what the suffix says. Metadata and Coordinates are in
-            the canonical format alone.
+        format: as :func:`load`; Metadata and Coordinates are in the canonical format alone.
 
     Raises:
         ValueError: an unknown network or format, weights that are not the network's, or of another
@@ -144,13 +139,13 @@ def save(
         {'network': 'coord_cnn'}
     """
     format = format_of(path, format)
-    metadata = dict(getattr(weights, "metadata", {}))
-    if network is None and "network" not in metadata:
-        raise ValueError(
-            "weights do not say whose they are: name the network, one of "
-            f"{', '.join(networks.NETWORKS)}"
-        )
-    network = networks.get(metadata["network"] if network is None else network)
+    metadata = getattr(weights, "metadata", {})
+    if network is None:
+        network = metadata.get("network")
+    if network is None:
+        known = ", ".join(networks.NETWORKS)
+        raise ValueError(f"weights do not say whose they are: name the network, one of {known}")
+    network = networks.get(network)
     weights = fitted(weights, network)
     for name, array in weights.items():
         if array.dtype.name not in _DTYPES:
@@ -174,13 +169,8 @@ def convert(
 ) -> Weights:
     """:func:`load` a network's weights from ``source``, and :func:`save` them as ``target``.
 
-    The arguments are those of the two. In ``target`` the coordinates are last.
-
-    Returns:
-        The canonical weights.
-
-    Raises:
-        ValueError: ``source`` and ``target`` are the same file; and as the two.
+    Arguments, errors and what is returned are those of the two; ``source`` and ``target`` must not
+    be the same file. In ``target`` the coordinates are last.
     """
     target_format = format_of(target, target_format)
     source, target = os.fsdecode(source), os.fsdecode(target)
@@ -188,7 +178,7 @@ def convert(
         raise ValueError(f"source and target are the same file, {source}")
     if target_format != CANONICAL:
         backends.load(target_format)  # it is there: say so before anything is read
-    weights = _load(source, network, source_format, position)
+    weights = warned(source, _load(source, network, source_format, position), stacklevel=3)
     save(target, weights, network, format=target_format)
     return weights
 
@@ -217,26 +207,11 @@ class Description:
     coordinates: dict[str, Coordinates]
     metadata: dict[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON: of dicts, lists, text, numbers and None."""
-        return {
-            "format": self.format,
-            "arrays": [{**vars(row), "shape": list(row.shape)} for row in self.arrays],
-            "parameters": self.parameters,
-            "coordinates": {name: coords.to_dict() for name, coords in self.coordinates.items()},
-            "metadata": self.metadata,
-        }
-
 
 def describe(path: str | os.PathLike[str], *, format: str | None = None) -> Description:
     """What is in a file of weights, of whatever network, under its own names and in its own layout.
 
-    Args:
-        path: a file, or a folder where that is what the framework saves.
-        format: one of ``FORMATS``; by default what the suffix says.
-
-    Raises:
-        ValueError, ImportError, OSError: as :func:`load`, but for what concerns a network.
+    Arguments and errors are those of :func:`load`, but for what concerns a network.
 
     Example:
         >>> import tempfile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,8 +15,19 @@ from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array
 
 
+class _Layer:
+    """What a layer is that says nothing else: its output is as its input, it has no weights."""
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical shape of each parameter."""
+        return {}
+
+
 @dataclass(frozen=True)
-class Conv:
+class Conv(_Layer):
     """A convolution, transposed or not, with coordinates or without."""
 
     name: str
@@ -27,15 +39,14 @@ class Conv:
 
     @property
     def kind(self) -> str:
-        return ("Coord" if self.coords else "") + (
-            f"Conv{'Transpose' if self.geometry.transposed else ''}{self.geometry.rank}d"
-        )
+        transpose = "Transpose" if self.geometry.transposed else ""
+        return f"{'Coord' if self.coords else ''}Conv{transpose}{self.geometry.rank}d"
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.out_channels, *self.geometry.output_shape(shape[1:]))
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The canonical shape of each parameter; ``weight`` is over features and coordinates."""
+        """``weight`` is over features and coordinates."""
         out, groups, seen = self.out_channels, self.geometry.groups, self._seen
         sides = (groups * seen, out // groups) if self.geometry.transposed else (out, seen)
         shapes: dict[str, tuple[int, ...]] = {"weight": (*sides, *self.geometry.kernel)}
@@ -52,7 +63,7 @@ class Conv:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Layer):
     """A fully connected layer."""
 
     name: str
@@ -72,31 +83,22 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class ReLU:
+class ReLU(_Layer):
     """``max(x, 0)``."""
 
     name: str = ""
     kind = "ReLU"
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
 
 @dataclass(frozen=True)
-class Flatten:
+class Flatten(_Layer):
     """Everything but the batch into one axis, in channels-first order in every backend."""
 
     name: str = ""
     kind = "Flatten"
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (int(np.prod(shape)),)
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
+        return (math.prod(shape),)
 
 
 Layer: TypeAlias = Conv | Linear | ReLU | Flatten
@@ -140,11 +142,8 @@ class Network:
     def with_coordinates(self, coords: CoordinatesLike) -> Network:
         """The same network with other coordinates in each CoordConv, as another implementation's.
 
-        Args:
-            coords: tokens, a :class:`~coordconv.Coordinates`, or None for all axes.
-
-        Raises:
-            TypeError, ValueError: as :class:`~coordconv.Coordinates`, or no CoordConv is there.
+        ``coords`` are tokens, a :class:`~coordconv.Coordinates`, or None for all axes. Errors are
+        those of Coordinates, and ValueError where there is no CoordConv.
 
         Example:
             >>> keras = get("coord_classifier").with_coordinates(Coordinates.named("keras"))
@@ -153,11 +152,12 @@ class Network:
         """
         if not self.coordinates():
             raise ValueError(f"network {self.name!r} has no CoordConv to give coordinates to")
-        layers = list(self.layers)
-        for i, layer in enumerate(layers):
-            if isinstance(layer, Conv) and layer.coords:
-                given = Coordinates.resolve(coords, layer.geometry.rank)
-                layers[i] = replace(layer, coords=given)
+        layers = [
+            replace(layer, coords=Coordinates.resolve(coords, layer.geometry.rank))
+            if isinstance(layer, Conv) and layer.coords
+            else layer
+            for layer in self.layers
+        ]
         return replace(self, layers=tuple(layers))
 
 
@@ -232,9 +232,8 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
     Args:
         name: one of ``NETWORKS``, or a :class:`Network` of your own.
         backend: ``"torch"``, ``"paddle"``, ``"flax"`` or ``"linen"``.
-        seed: what the initial weights are drawn with, the same ones in every backend. A Linen
-            module holds no arrays: give it ``initial_weights(name, seed)`` by its
-            ``import_weights``, or use its ``init``.
+        seed: of the initial weights, the same in every backend. A Linen module holds none: give it
+            ``initial_weights(name, seed)`` by its ``import_weights``, or use its ``init``.
 
     Returns:
         A module with ``export_weights()`` and ``import_weights(mapping)``. Its inputs are channels
@@ -252,10 +251,9 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
 
 
 def initial_weights(name: str | Network, seed: int = 0) -> dict[str, Array]:
-    """The weights that a network starts with, float32 arrays by dotted name.
+    """Float32 arrays by dotted name for a network to start with, alike in every backend.
 
-    They are uniform within ``1 / sqrt(fan_in)`` of zero, as ``torch.nn`` draws them, but from
-    NumPy's generator, so that every backend starts alike.
+    They are uniform within ``1 / sqrt(fan_in)`` of zero, as ``torch.nn`` draws them, but by NumPy.
     """
     rng = np.random.default_rng(seed)
     weights = {}

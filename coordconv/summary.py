@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from coordconv.networks import Conv, Network, ReLU, get
 
-_MEGABYTE = 1024**2
-_FLOAT_BYTES = 4
-
 
 @dataclass(frozen=True)
 class SummaryRow:
@@ -24,10 +21,9 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a network costs: a row per layer, and sizes in MB of 2**20 bytes, float32.
+    """A row per layer, and sizes in MB of 2**20 bytes, float32.
 
-    ``forward_backward_mb`` counts the output of every row twice, for the pass forward and the
-    pass back.
+    ``forward_backward_mb`` counts the output of every row twice: of the pass forward, and back.
     """
 
     network: str
@@ -44,14 +40,8 @@ def summary(name: str | Network, batch: int = 1) -> Summary:
     """The per-layer table of a network.
 
     A CoordConv is two rows: the convolution inside it, whose input has the coordinate channels
-    behind the features of each group, and the layer around it. ReLU is not counted.
-
-    Args:
-        name: one of ``NETWORKS``, or a :class:`Network`.
-        batch: the number of samples, at least 1.
-
-    Raises:
-        ValueError: an unknown network, or a batch below 1.
+    behind the features of each group, and the layer around it. ReLU is not counted. ValueError for
+    an unknown network, or a batch below 1.
 
     Example:
         >>> s = summary("coord_cnn", 64)
@@ -65,7 +55,7 @@ def summary(name: str | Network, batch: int = 1) -> Summary:
     for layer, before, after in network.shapes():
         if isinstance(layer, ReLU):
             continue
-        count = sum(math.prod(shape) for shape in layer.weight_shapes().values())
+        count = sum(map(math.prod, layer.weight_shapes().values()))
         seen, made = (batch, *before), (batch, *after)
         if isinstance(layer, Conv) and layer.coords:
             appended = (batch, before[0] + layer.geometry.groups * len(layer.coords), *before[1:])
@@ -76,6 +66,6 @@ def summary(name: str | Network, batch: int = 1) -> Summary:
     parameters = sum(row.parameters for row in rows)
     outputs = sum(math.prod(row.output_shape) for row in rows)
     numbers = (batch * math.prod(network.input_shape), 2 * outputs, parameters)
-    given, passed, kept = (number * _FLOAT_BYTES / _MEGABYTE for number in numbers)
+    given, passed, kept = (4 * number / 2**20 for number in numbers)
     total = given + passed + kept
     return Summary(network.name, batch, tuple(rows), parameters, given, passed, kept, total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +64,7 @@ def weights(
     for name, text in found.metadata.items():
         console.print(f"metadata: {plain(name)}: {plain(text)}", soft_wrap=True)
     console.print(f"parameters: {found.parameters:,}")
-    output.write_json(json.dumps(found.to_dict(), indent=2))
+    output.write_json(json.dumps(asdict(found), indent=2))
 
 
 def convert(

@@ -19,7 +19,6 @@ from coordconv.grid import Array
 from coordconv.weights.canonical import Weights
 
 FORMAT_VERSION = 2
-_HEADER = "__metadata__"
 _DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 _OWN_METADATA = ("format_version", "coordinates")
 
@@ -30,8 +29,6 @@ def save_weights(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights to a safetensors file, whole or not at all.
-
-    The file is written under a temporary name beside ``path`` and renamed.
 
     Args:
         path: the file to write. If it exists, it keeps its permissions, and a link stays a link.
@@ -52,7 +49,6 @@ def save_weights(
     """
     import json  # here and in load_weights, for the sake of the package's import time
 
-    path = os.fsdecode(path)
     entries = {**getattr(weights, "metadata", {}), **(metadata or {})}
     for name, text in entries.items():
         if not isinstance(name, str) or not isinstance(text, str):
@@ -66,17 +62,17 @@ def save_weights(
             raise TypeError(
                 f"weights must map names to numeric arrays, got {name!r}: {array.dtype}"
             )
-        if name == _HEADER:
+        if name == "__metadata__":
             raise ValueError(f"weights may not be named {name!r}, which the format keeps to itself")
         arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
     coordinates = getattr(weights, "coordinates", {})
     entries["format_version"] = str(FORMAT_VERSION)
     entries["coordinates"] = json.dumps({k: c.to_dict() for k, c in coordinates.items()})
-    replace_file(path, safetensors.numpy.save(arrays, metadata=entries))
+    replace_file(os.fsdecode(path), safetensors.numpy.save(arrays, metadata=entries))
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """Write a file of weights, whole or not at all: OSError if something else is there."""
+    """Write a file of weights under a temporary name beside ``path``, and rename it."""
     target = os.path.realpath(path)  # so that a link stays, and leads to what is new
     temporary = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.tmp")
     try:
@@ -111,15 +107,13 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
         path: a file that ``save_weights`` wrote, or any other safetensors file.
 
     Returns:
-        The arrays by name, with ``.coordinates`` and ``.metadata``; bfloat16, which NumPy lacks, as
-        float32.
+        The arrays by name, bfloat16 as float32, with ``.coordinates`` and ``.metadata``.
 
     Warns:
         UserWarning: an array holds NaN or infinity.
 
     Raises:
-        ValueError: the file is no safetensors file, is damaged or cut short, has one name twice,
-            or was written in another version of the format than this coordconv reads.
+        ValueError: no safetensors file, a damaged one, or one in another version of the format.
         OSError: the file cannot be read.
     """
     return warned(path, read_weights(path), stacklevel=3)
@@ -160,16 +154,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
             raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
         except (AttributeError, TypeError, ValueError) as error:  # NumPy lacks such a dtype or rank
             raise ValueError(f"{path} holds what NumPy arrays by name cannot: {error}") from error
-    _check_version(path, metadata.pop("format_version", str(FORMAT_VERSION)))
-    try:
-        described = json.loads(metadata.pop("coordinates", "{}"))
-        coordinates = {name: Coordinates.from_dict(d) for name, d in described.items()}
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has damaged coordinates metadata: {error}") from error
-    return Weights(arrays, coordinates, metadata)
-
-
-def _check_version(path: str, version: str) -> None:
+    version = metadata.pop("format_version", str(FORMAT_VERSION))
     # Python reads no number of thousands of digits, and nobody a message with one.
     if not version.isdecimal() or len(version) > 9 or int(version) > FORMAT_VERSION:
         raise ValueError(
@@ -183,6 +168,12 @@ def _check_version(path: str, version: str) -> None:
             "one: read the file by safetensors.numpy.load_file, join each such pair by "
             "coordconv.weights.join_kernel, and save the weights anew"
         )
+    try:
+        described = json.loads(metadata.pop("coordinates", "{}"))
+        coordinates = {name: Coordinates.from_dict(d) for name, d in described.items()}
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has damaged coordinates metadata: {error}") from error
+    return Weights(arrays, coordinates, metadata)
 
 
 def _widened(raw: BinaryIO, start: int, entry: dict[str, Any]) -> Array:

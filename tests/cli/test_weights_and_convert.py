@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -38,9 +39,8 @@ class TestWeights:
         assert "parameters: 160,065" in shown.output
         table = [line for line in shown.output.splitlines() if "│" in line]
         assert max(map(len, table)) <= 80
-        assert json.loads(run("weights", path, "--json", "-").stdout) == (
-            convert.describe(path).to_dict()
-        )
+        described = json.loads(json.dumps(asdict(convert.describe(path))))
+        assert json.loads(run("weights", path, "--json", "-").stdout) == described
 
     def test_shows_what_a_terminal_would_obey(self, run, tmp_path):
         path = tmp_path / "w.safetensors"

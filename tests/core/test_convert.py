@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -763,7 +764,7 @@ def test_a_description(tmp_path: Path) -> None:
         "d": ((2,), "bool", 2, 0.0, 1.0, 0, 0),
         "e": ((2,), "float16", 2, None, None, 2, 0),
     }
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["arrays"][1]["shape"] == [0, 3]
+    assert json.loads(json.dumps(asdict(found), allow_nan=False))["arrays"][1]["shape"] == [0, 3]
 
 
 def test_a_description_of_what_users_save(backend: str, tmp_path: Path) -> None:
