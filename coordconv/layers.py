@@ -1,24 +1,35 @@
 """What the layers of all frameworks share, without a framework.
 
 A layer is its framework's convolution, constructed over ``C + groups * n`` channels. The mixin
-here takes the two arguments that no framework knows, and computes in one of the two ways of
-:mod:`coordconv.position_bias`, through a few hooks that each adapter fills.
+here takes the two arguments that no framework knows; the adapters compute.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.coordinates import TOKENS, Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
-from coordconv.position_bias import APPEND
 from coordconv.weights.canonical import Weights, checked
 from coordconv.weights.kernels import KernelLayout
 
 
-class CoordLayer:
+class FixedCoords:
+    """A layer that keeps the coordinates that its kernel was made for."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "coords" and vars(self).get(name, value) != value:
+            raise AttributeError(
+                f"coords are fixed at construction, here {vars(self)[name]}, as the kernel is made "
+                f"for them: make a new layer with coords={value!r}; import_weights of it takes "
+                "exported weights for the same coordinates in any order"
+            )
+        super().__setattr__(name, value)
+
+
+class CoordLayer(FixedCoords):
     """What makes a framework's convolution a CoordConv.
 
     All arguments but two are the base class's, with its order and its defaults.
@@ -72,6 +83,7 @@ class CoordLayer:
     def __init__(
         self, *args: Any, coords: CoordinatesLike = None, coord_init: str = "fan_in", **kwargs: Any
     ) -> None:
+        check_arguments(args, kwargs)
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         given.apply_defaults()
         check_coord_init(coord_init)
@@ -102,27 +114,6 @@ class CoordLayer:
         """Where features and coordinates lie in the kernel."""
         raise NotImplementedError
 
-    def _way(self, x: Any, kernel: Any) -> str:
-        """How to compute this input: what :func:`coordconv.position_bias.choose` says."""
-        raise NotImplementedError
-
-    def _append(self, x: Any) -> Any:
-        """The input with the coordinates behind the features of each group."""
-        raise NotImplementedError
-
-    def _add_map(self, output: Any, x: Any, coordinates: Any) -> Any:
-        """The output of the features' part, and P of the coordinates' ``(out, n, *kernel)``."""
-        raise NotImplementedError
-
-    def _coord_conv(
-        self, x: Any, kernel: Any, bias: Any, convolve: Callable[[Any, Any, Any], Any]
-    ) -> Any:
-        """The layer's output, where its base class has ``convolve(x, kernel, bias)``."""
-        if self._way(x, kernel) == APPEND:
-            return convolve(self._append(x), kernel, bias)
-        features, coordinates = self.layout.split(kernel)
-        return self._add_map(convolve(x, features, bias), x, coordinates)
-
     def _canonical(self) -> dict[str, Array]:
         """The parameters as canonical arrays."""
         raise NotImplementedError
@@ -144,6 +135,16 @@ class CoordLayer:
         """
         shapes = {name: array.shape for name, array in self._canonical().items()}
         self._assign(checked(mapping, shapes, {"": self.layout}))
+
+
+def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what users of other CoordConvs write, and say what to write here."""
+    for value in args:
+        if isinstance(value, Coordinates) or (isinstance(value, str) and TOKENS.issuperset(value)):
+            shown = f'"{value}"' if isinstance(value, str) else repr(value)
+            raise TypeError(f"pass coords={shown} by keyword: in this place it is another argument")
+    if "with_r" in kwargs:
+        raise TypeError('there is no with_r: for the radius pass coords="xyr"')
 
 
 def _check_channels(name: str, channels: Any) -> None:

@@ -200,6 +200,38 @@ def test_options_of_the_coordinates_are_no_options_of_the_layer(build, option):
         build(**option)
 
 
+@pytest.mark.parametrize("coords", ["xyr", "x", Coordinates("yx")])
+def test_coordinates_among_the_frameworks_own_arguments(backend, coords):
+    """In the place of a stride, or where the kernel's size was forgotten, of that."""
+    size = {"torch": 3, "paddle": 3}.get(backend, (3, 3))
+    name = {"torch": "CoordConv2d", "paddle": "CoordConv2D"}.get(backend, "CoordConv")
+    layer = getattr(backends.load(backend), name)
+    channels = (8,) if backend == "linen" else (3, 8)
+    shown = f'"{coords}"' if isinstance(coords, str) else repr(coords)
+    message = f"pass coords={shown} by keyword: in this place it is another argument"
+    for arguments in ((*channels, size, coords), (*channels, coords)):
+        with told(TypeError, message):
+            layer(*arguments)
+
+
+def test_the_radius_is_one_of_the_coordinates(build):
+    with told(TypeError, 'there is no with_r: for the radius pass coords="xyr"'):
+        build(with_r=True)
+
+
+def test_coordinates_are_those_of_the_construction(build, rank):
+    layer, _ = build(coords="xr")
+    message = (
+        "coords are fixed at construction, here Coordinates('xr'), as the kernel is made for them: "
+        "make a new layer with coords='rx'; import_weights of it takes exported weights for the "
+        "same coordinates in any order"
+    )
+    with told(AttributeError, message):
+        layer.coords = "rx"
+    assert layer.coords == Coordinates("xr")
+    layer.coords = layer.coords  # as what copies attributes does
+
+
 def test_weights_that_do_not_fit(build, rank, transposed):
     layer, call = build(coords="xr")
     x = ones(1, 3, *[4] * rank)

@@ -17,15 +17,20 @@ from coordconv.backends.jax.arrays import layer_arrays, layer_params
 from coordconv.backends.jax.layers import KernelInit, coord_conv, masked
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
+from coordconv.layers import FixedCoords, check_arguments
 from coordconv.weights.canonical import Weights, checked
 from coordconv.weights.kernels import KernelLayout
 
 
-class _CoordLayer(nn.Module):
+class _CoordLayer(FixedCoords, nn.Module):
     """What both layers share; :class:`coordconv.layers.CoordLayer` has the arguments."""
 
     coords: Any = field(default=None, kw_only=True)
     coord_init: str = field(default="fan_in", kw_only=True)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        check_arguments(args, kwargs)  # the __init__ of a dataclass is not to be extended
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         coordinates = Coordinates.resolve(self.coords, len(options.kernel_size(self)))

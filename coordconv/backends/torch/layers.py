@@ -6,7 +6,7 @@ changes. Its transposed convolutions have none, so that their short ``forward`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from coordconv.backends.torch import adding, options
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
+from coordconv.position_bias import APPEND
 from coordconv.tape import TapeLayer, zeros
 from coordconv.weights.kernels import KernelLayout, Position, same_channels
 
@@ -78,18 +79,20 @@ class TorchCoordLayer(TapeLayer):
         known = isinstance(kernel, Tensor)  # a tracer's stand-in does not know its type
         return adding.is_low_precision(kernel, (kernel if known else next(self.parameters())).dtype)
 
-    def _way(self, x: Any, kernel: Any) -> str:
-        sizes = self.in_channels, self.out_channels
-        low = self._is_low_precision(kernel)
-        return adding.choose(options.geometry(self), self.coords, x, *sizes, low)
-
-    def _append(self, x: Any) -> Any:
-        return adding.append(self.coords, x, self.rank, self.groups)
-
-    def _add_map(self, output: Any, x: Any, coordinates: Any) -> Any:
-        low = self._is_low_precision(coordinates)
-        arguments = options.geometry(self), self.coords, output, x, coordinates
-        return adding.add_map(*arguments, self.out_channels, low)
+    def _coord_conv(
+        self, x: Any, kernel: Any, bias: Any, convolve: Callable[[Any, Any, Any], Any]
+    ) -> Any:
+        """The layer's output, where its base class has ``convolve(x, kernel, bias)``."""
+        geometry, out, low = (
+            options.geometry(self),
+            self.out_channels,
+            self._is_low_precision(kernel),
+        )
+        if adding.choose(geometry, self.coords, x, self.in_channels, out, low) == APPEND:
+            return convolve(adding.append(self.coords, x, self.rank, self.groups), kernel, bias)
+        features, coordinates = self.layout.split(kernel)
+        output = convolve(x, features, bias)
+        return adding.add_map(geometry, self.coords, output, x, coordinates, out, low)
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with torch.no_grad():
