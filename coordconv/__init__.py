@@ -3,9 +3,12 @@
 The layers are in ``coordconv.backends.torch``, ``.paddle``, ``.flax`` (NNX) and ``.linen``.
 """
 
+from typing import Any as _Any
+
 import numpy as _numpy  # noqa: F401  # first: importtime then tells its time from ours
 
 from coordconv.backends import available_backends
+from coordconv.backends import with_layer as _with_layer
 from coordconv.coordinates import Coordinates
 from coordconv.grid import coordinate_grid
 from coordconv.weights import load_weights, save_weights
@@ -19,3 +22,11 @@ __all__ = [
     "load_weights",
     "save_weights",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Say where a layer is: ImportError, as Python has words of its own for AttributeError."""
+    lines = [f"from coordconv.backends.{backend} import {name}" for backend in _with_layer(name)]
+    if lines:
+        raise ImportError(f"each framework's layers are in its own package: {' or '.join(lines)}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

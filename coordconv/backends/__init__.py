@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What the registry knows of a backend: its package, what that imports, and what to install.
+    """A backend's name, the packages that it imports, their distributions, and its extra.
 
-    ``suffixes`` are those of the files that it reads and writes; ``"/"`` stands for a folder.
+    ``suffixes`` are those of the files that it reads and writes, ``"/"`` for a folder; ``layers``
+    is a pattern of its layers' names.
     """
 
     name: str
@@ -24,6 +26,7 @@ class BackendInfo:
     distributions: tuple[str, ...]
     extra: str
     suffixes: tuple[str, ...] = ()
+    layers: str = ""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -48,10 +51,19 @@ class BackendInfo:
         return found
 
 
+_FLAX = ("flax", "jax")
+_FLAX_LAYERS = "AddCoords|CoordConv(Transpose)?"
 BACKENDS = {
     backend.name: backend
     for backend in (
-        BackendInfo("torch", ("torch",), ("torch",), "torch", (".pt", ".pth")),
+        BackendInfo(
+            "torch",
+            ("torch",),
+            ("torch",),
+            "torch",
+            (".pt", ".pth"),
+            "AddCoords|(Lazy)?CoordConv(Transpose)?[123]d",
+        ),
         # paddlepaddle-gpu brings the same package under another distribution's name
         BackendInfo(
             "paddle",
@@ -59,9 +71,10 @@ BACKENDS = {
             ("paddlepaddle", "paddlepaddle-gpu"),
             "paddle",
             (".pdparams",),
+            "AddCoords|CoordConv[123]D(Transpose)?",
         ),
-        BackendInfo("flax", ("flax", "jax"), ("flax", "jax"), "flax", (".orbax", "/")),
-        BackendInfo("linen", ("flax", "jax"), ("flax", "jax"), "flax"),
+        BackendInfo("flax", _FLAX, _FLAX, "flax", (".orbax", "/"), _FLAX_LAYERS),
+        BackendInfo("linen", _FLAX, _FLAX, "flax", (), _FLAX_LAYERS),
     )
 }
 
@@ -76,12 +89,20 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if not backend.missing)
 
 
+def with_layer(name: str) -> tuple[str, ...]:
+    """The names of the backends that have a layer of that name; imports none of them.
+
+    Example:
+        >>> with_layer("CoordConv2d"), with_layer("CoordConv")
+        (('torch',), ('flax', 'linen'))
+    """
+    return tuple(b.name for b in BACKENDS.values() if re.fullmatch(b.layers, name))
+
+
 def load(name: str) -> Any:
     """The package of a backend, imported now.
 
-    Raises:
-        ValueError: there is no backend of that name.
-        ImportError: its framework is not installed.
+    ValueError if there is no backend of that name, ImportError if its framework is not installed.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")

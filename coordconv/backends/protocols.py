@@ -42,16 +42,12 @@ class Backend(Protocol):
     """
 
     def build(self, network: Network, weights: Mapping[str, Array], dtype: str = "float32") -> Any:
-        """The network as a module of the framework, with these weights, computing in that type.
+        """The network as a module with these weights, computing in that type.
 
-        Returns:
-            A module with ``network``, ``export_weights()`` and ``import_weights(mapping)``. A Linen
-            module has no weights, so that ``export_weights(variables)`` takes them and
-            ``import_weights(mapping)`` returns them.
-
-        Raises:
-            NotImplementedError: which option the framework lacks.
-            ValueError: weights that do not fit the network.
+        It has ``network``, ``export_weights()`` and ``import_weights(mapping)``. A Linen module has
+        no weights: its ``export_weights(variables)`` takes them, its ``import_weights(mapping)``
+        returns them. NotImplementedError says which option the framework lacks, ValueError which
+        weights do not fit.
         """
 
     def evaluate(
@@ -63,18 +59,11 @@ class Backend(Protocol):
         *,
         compiled: bool = ...,
     ) -> tuple[Array, dict[str, Array]]:
-        """The output of a built network, and gradients.
+        """The output of a built network for ``x (N, C, *S)`` with these weights, and gradients.
 
-        Args:
-            module: what ``build`` returned.
-            weights: what it computes with.
-            x: the input, ``(N, C, *S)``.
-            dy: the gradient of the output, or None for no gradients.
-            compiled: whether the framework's compiler comes before it; ``COMPILED`` by default.
-
-        Returns:
-            The output, and by name the gradients of ``x`` (as ``"x"``) and of all weights. bfloat16
-            is returned as float32.
+        Those are, by name, of ``x`` and of all weights; none without the output's, ``dy``. The
+        framework's compiler comes before the network where ``compiled``, whose default is
+        ``COMPILED``. bfloat16 is returned as float32.
         """
 
     def trainer(
@@ -84,30 +73,20 @@ class Backend(Protocol):
         optimizer: str = "adam",
         epsilon: float = 1e-8,
     ) -> tuple[Callable[[Array, Array, float], float], Callable[[], Weights]]:
-        """Training of a built network from these weights on.
+        """Training of a network built in float32, from these weights on.
 
-        Args:
-            module: what ``build`` returned, in float32.
-            weights: what it starts with.
-            optimizer: ``"adam"`` (``beta`` 0.9 and 0.999, ``epsilon`` beside the root of the
-                corrected moment) or ``"sgd"``, plain gradient descent.
-            epsilon: Adam's.
-
-        Returns:
-            ``step(x, target, learning_rate) -> loss``, which takes one step, and ``export()``, the
-            weights that it leaves. The loss is the mean softmax cross-entropy where the target is
-            labels, integers of shape ``(N,)``, and the mean squared error where it is outputs,
-            floats of the output's shape.
+        The optimizer is ``"adam"`` (``beta`` 0.9 and 0.999, ``epsilon`` beside the root of the
+        corrected moment) or ``"sgd"``, plain gradient descent. What is returned is
+        ``step(x, target, learning_rate) -> loss``, which takes one step, and ``export()``, the
+        weights that it leaves. The loss is the mean softmax cross-entropy where the target is
+        labels, integers ``(N,)``, and the mean squared error where it is floats of the output's
+        shape.
         """
 
     def read_state(self, path: str) -> dict[str, Array]:
         """The arrays of a file that the framework's users save, by its names and in its layout.
 
-        It runs no code that the file holds.
-
-        Raises:
-            ValueError: the file, and what is wrong with it.
-            OSError: it cannot be read.
+        It runs no code that the file holds. ValueError says what is wrong with the file.
         """
 
     def from_state(self, network: Network, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -117,11 +96,7 @@ class Backend(Protocol):
         """
 
     def write_state(self, path: str, network: Network, weights: Mapping[str, Array]) -> None:
-        """Write canonical weights as such a file, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write canonical weights as such a file, whole or not at all."""
 
 
 if TYPE_CHECKING:

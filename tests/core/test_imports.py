@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import coordconv
+from coordconv import backends
 from coordconv.backends import BACKENDS, available_backends
 
 PACKAGE = Path(coordconv.__file__).parent
@@ -310,6 +311,47 @@ def test_the_public_face() -> None:
     assert all(hasattr(coordconv, name) for name in coordconv.__all__)
     assert (PACKAGE / "py.typed").exists()
     assert set(available_backends()) <= set(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "homes"),
+    [
+        ("CoordConv2d", ["torch"]),
+        ("LazyCoordConvTranspose3d", ["torch"]),
+        ("CoordConv1DTranspose", ["paddle"]),
+        ("CoordConv", ["flax", "linen"]),
+        ("CoordConvTranspose", ["flax", "linen"]),
+        ("AddCoords", ["torch", "paddle", "flax", "linen"]),
+    ],
+)
+def test_a_layer_is_told_where_it_lives(name: str, homes: list[str]) -> None:
+    lines = [f"from coordconv.backends.{home} import {name}" for home in homes]
+    code = f"""
+import sys
+try:
+    from coordconv import {name}
+except ImportError as error:
+    print(error)
+print([name for name in {FRAMEWORKS} if name in sys.modules])
+"""
+    told = f"each framework's layers are in its own package: {' or '.join(lines)}"
+    assert run(code).splitlines() == [told, "[]"]
+
+
+@pytest.mark.parametrize("name", available_backends())
+def test_every_layer_is_told_where_it_lives(name: str) -> None:
+    layers = {name for name in backends.load(name).__all__ if "Coord" in name}
+    assert layers
+    for layer in layers:
+        with pytest.raises(ImportError, match=f"from coordconv.backends.{name} import {layer}"):
+            getattr(coordconv, layer)
+
+
+@pytest.mark.parametrize("name", ["CoordConv4d", "CoordConv2dTranspose", "Conv2d", "torch"])
+def test_what_no_framework_has_is_not_there(name: str) -> None:
+    assert not hasattr(coordconv, name)
+    with pytest.raises(AttributeError, match=f"module 'coordconv' has no attribute '{name}'"):
+        getattr(coordconv, name)
 
 
 def test_what_an_environment_promises_is_there() -> None:
