@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,20 +20,18 @@ from coordconv import backends, networks
 from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights
-from coordconv.weights.files import permissions, read_weights, save_weights, warned
+from coordconv.weights.files import Path, permissions, read_weights, save_weights, warned
 from coordconv.weights.foreign import fitted
 from coordconv.weights.kernels import Position, check_position
 
+Named: TypeAlias = str | networks.Network | None
 CANONICAL = "safetensors"
 FORMATS = (CANONICAL, *backends.BACKENDS)
 _DTYPES = ("float16", "float32", "float64")
 
 
-def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
-    """The format of a file: what is said, or else what the suffix says, or that it is a folder.
-
-    Raises:
-        ValueError: an unknown format, or none is said and the suffix is unknown.
+def format_of(path: Path, format: str | None = None) -> str:
+    """The format of a file: what is said, or what the suffix says, or a folder's; else ValueError.
 
     Example:
         >>> format_of("weights.safetensors"), format_of("weights.PT")
@@ -58,44 +57,23 @@ def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
 
 
 def load(
-    path: str | os.PathLike[str],
-    network: str | networks.Network | None = None,
-    *,
-    format: str | None = None,
-    position: Position = "last",
+    path: Path, network: Named = None, *, format: str | None = None, position: Position = "last"
 ) -> Weights:
-    """Read a network's weights from a file of any format.
+    """Read a network's canonical weights from a file, or a folder, of any format.
 
-    Args:
-        path: a file, or a folder where that is what the framework saves. A CoordConv's kernel may
-            be another implementation's, over features and coordinates in the network's order, or a
-            plain convolution's: the coordinates' part is then zero.
-        network: whose weights they are; by default the one that the file's metadata names, or the
-            only one of ``networks.NETWORKS`` that their names and shapes fit as they are.
-        format: one of ``FORMATS``; by default what the suffix says.
-        position: where the file has the coordinates among the channels of each group.
+    A CoordConv's kernel may be another implementation's, over features and coordinates in the
+    network's order (the coordinates at ``position``), or a plain convolution's: then the
+    coordinates' part is zero. The network is by default the one that the metadata name, or the only
+    one of ``networks.NETWORKS`` that names and shapes fit as they are; the format is what the
+    suffix says.
 
-    Returns:
-        The canonical weights, with the network's Coordinates and its name in ``.metadata``.
-
-    Warns:
-        UserWarning: an array holds NaN or infinity.
-
-    Raises:
-        ValueError: an unknown network, format or position; a file that is damaged, or that could
-            run code; every array that does not fit.
-        ImportError: the format's framework is not installed.
-        OSError: the file cannot be read.
+    UserWarning tells of NaN and infinity; ValueError of what is unknown, damaged or does not fit,
+    and of a file that could run code; ImportError of a framework that is not installed.
     """
     return warned(path, _load(path, network, format, position), stacklevel=3)
 
 
-def _load(
-    path: str | os.PathLike[str],
-    network: str | networks.Network | None,
-    format: str | None,
-    position: Position,
-) -> Weights:
+def _load(path: Path, network: Named, format: str | None, position: Position) -> Weights:
     check_position(position)
     format = format_of(path, format)
     arrays = _read(path, format)
@@ -111,25 +89,13 @@ def _load(
 
 
 def save(
-    path: str | os.PathLike[str],
-    weights: Mapping[str, Array],
-    network: str | networks.Network | None = None,
-    *,
-    format: str | None = None,
+    path: Path, weights: Mapping[str, Array], network: Named = None, *, format: str | None = None
 ) -> None:
-    """Write a network's weights in any format, whole or not at all.
+    """Write a network's canonical weights in any format, whole or not at all.
 
-    Args:
-        path: the file, which is replaced, or the folder, which must not exist.
-        weights: canonical weights, as ``export_weights()`` returns them.
-        network: whose weights they are; by default the one that their metadata name.
-        format: as :func:`load`; Metadata and Coordinates are in the canonical format alone.
-
-    Raises:
-        ValueError: an unknown network or format, weights that are not the network's, or of another
-            type than float16, float32 and float64.
-        ImportError: the format's framework is not installed.
-        OSError: the file cannot be written, or the folder exists.
+    A file is replaced, a folder must not exist. The network is by default the one that the metadata
+    name; metadata and Coordinates are in the canonical format alone. ValueError tells of weights
+    that are not the network's, or of another type than float16, float32 and float64.
 
     Example:
         >>> import tempfile
@@ -159,9 +125,9 @@ def save(
 
 
 def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    network: str | networks.Network | None = None,
+    source: Path,
+    target: Path,
+    network: Named = None,
     *,
     source_format: str | None = None,
     target_format: str | None = None,
@@ -169,8 +135,8 @@ def convert(
 ) -> Weights:
     """:func:`load` a network's weights from ``source``, and :func:`save` them as ``target``.
 
-    Arguments, errors and what is returned are those of the two; ``source`` and ``target`` must not
-    be the same file. In ``target`` the coordinates are last.
+    Arguments, errors and what is returned are those of the two, and ValueError where ``source`` and
+    ``target`` are the same file. In ``target`` the coordinates are last.
     """
     target_format = format_of(target, target_format)
     source, target = os.fsdecode(source), os.fsdecode(target)
@@ -208,7 +174,7 @@ class Description:
     metadata: dict[str, str]
 
 
-def describe(path: str | os.PathLike[str], *, format: str | None = None) -> Description:
+def describe(path: Path, *, format: str | None = None) -> Description:
     """What is in a file of weights, of whatever network, under its own names and in its own layout.
 
     Arguments and errors are those of :func:`load`, but for what concerns a network.
@@ -235,7 +201,7 @@ def _row(name: str, array: Array) -> ArrayRow:
     return ArrayRow(name, array.shape, str(array.dtype), array.size, first, last, nan, infinite)
 
 
-def _read(path: str | os.PathLike[str], format: str) -> Weights:
+def _read(path: Path, format: str) -> Weights:
     """What is in a file, under its own names and in its own layout."""
     path = os.fsdecode(path)
     if format == CANONICAL:
@@ -254,7 +220,7 @@ def _renamed(arrays: Weights, network: networks.Network, format: str) -> Mapping
     return found
 
 
-def _guess(path: str | os.PathLike[str], arrays: Weights, format: str) -> networks.Network:
+def _guess(path: Path, arrays: Weights, format: str) -> networks.Network:
     """The network that the arrays' names and shapes fit, none of them filled up with zeros.
 
     A plain convolution's kernel would fit a CoordConv, too, but does not speak for one.

@@ -215,9 +215,6 @@ def get(name: str | Network) -> Network:
       the target's x and y tiled over the canvas, output the ``(4096,)`` logits of the positions.
     - ``deconv_classifier``: what the paper compares it with, transposed convolutions from
       ``(2, 1, 1)``, the target's x and y, to the same ``(4096,)`` logits.
-
-    Raises:
-        ValueError: there is no network of that name.
     """
     if isinstance(name, Network):
         return name

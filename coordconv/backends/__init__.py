@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class BackendInfo:
     """A backend's name, the packages that it imports, their distributions, and its extra.
 
     ``suffixes`` are those of the files that it reads and writes, ``"/"`` for a folder; ``layers``
-    is a pattern of its layers' names.
+    is a pattern of its layers' names, but for ``AddCoords``, which all have.
     """
 
     name: str
@@ -44,35 +45,22 @@ class BackendInfo:
 
         found = {}
         for name in self.distributions:
-            try:
+            with suppress(metadata.PackageNotFoundError):
                 found[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
         return found
 
 
 _FLAX = ("flax", "jax")
-_FLAX_LAYERS = "AddCoords|CoordConv(Transpose)?"
+# paddlepaddle-gpu brings the same package under another distribution's name
+_PADDLE = ("paddlepaddle", "paddlepaddle-gpu")
+_TORCH_LAYERS = "(Lazy)?CoordConv(Transpose)?[123]d"
+_PADDLE_LAYERS = "CoordConv[123]D(Transpose)?"
+_FLAX_LAYERS = "CoordConv(Transpose)?"
 BACKENDS = {
     backend.name: backend
     for backend in (
-        BackendInfo(
-            "torch",
-            ("torch",),
-            ("torch",),
-            "torch",
-            (".pt", ".pth"),
-            "AddCoords|(Lazy)?CoordConv(Transpose)?[123]d",
-        ),
-        # paddlepaddle-gpu brings the same package under another distribution's name
-        BackendInfo(
-            "paddle",
-            ("paddle",),
-            ("paddlepaddle", "paddlepaddle-gpu"),
-            "paddle",
-            (".pdparams",),
-            "AddCoords|CoordConv[123]D(Transpose)?",
-        ),
+        BackendInfo("torch", ("torch",), ("torch",), "torch", (".pt", ".pth"), _TORCH_LAYERS),
+        BackendInfo("paddle", ("paddle",), _PADDLE, "paddle", (".pdparams",), _PADDLE_LAYERS),
         BackendInfo("flax", _FLAX, _FLAX, "flax", (".orbax", "/"), _FLAX_LAYERS),
         BackendInfo("linen", _FLAX, _FLAX, "flax", (), _FLAX_LAYERS),
     )
@@ -96,7 +84,7 @@ def with_layer(name: str) -> tuple[str, ...]:
         >>> with_layer("CoordConv2d"), with_layer("CoordConv")
         (('torch',), ('flax', 'linen'))
     """
-    return tuple(b.name for b in BACKENDS.values() if re.fullmatch(b.layers, name))
+    return tuple(b.name for b in BACKENDS.values() if re.fullmatch(f"AddCoords|{b.layers}", name))
 
 
 def load(name: str) -> Any:

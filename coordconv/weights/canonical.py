@@ -18,7 +18,7 @@ from coordconv.weights.kernels import KernelLayout, same_channels
 
 
 class Weights(dict[str, Array]):
-    """Canonical weights by name, with the Coordinates that they were made for.
+    """Canonical weights by dotted name, with the Coordinates that they were made for.
 
     A plain ``dict`` will do wherever these are taken, but has no Coordinates to be checked when it
     is imported, and neither Coordinates nor metadata to be saved.

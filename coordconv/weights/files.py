@@ -8,7 +8,7 @@ import stat
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import safetensors
@@ -18,15 +18,14 @@ from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights
 
+Path: TypeAlias = str | os.PathLike[str]
 FORMAT_VERSION = 2
 _DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 _OWN_METADATA = ("format_version", "coordinates")
 
 
 def save_weights(
-    path: str | os.PathLike[str],
-    weights: Mapping[str, Array],
-    metadata: Mapping[str, str] | None = None,
+    path: Path, weights: Mapping[str, Array], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write weights to a safetensors file, whole or not at all.
 
@@ -58,10 +57,9 @@ def save_weights(
     arrays = {}
     for name, array in weights.items():
         array = np.asarray(array)
-        if not isinstance(name, str) or array.dtype.str[1:] not in _DTYPES:
-            raise TypeError(
-                f"weights must map names to numeric arrays, got {name!r}: {array.dtype}"
-            )
+        dtype = array.dtype
+        if not isinstance(name, str) or dtype.str[1:] not in _DTYPES:
+            raise TypeError(f"weights must map names to numeric arrays, got {name!r}: {dtype}")
         if name == "__metadata__":
             raise ValueError(f"weights may not be named {name!r}, which the format keeps to itself")
         arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
@@ -100,7 +98,7 @@ def permissions(path: str) -> int:
     return stat.S_IMODE(mode)
 
 
-def load_weights(path: str | os.PathLike[str]) -> Weights:
+def load_weights(path: Path) -> Weights:
     """Read a safetensors file of weights.
 
     Args:
@@ -108,9 +106,7 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
 
     Returns:
         The arrays by name, bfloat16 as float32, with ``.coordinates`` and ``.metadata``.
-
-    Warns:
-        UserWarning: an array holds NaN or infinity.
+        UserWarning tells of NaN and infinity.
 
     Raises:
         ValueError: no safetensors file, a damaged one, or one in another version of the format.
@@ -119,7 +115,7 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
     return warned(path, read_weights(path), stacklevel=3)
 
 
-def warned(path: str | os.PathLike[str], weights: Weights, *, stacklevel: int) -> Weights:
+def warned(path: Path, weights: Weights, *, stacklevel: int) -> Weights:
     """The weights from a file, with a warning of those that hold NaN or infinity."""
     strange = [name for name, array in weights.items() if not np.isfinite(array).all()]
     if strange:
@@ -128,7 +124,7 @@ def warned(path: str | os.PathLike[str], weights: Weights, *, stacklevel: int) -
     return weights
 
 
-def read_weights(path: str | os.PathLike[str]) -> Weights:
+def read_weights(path: Path) -> Weights:
     """As :func:`load_weights`, but without its warning."""
     import json
 

@@ -25,10 +25,7 @@ Zeros: TypeAlias = Callable[[tuple[int, ...], Any], Any]
 
 @dataclass(frozen=True)
 class KernelLayout:
-    """Where features and coordinates lie in a CoordConv's kernel.
-
-    Its methods take arrays of NumPy or of any framework, in canonical layout.
-    """
+    """Where features and coordinates lie in a CoordConv's canonical kernel, of any framework."""
 
     coords: Coordinates
     channels: int  # C, the features of all groups
@@ -67,18 +64,20 @@ class KernelLayout:
             return kernel[:n], kernel[n:].swapaxes(0, 1)
         grouped = self._grouped(kernel)
         features, coordinates = grouped[:, :n], grouped[:, n:].swapaxes(1, 2)
-        return _ungrouped(features), _ungrouped(coordinates)
+        return self._ungrouped(features), self._ungrouped(coordinates)
 
     def join(self, features: Any, coordinates: Any, concatenate: Concatenate) -> Any:
         """The inverse of :meth:`split`."""
         if not self.transposed:
             return concatenate([features, coordinates], 1)
         parts = [self._grouped(features), self._grouped(coordinates).swapaxes(1, 2)]
-        return _ungrouped(concatenate(parts, 1))
+        return self._ungrouped(concatenate(parts, 1))
 
     def _grouped(self, array: Any) -> Any:
-        """The first axis divided into groups."""
         return array.reshape((self.groups, -1, *tuple(array.shape[1:])))
+
+    def _ungrouped(self, array: Any) -> Any:
+        return array.reshape((-1, *tuple(array.shape[2:])))
 
     def reordered(self, kernel: Any, found: Coordinates) -> Any:
         """A kernel made for the same coordinates in another order, in this order."""
@@ -89,10 +88,8 @@ class KernelLayout:
 
     def moved(self, kernel: Any, position: Position) -> Any:
         """The coordinates of each group moved to this end of it from the other."""
-        n = len(self.coords)
-        return self._picked(
-            kernel, np.roll(np.arange(self.features + n), n if position == "first" else -n)
-        )
+        steps = len(self.coords) if position == "first" else -len(self.coords)
+        return self._picked(kernel, np.roll(np.arange(self.features + len(self.coords)), steps))
 
     def _picked(self, kernel: Any, order: Array) -> Any:
         """The input channels of each group in another order."""
@@ -123,10 +120,6 @@ class KernelLayout:
         return self.join(kernel, coordinates, concatenate)
 
 
-def _ungrouped(array: Any) -> Any:
-    return array.reshape((-1, *tuple(array.shape[2:])))
-
-
 def same_channels(one: Coordinates, other: Coordinates) -> bool:
     """Whether two Coordinates differ at most in the order of their channels."""
     return {*one.channels} == {*other.channels} and replace(one, channels=other.channels) == other
@@ -148,10 +141,9 @@ def fit_state(
     nested: bool = True,
     position: Position = "last",
 ) -> None:
-    """Give a state, in place, the names and the kernel of one layer of ours.
+    """Give a state, in place, the names (with ``nested``) and the kernel of one layer of ours.
 
-    The ``prefix`` is the layer's name with its dot, or nothing. With ``nested``, names may be those
-    that :func:`take_nested` takes. ValueError is that of :meth:`KernelLayout.fitted`.
+    The ``prefix`` is the layer's name with its dot, or nothing.
     """
     check_position(position)
     if nested:
@@ -199,8 +191,7 @@ def split_kernel(
         New arrays: a plain convolution's kernel, and the coordinates' part ``(out, n, *kernel)``.
 
     Raises:
-        TypeError: ``groups`` is not an int.
-        ValueError: a kernel whose shape does not fit the other arguments; another ``position``.
+        TypeError, ValueError: ``groups`` that are no int, or a shape that does not fit.
 
     Example:
         >>> features, coordinates = split_kernel(np.zeros((32, 16 + 2, 3, 3)), "yx")
@@ -231,16 +222,9 @@ def join_kernel(
 ) -> Array:
     """The kernel over features and coordinates, a new array: the inverse of :func:`split_kernel`.
 
-    Args:
-        features: ``(out, C / groups, *kernel)``, transposed ``(C, out / groups, *kernel)``.
-        coordinates: ``(out, n, *kernel)``.
-        groups: of the convolution.
-        transposed: whether it is a transposed convolution.
-        position: where to put the coordinates of each group.
-
-    Raises:
-        TypeError: ``groups`` is not an int.
-        ValueError: shapes that do not fit each other or the other arguments.
+    The ``features`` are a plain convolution's kernel, ``(out, C / groups, *kernel)``, transposed
+    ``(C, out / groups, *kernel)``; the ``coordinates`` ``(out, n, *kernel)``. The other arguments
+    and the errors are those of :func:`split_kernel`.
 
     Example:
         >>> join_kernel(np.zeros((32, 16, 3, 3)), np.zeros((32, 2, 3, 3))).shape
