@@ -7,7 +7,7 @@ here takes the two arguments that no framework knows; the adapters compute.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from coordconv.coordinates import TOKENS, Coordinates, CoordinatesLike, check_coord_init
@@ -30,9 +30,7 @@ class FixedCoords:
 
 
 class CoordLayer(FixedCoords):
-    """What makes a framework's convolution a CoordConv.
-
-    All arguments but two are the base class's, with its order and its defaults.
+    """What makes a framework's convolution, whose own arguments it takes, a CoordConv.
 
     Args:
         coords: the coordinate channels: tokens such as ``"xyr"``, a
@@ -44,11 +42,11 @@ class CoordLayer(FixedCoords):
 
     The parameters are the base class's, too. The last ``n`` input channels of the kernel, of each
     group, are the coordinates'; ``in_channels`` stays ``C``, what the layer takes. A transposed
-    layer sees the coordinates of its input.
+    layer sees the coordinates of its input. The coordinates stay those of the construction.
 
     Raises:
-        TypeError: ``coords`` that are no tokens; input channels that are no int; an input of a type
-            that the base class refuses.
+        TypeError: ``coords`` that are no tokens, or given by position; input channels that are no
+            int; an input of a type that the base class refuses.
         ValueError: unknown tokens, or tokens beyond the rank of the layer; another ``coord_init``;
             fewer input channels than one; an input of the wrong rank or number of channels, or with
             an empty axis.
@@ -60,6 +58,11 @@ class CoordLayer(FixedCoords):
     rank: int
     coords: Coordinates
     coord_init: str
+
+    # Each adapter has these beside its layout: its parameters as canonical arrays, and what takes
+    # such that have been checked.
+    _canonical: Callable[[], dict[str, Array]]
+    _assign: Callable[[Mapping[str, Array]], None]
 
     # What the base class calls its input channels, as an argument and as an attribute, and groups.
     CHANNELS: ClassVar[str] = "in_channels"
@@ -91,12 +94,15 @@ class CoordLayer(FixedCoords):
         self.coords = Coordinates.resolve(coords, self._rank(given.arguments))
         self.coord_init = coord_init
         channels = given.arguments.get(self.CHANNELS)
-        if channels is not None:
-            _check_channels(self.CHANNELS, channels)
-        self._prepare(given.arguments)
         if channels is None:  # a lazy layer: its first input will tell
             super().__init__(*args, **kwargs)
             return
+        # What the coordinates' channels would make a number that the base class takes.
+        if not hasattr(channels, "__index__"):
+            raise TypeError(f"{self.CHANNELS} must be an int, got {channels!r}")
+        if channels < 1:
+            raise ValueError(f"{self.CHANNELS} must be at least 1, got {channels}")
+        self._prepare(given.arguments)
         groups = given.arguments.get(self.GROUPS, 1)
         given.arguments[self.CHANNELS] = channels + groups * len(self.coords)
         super().__init__(*given.args, **given.kwargs)
@@ -112,14 +118,6 @@ class CoordLayer(FixedCoords):
     @property
     def layout(self) -> KernelLayout:
         """Where features and coordinates lie in the kernel."""
-        raise NotImplementedError
-
-    def _canonical(self) -> dict[str, Array]:
-        """The parameters as canonical arrays."""
-        raise NotImplementedError
-
-    def _assign(self, arrays: Mapping[str, Array]) -> None:
-        """Take canonical arrays that have been checked."""
         raise NotImplementedError
 
     def export_weights(self) -> Weights:
@@ -145,14 +143,6 @@ def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"pass coords={shown} by keyword: in this place it is another argument")
     if "with_r" in kwargs:
         raise TypeError('there is no with_r: for the radius pass coords="xyr"')
-
-
-def _check_channels(name: str, channels: Any) -> None:
-    """Refuse what the coordinates' channels would make a number that the base class takes."""
-    if not hasattr(channels, "__index__"):
-        raise TypeError(f"{name} must be an int, got {channels!r}")
-    if channels < 1:
-        raise ValueError(f"{name} must be at least 1, got {channels}")
 
 
 def _before_kwargs(
