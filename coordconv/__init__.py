@@ -3,11 +3,13 @@
 The layers are in ``coordconv.backends.torch``, ``.paddle``, ``.flax`` (NNX) and ``.linen``.
 """
 
+import warnings as _warnings
 from typing import Any as _Any
 
 import numpy as _numpy  # noqa: F401  # first: importtime then tells its time from ours
 
 from coordconv.backends import available_backends
+from coordconv.backends import other_coordconv as _other_coordconv
 from coordconv.backends import with_layer as _with_layer
 from coordconv.coordinates import Coordinates
 from coordconv.grid import coordinate_grid
@@ -22,6 +24,9 @@ __all__ = [
     "load_weights",
     "save_weights",
 ]
+
+if (_other := _other_coordconv()) is not None:
+    _warnings.warn(_other, stacklevel=2)
 
 
 def __getattr__(name: str) -> _Any:

@@ -10,7 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
             raise
-        sys.exit(f"the coordconv command needs {error.name}: pip install 'coordconv[cli]'")
+        sys.exit(f"the coordconv command needs {error.name}: pip install 'coordconv-layers[cli]'")
     app(prog_name="coordconv")
 
 

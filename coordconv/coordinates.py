@@ -98,6 +98,16 @@ class Coordinates:
         given = (f", {o.name}={v!r}" for o in options if (v := getattr(self, o.name)) != o.default)
         return f"Coordinates({self.channels!r}{''.join(given)})"
 
+    def only(self, tokens: str) -> Coordinates:
+        """Some of the channels, on the same scale."""
+        return Coordinates(  # the compiler of torch 2.4 cannot see into dataclasses.replace
+            tokens,
+            span=self.span,
+            align=self.align,
+            outside=self.outside,
+            r_center=self.r_center,
+        )
+
     @classmethod
     def resolve(cls, coords: CoordinatesLike, rank: int) -> Coordinates:
         """Turn a layer's ``coords`` argument into Coordinates that fit a grid of ``rank`` axes.

@@ -59,14 +59,12 @@ def _grid(shape: tuple[int, ...], coords: Coordinates, dtype: np.dtype[Any]) -> 
 
 
 def evaluate(coords: Coordinates, positions: Sequence[Array], shape: Sequence[int]) -> Array:
-    """The coordinate channels at the product of ``positions``, sample indices that may lie outside.
+    """The coordinates ``(n, *m)``, in float64, at ``m`` samples on each axis, maybe outside.
 
-    Returns:
-        A float64 array of shape ``(n, *m)`` for ``m`` indices on each axis; ``shape`` is the
-        spatial shape that the scale belongs to.
+    ``shape`` is the spatial shape that the scale belongs to.
     """
     values = channel_values(coords, positions, shape, np.sqrt)
-    return np.stack([np.broadcast_to(v, tuple(map(len, positions))) for v in values])
+    return stacked(values, tuple(map(len, positions)), np)  # type: ignore[no-any-return]
 
 
 def channel_values(
@@ -74,17 +72,9 @@ def channel_values(
 ) -> list[Any]:
     """Each coordinate channel at ``positions``, as an array that broadcasts to the grid.
 
-    Written with operators alone, so that the arrays may be NumPy's or a framework's.
-
-    Args:
-        coords: which channels, on which scale.
-        positions: per axis, the sample indices, a one-dimensional array: of NumPy ints, or of a
-            framework's floats.
-        shape: the length of each axis that the scale belongs to, plain or symbolic ints.
-        sqrt: the square root for such arrays.
-
-    Returns:
-        One array a channel, float64 of NumPy ints; that of an axis has length 1 on all others.
+    Written with operators alone, so that the arrays may be NumPy's or a framework's. Positions are
+    per axis sample indices, of NumPy ints, which give float64, or of a framework's floats; the
+    lengths in ``shape``, which the scale belongs to, are plain or symbolic ints.
     """
     rank = len(shape)
     ramps = {}
@@ -97,12 +87,16 @@ def channel_values(
     return [ramps[token] for token in coords.channels]
 
 
+def stacked(values: Sequence[Any], shape: tuple[Any, ...], xp: Any) -> Any:
+    """The channels as one array ``(n, *shape)``, by the functions of NumPy or of a framework."""
+    return xp.stack([xp.broadcast_to(value, shape) for value in values])
+
+
 def ramp(coords: Coordinates, position: Any, length: Any) -> Any:
     """The coordinate of sample ``position`` on an axis of ``length`` samples.
 
     On the span -1 to 1 it is one division of two integers, so that it is the same bits in every
-    framework; another span takes one multiplication and one addition more. Arguments and result are
-    as those of :func:`channel_values`.
+    framework; another span takes one multiplication and one addition more.
     """
     single = 1 // length  # 1 for one sample and 0 for more, without a question put to a tracer
     steps = length if coords.align == "edges" else length - 1 + single

@@ -1,6 +1,6 @@
 """Write docs/versions.md from what tox's environments kept of their runs.
 
-    tox && python docs/versions.py
+tox && python docs/versions.py
 """
 
 import argparse

@@ -13,7 +13,7 @@ from coordconv.backends import BACKENDS, BackendInfo
 # What an environment can promise: the backends, and the command line.
 PROMISES = {
     **BACKENDS,
-    "cli": BackendInfo("cli", ("typer", "rich", "matplotlib"), (), "cli"),
+    "cli": BackendInfo("cli", ("typer", "rich", "matplotlib"), ()),
 }
 
 
@@ -29,7 +29,7 @@ def pytest_configure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Keep what ran, with which versions, where COORDCONV_VERSIONS says: docs/versions.py reads it."""
+    """Keep what ran with which versions, for docs/versions.py, where COORDCONV_VERSIONS says."""
     kept = os.environ.get("COORDCONV_VERSIONS")
     if not kept:
         return

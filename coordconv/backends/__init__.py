@@ -16,16 +16,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A backend's name, the packages that it imports, their distributions, and its extra.
+    """A backend's name, the packages that it imports, and their distributions.
 
-    ``suffixes`` are those of the files that it reads and writes, ``"/"`` for a folder; ``layers``
-    is a pattern of its layers' names, but for ``AddCoords``, which all have.
+    ``requirements`` are what a missing framework's own distributions are installed by, at the
+    versions that the extra in pyproject.toml asks for. ``suffixes`` are those of the files that it
+    reads and writes, ``"/"`` for a folder; ``layers`` is a pattern of its layers' names, but for
+    ``AddCoords``, which all have.
     """
 
     name: str
     imports: tuple[str, ...]
     distributions: tuple[str, ...]
-    extra: str
+    requirements: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
     layers: str = ""
 
@@ -36,8 +38,8 @@ class BackendInfo:
 
     @property
     def install(self) -> str:
-        """The command that installs what it needs."""
-        return f"pip install 'coordconv[{self.extra}]'"
+        """The command that installs what it needs: the framework, since that is what is missing."""
+        return f"pip install {' '.join(map(repr, self.requirements))}"
 
     def versions(self) -> dict[str, str]:
         """The installed version of each distribution that it stands on."""
@@ -51,6 +53,7 @@ class BackendInfo:
 
 
 _FLAX = ("flax", "jax")
+_FLAX_NEEDS = ("flax>=0.10.7", "jax>=0.6", "optax>=0.2.4", "orbax-checkpoint>=0.11.5")
 # paddlepaddle-gpu brings the same package under another distribution's name
 _PADDLE = ("paddlepaddle", "paddlepaddle-gpu")
 _TORCH_LAYERS = "(Lazy)?CoordConv(Transpose)?[123]d"
@@ -59,12 +62,27 @@ _FLAX_LAYERS = "CoordConv(Transpose)?"
 BACKENDS = {
     backend.name: backend
     for backend in (
-        BackendInfo("torch", ("torch",), ("torch",), "torch", (".pt", ".pth"), _TORCH_LAYERS),
-        BackendInfo("paddle", ("paddle",), _PADDLE, "paddle", (".pdparams",), _PADDLE_LAYERS),
-        BackendInfo("flax", _FLAX, _FLAX, "flax", (".orbax", "/"), _FLAX_LAYERS),
-        BackendInfo("linen", _FLAX, _FLAX, "flax", (), _FLAX_LAYERS),
+        BackendInfo(
+            "torch", ("torch",), ("torch",), ("torch>=2.4",), (".pt", ".pth"), _TORCH_LAYERS
+        ),
+        BackendInfo(
+            "paddle", ("paddle",), _PADDLE, ("paddlepaddle>=3.2",), (".pdparams",), _PADDLE_LAYERS
+        ),
+        BackendInfo("flax", _FLAX, _FLAX, _FLAX_NEEDS, (".orbax", "/"), _FLAX_LAYERS),
+        BackendInfo("linen", _FLAX, _FLAX, _FLAX_NEEDS, (), _FLAX_LAYERS),
     )
 }
+
+
+def other_coordconv() -> str | None:
+    """What to know if an unrelated distribution called ``coordconv`` is installed; else None."""
+    if importlib.util.find_spec("Coordsys") is None:
+        return None
+    return (
+        "the package Coordsys is installed too: that is what the distribution coordconv holds, an "
+        "unrelated converter of geographic coordinates. This package is coordconv-layers. If the "
+        "other one is not wanted: pip uninstall coordconv"
+    )
 
 
 def available_backends() -> tuple[str, ...]:

@@ -25,6 +25,8 @@ def info() -> None:
         f"coordconv {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, "
         f"safetensors {metadata.version('safetensors')}"
     )
+    if (other := backends.other_coordconv()) is not None:
+        console.print(f"[yellow]{escape(other)}[/]")
     table = Table("backend", "installed", "layers in, or how to install")
     for name, backend in backends.BACKENDS.items():
         if backend.missing:

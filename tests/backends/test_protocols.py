@@ -62,9 +62,9 @@ def test_there_is_no_such_backend(name):
 
 
 def test_a_framework_that_is_not_installed(monkeypatch):
-    missing = BackendInfo("torch", ("no_such_package",), ("no-such",), "torch")
+    missing = BackendInfo("torch", ("no_such_package",), ("no-such",), ("torch>=2.4",))
     monkeypatch.setitem(BACKENDS, "torch", missing)
     assert "torch" not in backends.available_backends()
     assert missing.versions() == {}
-    with pytest.raises(ImportError, match=r"needs no_such_package: pip install 'coordconv\[torch"):
+    with pytest.raises(ImportError, match=r"needs no_such_package: pip install 'torch>=2.4"):
         backends.load("torch")

@@ -28,6 +28,7 @@ from coordconv.backends.torch import (
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network
 from coordconv.parity.bounds import PRECISIONS, expected
+from coordconv.position_bias import MapPlan
 from coordconv.weights import Weights, split_kernel
 
 LAYERS = [f"CoordConv{transpose}{rank}d" for transpose in ("", "Transpose") for rank in (1, 2, 3)]
@@ -653,7 +654,7 @@ class TestOwnWays:
         layer = fill(kind(1, 64, 3, padding=1, coords=coords), largest=1)
         x, dy = integers(1, 1, 257, 129, largest=1), integers(1, 64, 257, 129, largest=1)
         geometry = ConvGeometry((3, 3), padding=1, transposed=transposed)
-        divided = position_bias.divide(geometry, layer.coords, 64, 257 * 129)
+        divided = MapPlan(geometry, layer.coords, (257, 129), (257, 129)).divided(64)
         assert (divided[0] is None) == (layer.coords.channels == "r")
         network = Network("n", (1, 257, 129), (Conv("conv", 1, 64, geometry, layer.coords),))
         weights = {f"conv.{key}": array for key, array in layer.export_weights().items()}

@@ -64,4 +64,4 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(run, first_back
 def test_without_a_framework_says_what_to_install(run, no_framework, tmp_path):
     shown = run("demo", "--out", tmp_path)
     assert shown.exit_code == 2
-    assert "pip install 'coordconv[torch]'" in shown.output
+    assert "pip install 'torch>=2.4'" in shown.output

@@ -36,7 +36,10 @@ def test_without_typer_it_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from coordconv.__main__ import main; main()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 1
-    assert found.stderr.strip() == "the coordconv command needs typer: pip install 'coordconv[cli]'"
+    assert (
+        found.stderr.strip()
+        == "the coordconv command needs typer: pip install 'coordconv-layers[cli]'"
+    )
 
 
 class TestInfo:
@@ -50,9 +53,13 @@ class TestInfo:
                 assert version in shown.output
 
     def test_says_how_to_install_what_is_missing(self, run, monkeypatch):
-        missing = backends.BackendInfo("jumble", ("no_such_package",), (), "jumble")
+        missing = backends.BackendInfo("jumble", ("no_such_package",), (), ("jumble>=1",))
         monkeypatch.setitem(backends.BACKENDS, "jumble", missing)
-        assert "pip install 'coordconv[jumble]'" in run("info").output
+        assert "pip install 'jumble>=1'" in run("info").output
+
+    def test_names_the_other_coordconv(self, run, monkeypatch):
+        monkeypatch.setattr(backends, "other_coordconv", lambda: "another is here")
+        assert "another is here" in run("info").output
 
 
 class TestSummary:

@@ -14,19 +14,19 @@ def test_without_a_framework_they_say_what_to_install(run, no_framework, tmp_pat
     for command in ("parity", "exchange", "training"):
         shown = run(command, *(("--out", tmp_path) if command == "training" else ()))
         assert shown.exit_code == 2
-        for extra in ("torch", "paddle", "flax"):
-            assert f"pip install 'coordconv[{extra}]'" in shown.output
+        for needed in ("'torch>=2.4'", "'paddlepaddle>=3.2'", "'flax>=0.10.7' 'jax>=0.6'"):
+            assert f"pip install {needed}" in shown.output
 
 
 def test_unknown_and_missing_backends(run, monkeypatch):
     shown = run("parity", "--backends", "keras")
     assert shown.exit_code == 2
     assert "backend must be one of torch" in shown.output
-    missing = backends.BackendInfo("torch", ("no_such_package",), (), "torch")
+    missing = backends.BackendInfo("torch", ("no_such_package",), (), ("torch>=2.4",))
     monkeypatch.setitem(backends.BACKENDS, "torch", missing)
     shown = run("parity", "--backends", "torch")
     assert shown.exit_code == 2
-    assert "needs no_such_package: pip install 'coordconv[torch]'" in shown.output
+    assert "needs no_such_package: pip install 'torch>=2.4'" in shown.output
 
 
 class TestParity:

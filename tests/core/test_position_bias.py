@@ -16,40 +16,33 @@ from coordconv.position_bias import (
     APPEND,
     MANY_PRODUCTS,
     MAP,
-    axis_tables,
+    MapPlan,
     choose,
-    contract,
     costs,
-    divide,
+    known_grid,
     known_tables,
-    map_stride,
-    padded_grid,
-    padded_shape,
-    picked,
 )
 from coordconv.reference import Reference
 from coordconv.weights.kernels import KernelLayout
 from definition import UNIT, Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
 
 
-def convolve(geometry: ConvGeometry, grid: Any, kernel: Any) -> Any:
+def convolution(grid: Any, kernel: Any, bias: Any, stride: Any, padding: int, dilation: Any) -> Any:
     """A backend's convolution of a padded grid, tap by tap."""
-    rank = geometry.rank
-    if geometry.transposed:
-        kernel = np.flip(kernel, tuple(range(-rank, 0)))
-    steps = list(zip(map_stride(geometry), geometry.per_axis.dilation, strict=True))
+    grid = grid[0]
+    steps = list(zip(stride, dilation, strict=True))
     lengths = [
         (n - d * (k - 1) - 1) // s + 1
-        for n, k, (s, d) in zip(grid.shape[1:], geometry.kernel, steps, strict=True)
+        for n, k, (s, d) in zip(grid.shape[1:], kernel.shape[2:], steps, strict=True)
     ]
     total = np.zeros((len(kernel), *lengths), kernel.dtype)
-    for tap in product(*map(range, geometry.kernel)):
+    for tap in product(*map(range, kernel.shape[2:])):
         window = tuple(
             slice(k * d, k * d + (m - 1) * s + 1, s)
             for k, m, (s, d) in zip(tap, lengths, steps, strict=True)
         )
         total += np.einsum("oc,c...->o...", kernel[(..., *tap)], grid[(slice(None), *window)])
-    return total
+    return total[None]
 
 
 def coordinates_part(case: Case) -> Any:
@@ -59,22 +52,28 @@ def coordinates_part(case: Case) -> Any:
     return layout.split(case.weights["weight"])[1]
 
 
+def plan_of(case: Case) -> MapPlan:
+    assert case.coords
+    return MapPlan(case.geometry, case.coords, case.shape, case.geometry.output_shape(case.shape))
+
+
 def map_of(case: Case, dtype: Any, by_axes: bool) -> Any:
     """P, as the backends make it."""
     assert case.coords
-    made_for = case.shape, case.geometry.output_shape(case.shape), dtype
-    kernel = coordinates_part(case).astype(dtype)
-    positions = None if by_axes else 0
-    axes, others = divide(case.geometry, case.coords, case.out, positions)
-    assert (axes is not None) == (by_axes and case.coords.channels != "r")
-    total = 0
-    if axes:
-        tables = known_tables(case.geometry, axes, *made_for)
-        total = total + contract(picked(kernel, case.coords, axes), tables, np.einsum)
-    if others:
-        grid = padded_grid(case.geometry, others, *made_for)
-        total = total + convolve(case.geometry, grid, picked(kernel, case.coords, others))
-    return total
+    plan, kernel = plan_of(case), coordinates_part(case).astype(dtype)
+    divided = plan.divided(None if by_axes else 0)
+    assert (divided[0] is not None) == (by_axes and case.coords.channels != "r")
+
+    def contract(axes: MapPlan, part: Any) -> Any:
+        return axes.contract(part, known_tables(axes, dtype), np.einsum, case.out)
+
+    def convolve(others: MapPlan, part: Any) -> Any:
+        if case.geometry.transposed:  # NumPy has no kernel.flip
+            part = np.flip(part, tuple(range(2, part.ndim)))
+        options = others.stride, 0, case.geometry.per_axis.dilation
+        return convolution(known_grid(others, dtype)[None], part, None, *options)[0]
+
+    return plan.position_bias(kernel, divided, contract, convolve)
 
 
 def real(case: Case, seed: int) -> Case:
@@ -128,7 +127,8 @@ def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
     geometry = data.draw(geometries(shape))
     token = data.draw(st.sampled_from("xyz"[:rank]))
     coords = Coordinates(token, outside="extend")
-    tables = known_tables(geometry, coords, shape, geometry.output_shape(shape), np.float64)
+    plan = MapPlan(geometry, coords, shape, geometry.output_shape(shape))
+    tables = known_tables(plan, np.float64)
     axes = reads(geometry, shape)
     for t in product(*(range(len(outputs)) for outputs in axes)):
         taps = {
@@ -143,13 +143,13 @@ def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_the_padded_grid_is_float64_rounded_once(data: st.DataObject) -> None:
+def test_the_known_grid_is_float64_rounded_once(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, 3))
     shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
     geometry, coords = data.draw(geometries(shape)), data.draw(coordinates_of_rank[rank])
-    made_for = geometry, coords, shape, geometry.output_shape(shape)
-    exact, rounded = (padded_grid(*made_for, dtype) for dtype in (np.float64, np.float32))
-    assert exact.shape == (len(coords), *padded_shape(geometry, shape, made_for[3]))
+    plan = MapPlan(geometry, coords, shape, geometry.output_shape(shape))
+    exact, rounded = (known_grid(plan, dtype) for dtype in (np.float64, np.float32))
+    assert len(exact) == len(coords)
     np.testing.assert_array_equal(exact.astype(np.float32), rounded)
 
 
@@ -160,17 +160,15 @@ def test_floats_read_what_ints_read(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, 3))
     shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
     geometry, coords = data.draw(geometries(shape)), data.draw(coordinates_of_rank[rank])
-    made_for = geometry, coords, shape, geometry.output_shape(shape)
+    plan = MapPlan(geometry, coords, shape, geometry.output_shape(shape))
 
     def floats(n: int) -> Any:
         return np.arange(n, dtype=np.float64)
 
-    values = position_bias.padded_values(*made_for, floats, np.sqrt)
-    for value, channel in zip(values, padded_grid(*made_for, np.float64), strict=True):
-        np.testing.assert_array_equal(np.broadcast_to(value, channel.shape), channel)
+    np.testing.assert_array_equal(plan.padded_grid(floats, np), known_grid(plan, np.float64))
     if "r" not in coords.channels:
-        found = [np.stack(each) for each in axis_tables(*made_for, floats)]
-        for one, other in zip(found, known_tables(*made_for, np.float64), strict=True):
+        found = plan.tables(floats, np)
+        for one, other in zip(found, known_tables(plan, np.float64), strict=True):
             np.testing.assert_array_equal(one, other)
 
 
@@ -253,26 +251,42 @@ def test_a_way_can_be_forced(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_maps_are_made_axis_by_axis() -> None:
     coords = Coordinates("xry")
     few = MANY_PRODUCTS // (9 * 2) - 1  # channels of axes times taps
-    assert divide(SAME, coords, 1, few) == (None, coords)
+    assert tokens_of(coords, few) == (None, "xry")
     for positions in (few + 2, None):
-        assert divide(SAME, coords, 1, positions) == (Coordinates("xy"), Coordinates("r"))
-        assert divide(SAME, XY, 1, positions) == (XY, None)
-        assert divide(SAME, Coordinates("r"), 1, positions) == (None, Coordinates("r"))
+        assert tokens_of(coords, positions) == ("xy", "r")
+        assert tokens_of(XY, positions) == ("xy", None)
+        assert tokens_of(Coordinates("r"), positions) == (None, "r")
+
+
+def tokens_of(coords: Coordinates, positions: int | None) -> tuple[str | None, ...]:
+    """What is contracted and what is convolved, of a layer with one output channel."""
+    plan = MapPlan(SAME, coords, (positions or 1,), (positions or 1,))
+    parts = plan.divided(None if positions is None else 1)
+    return tuple(part and part.coords.channels for part in parts)
+
+
+def test_each_part_of_a_kernel_makes_its_own_part_of_p() -> None:
+    plan = MapPlan(SAME, Coordinates("xry"), (5, 5), (5, 5))
     kernel = np.arange(3)[None, :, None, None]
-    assert picked(kernel, coords, Coordinates("xy")).ravel().tolist() == [0, 2]
-    assert picked(kernel, coords, Coordinates("r")).ravel().tolist() == [1]
-    assert picked(kernel, coords, coords) is kernel
+    seen = []
+    plan.position_bias(
+        kernel,
+        plan.divided(None),
+        lambda axes, part: seen.append(part.ravel().tolist()) or np.zeros(1),
+        lambda others, part: seen.append(part.ravel().tolist()) or np.zeros(1),
+    )
+    assert seen == [[0, 2], [1]]
 
 
 # --- the cache -----------------------------------------------------------------------------------
 
 
 def test_arrays_are_read_only_and_shared() -> None:
-    made_for = (5, 5), (5, 5), np.float32
-    first = padded_grid(ConvGeometry((3, 3), padding=1), Coordinates("xr"), *made_for)
+    first = known_grid(MapPlan(SAME, Coordinates("xr"), (5, 5), (5, 5)))
     with pytest.raises(ValueError, match="read-only"):
         first[...] = 0
-    assert padded_grid(ConvGeometry((3, 3), padding=1), Coordinates("xr"), *made_for) is first
+    other = MapPlan(ConvGeometry((3, 3), padding=1), Coordinates("xr"), (5, 5), (5, 5))
+    assert known_grid(other) is first
 
 
 @pytest.mark.parametrize(
@@ -291,36 +305,38 @@ def test_arrays_are_read_only_and_shared() -> None:
     ],
 )
 def test_the_cache_is_keyed_by_everything_that_matters(other: tuple[Any, ...]) -> None:
-    one, two = padded_grid(SAME, XY, (5, 5), (5, 5)), padded_grid(*other)
+    one = known_grid(MapPlan(SAME, XY, (5, 5), (5, 5)))
+    two = known_grid(MapPlan(*other[:4]), *other[4:])
     assert one.dtype != two.dtype or not np.array_equal(one, two)
 
 
 def test_the_output_of_a_transposed_convolution_is_a_key() -> None:
     geometry = ConvGeometry((3,), stride=2, transposed=True)
     x = Coordinates("x")
-    shapes = [padded_grid(geometry, x, (4,), (m,)).shape for m in (9, 10)]
+    shapes = [known_grid(MapPlan(geometry, x, (4,), (m,))).shape for m in (9, 10)]
     assert shapes == [(1, 11), (1, 12)]
 
 
 def test_the_cache_is_bounded() -> None:
     for n in range(3, 300):
-        padded_grid(ConvGeometry((3,)), Coordinates("x"), (n,), (n - 2,))
-    info = padded_grid.cache_info()
+        known_grid(MapPlan(ConvGeometry((3,)), Coordinates("x"), (n,), (n - 2,)))
+    info = known_grid.cache_info()
     assert info.maxsize is not None
     assert info.currsize <= info.maxsize < 297
 
 
 def test_threads_share_the_cache() -> None:
     coords = Coordinates("xyr")
-    padded_grid.cache_clear()
-    expected = {n: padded_grid(SAME, coords, (n, n + 1), (n, n + 1)) for n in range(1, 90)}
-    padded_grid.cache_clear()
+    known_grid.cache_clear()
+    plans = {n: MapPlan(SAME, coords, (n, n + 1), (n, n + 1)) for n in range(1, 90)}
+    expected = {n: known_grid(plan) for n, plan in plans.items()}
+    known_grid.cache_clear()
     problems: list[BaseException] = []
 
     def work(seed: int) -> None:
         try:
             for n in np.random.default_rng(seed).permutation(list(expected)).tolist():
-                found = padded_grid(SAME, coords, (n, n + 1), (n, n + 1))
+                found = known_grid(plans[n])
                 np.testing.assert_array_equal(found, expected[n])
         except BaseException as problem:  # noqa: BLE001  # told to the main thread
             problems.append(problem)

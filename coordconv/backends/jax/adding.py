@@ -14,10 +14,10 @@ Two things are XLA's, which fuses sums with what comes before and after, but not
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -30,8 +30,11 @@ from coordconv.backends.jax import options
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry, check_input
 from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.position_bias import MapPlan
 
 _HIGHEST = lax.Precision.HIGHEST  # else accelerators multiply float32 in bfloat16 or TF32
+# JAX joins arrays of the same sharding alone, where a mesh is explicit, which it may be since 0.7.
+_EXPLICIT = "out_sharding" in inspect.signature(jnp.broadcast_to).parameters
 _MOST_SUMS = 6  # above, a product is faster than as many sums
 _CONTRACTIONS = {  # by rank: the taps of one axis after another become its positions
     2: ("ctuo,cuy->ctyo",),
@@ -134,9 +137,8 @@ def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax
             grid = jnp.stack([jnp.broadcast_to(v, shape) for v in values], -1)
     if groups > 1:
         x, grid = x.reshape((*x.shape[:-1], groups, -1)), jnp.expand_dims(grid, -2)
-    # JAX joins arrays of the same sharding alone, where a mesh is explicit.
-    sharding = jax.typeof(x).sharding
-    grid = jnp.broadcast_to(grid, (*x.shape[:-1], len(coords)), out_sharding=sharding)
+    options = {"out_sharding": jax.typeof(x).sharding} if _EXPLICIT else {}
+    grid = jnp.broadcast_to(grid, (*x.shape[:-1], len(coords)), **options)
     x = jnp.concatenate([x, grid], -1)
     return x.reshape((*x.shape[:-2], -1)) if groups > 1 else x
 
@@ -144,89 +146,52 @@ def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax
 def position_bias(
     geometry: ConvGeometry, coords: Coordinates, shape: Sequence[Any], kernel: jax.Array
 ) -> jax.Array:
-    """P, what the coordinates add to the output of every sample.
+    """P, what the coordinates add to the output of every sample, ``(*output shape, out)``.
 
-    Args:
-        geometry: the convolution.
-        coords: its coordinate channels.
-        shape: the spatial shape of its input, of plain or symbolic ints.
-        kernel: the coordinates' part ``(*kernel, n, out)``, its taps in the canonical order.
-
-    Returns:
-        An array ``(*output shape, out)``, in the kernel's type, in float32 at least.
+    The ``kernel (*kernel, n, out)`` has its taps in the canonical order; P is in its type, in
+    float32 at least. Where the ``shape`` of the input is symbolic, P is a convolution alone.
     """
     if jnp.finfo(kernel.dtype).bits < 32:
         kernel = kernel.astype(jnp.float32)
-    shape, lengths = tuple(shape), geometry.lengths(shape)
-    if not _is_known(shape) or geometry.rank == 1:
-        return _by_convolution(geometry, coords, shape, lengths, kernel)
-    # The radius is no product of functions of one axis.
-    axes = [c for c, token in enumerate(coords.channels) if token != "r"]
-    others = [c for c, token in enumerate(coords.channels) if token == "r"]
-    bias = None
-    for channels, compute in ((axes, _by_axes), (others, _by_convolution)):
-        if channels:
-            part = replace(coords, channels="".join(coords.channels[c] for c in channels))
-            term = compute(geometry, part, shape, lengths, _channels(kernel, channels))
-            bias = term if bias is None else bias + term
-    assert bias is not None  # coords have at least one channel
-    return bias
+    plan = MapPlan(geometry, coords, tuple(shape), geometry.lengths(shape))
+    by_axes = _is_known(shape) and geometry.rank > 1
+    divided = plan.divided(None) if by_axes else (None, plan)
+    return plan.position_bias(kernel, divided, _by_axes, _by_convolution, _channels)  # type: ignore[no-any-return]
 
 
-def _by_convolution(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[Any, ...],
-    lengths: tuple[Any, ...],
-    kernel: jax.Array,
-) -> jax.Array:
+def _by_convolution(plan: MapPlan, kernel: jax.Array) -> jax.Array:
     """P as the convolution of the padded grid, a batch of one."""
-    rank = geometry.rank
-    if _is_known(shape):
-        exact = _exact(kernel.dtype)
-        grid = jax.device_put(core.padded_grid(geometry, coords, shape, lengths, exact))
+    rank = plan.geometry.rank
+    if _is_known(plan.shape):
+        grid = jax.device_put(core.known_grid(plan, _exact(kernel.dtype)))
     else:
         with _lenient():
-            values = core.padded_values(
-                geometry,
-                coords,
-                shape,
-                lengths,
-                lambda n: jnp.arange(n, dtype=kernel.dtype),
-                jnp.sqrt,
-            )
-            whole = core.padded_shape(geometry, shape, lengths)
-            grid = jnp.stack([jnp.broadcast_to(value, whole) for value in values])
-    if geometry.transposed:
+            grid = plan.padded_grid(lambda n: jnp.arange(n, dtype=kernel.dtype), jnp)
+    if plan.geometry.transposed:
         kernel = lax.rev(kernel, tuple(range(rank)))
     space = "DHW"[-rank:]
     bias = lax.conv_general_dilated(
         jnp.expand_dims(grid.astype(kernel.dtype), 0),
         kernel,
-        core.map_stride(geometry),
+        plan.stride,
         "VALID",
-        rhs_dilation=geometry.per_axis.dilation,
+        rhs_dilation=plan.geometry.per_axis.dilation,
         dimension_numbers=(f"NC{space}", f"{space}IO", f"N{space}C"),
         precision=_HIGHEST,
     )
     return lax.squeeze(bias, (0,))
 
 
-def _by_axes(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[int, ...],
-    lengths: tuple[int, ...],
-    kernel: jax.Array,
-) -> jax.Array:
+def _by_axes(plan: MapPlan, kernel: jax.Array) -> jax.Array:
     """P as a sum over the taps of the first axis, of products of one function for each axis."""
-    first, *others = core.known_tables(geometry, coords, shape, lengths, _exact(kernel.dtype))
+    rank = plan.geometry.rank
+    first, *others = core.known_tables(plan, _exact(kernel.dtype))
     terms = jnp.moveaxis(kernel, -2, 0)  # channel, taps of the first axis, taps of others, out
-    for table, contraction in zip(others, _CONTRACTIONS[geometry.rank], strict=True):
+    for table, contraction in zip(others, _CONTRACTIONS[rank], strict=True):
         table = jax.device_put(table).astype(kernel.dtype)
         terms = jnp.einsum(contraction, terms, table, precision=_HIGHEST)
     # All channels but that of the first axis have the same table, so that their terms are summed.
-    runs_along = [token == axis_tokens(geometry.rank)[-1] for token in coords.channels]
+    runs_along = [token == axis_tokens(rank)[-1] for token in plan.coords.channels]
     tables, summed = [], []
     for whether in set(runs_along):
         alike = [c for c, is_along in enumerate(runs_along) if is_along == whether]

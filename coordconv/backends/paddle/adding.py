@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +24,8 @@ from paddle import Tensor, nn
 from coordconv import position_bias
 from coordconv.backends.paddle import options
 from coordconv.coordinates import Coordinates
-from coordconv.geometry import ConvGeometry
 from coordconv.grid import channel_values, coordinate_grid
+from coordconv.position_bias import MapPlan
 from coordconv.weights.kernels import KernelLayout
 
 _CONVOLVE: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transposed
@@ -110,46 +111,33 @@ def add_map(
 ) -> Tensor:
     """A convolution's output, and P and the layer's bias, which are made as one; rounded once.
 
-    Args:
-        layer: the CoordConv.
-        output: the convolution of the features, without a bias.
-        x: the input.
-        kernel: the coordinates' part of the kernel, ``(out, n, *kernel size)``.
-        output_size: what the call of a transposed layer wants.
+    The ``output`` is that of the features, without a bias; the ``kernel`` is the coordinates' part,
+    ``(out, n, *kernel size)``; ``output_size`` is what the call of a transposed layer wants.
     """
     coords, bias, last = layer.coords, layer.bias, layer.channels_last
     low = is_low_precision(kernel)
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.astype(paddle.float32)
         bias = None if bias is None else bias.astype(paddle.float32)
-    shape, lengths = spatial_shape(x, last), spatial_shape(output, last)
+    shapes = spatial_shape(x, last), spatial_shape(output, last)
     quick = _is_quick(output) and not low
     with _no_autocast():
         if quick and len(output) == 1 and not last and "r" not in coords.channels:
             # One sample's P would take as long as the convolution, and is never made.
-            return _add_product(output, *_product(layer, shape, lengths, output_size, kernel))
+            plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
+            return _add_product(output, *_product(plan, kernel, bias))
         if coords.outside == "zero":  # padding does to coordinates what it does to features
             grid = _coordinates(coords, x[:1], last, kernel.dtype)
             kernel = kernel.moveaxis(0, 1) if layer.transposed else kernel
             added = convolve(layer, grid, kernel, bias, output_size, groups=1)
         else:
-            geometry = options.geometry(layer, shape, output_size)
-            grid = _padded_coordinates(geometry, coords, shape, lengths, kernel)
-            added = _convolve_padded(geometry, grid, kernel, bias)
+            plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
+            conv = _CONVOLVE[layer.rank, False]
+            added = plan.convolve(kernel, _padded_coordinates(plan, kernel), conv, bias)
             added = added.moveaxis(1, -1) if last else added
         if quick:
             return _add_product(output, _ones(len(output), added.dtype), added.reshape([1, -1]))
         return (output + added).astype(output.dtype)
-
-
-def _convolve_padded(
-    geometry: ConvGeometry, grid: Tensor, kernel: Tensor, bias: Tensor | None
-) -> Tensor:
-    """P and the bias, of the coordinates with their margins ``(n, *S)``; channels first."""
-    if geometry.transposed:
-        kernel = kernel.flip([*range(2, kernel.ndim)])
-    stride, dilation = position_bias.map_stride(geometry), geometry.per_axis.dilation
-    return _CONVOLVE[geometry.rank, False](grid[None], kernel, bias, stride, 0, dilation)  # type: ignore[no-any-return]
 
 
 def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any) -> Tensor:
@@ -167,29 +155,16 @@ def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any
     return paddle.concat(parts, -1 if channels_last else 1).astype(dtype)
 
 
-def _padded_coordinates(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[Any, ...],
-    lengths: tuple[Any, ...],
-    kernel: Tensor,
-) -> Tensor:
+def _padded_coordinates(plan: MapPlan, kernel: Tensor) -> Tensor:
     """The coordinates as a kernel slides over them ``(n, *padded shape)``."""
+    dtype = kernel.dtype
     if paddle.in_dynamic_mode():
-        return _padded_grid(geometry, coords, shape, lengths, kernel.dtype, kernel.place)
-    if all(isinstance(n, int) for n in (*shape, *lengths)):
-        grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(kernel.dtype))
-        return paddle.to_tensor(grid)
-    values = position_bias.padded_values(
-        geometry,
-        coords,
-        [_scalar(n, kernel.dtype) for n in shape],
-        [_scalar(n, kernel.dtype) for n in lengths],
-        lambda n: paddle.arange(0, n, dtype=kernel.dtype),
-        paddle.sqrt,
-    )
-    whole = position_bias.padded_shape(geometry, shape, lengths)
-    return paddle.stack([value.expand(whole) for value in values])
+        return _padded_grid(plan, dtype, kernel.place)
+    if all(isinstance(n, int) for n in (*plan.shape, *plan.lengths)):
+        return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)))
+    shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
+    plan = replace(plan, shape=shape, lengths=lengths)
+    return plan.padded_grid(lambda n: paddle.arange(0, n, dtype=dtype), paddle)
 
 
 def _scalar(n: Any, dtype: Any) -> Any:
@@ -207,16 +182,8 @@ def _grid(
 
 
 @lru_cache(maxsize=64)
-def _padded_grid(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[int, ...],
-    lengths: tuple[int, ...],
-    dtype: Any,
-    place: Any,
-) -> Tensor:
-    grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
-    return paddle.to_tensor(grid, place=place)
+def _padded_grid(plan: MapPlan, dtype: Any, place: Any) -> Tensor:
+    return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)), place=place)
 
 
 def _exact(dtype: Any) -> Any:
@@ -240,22 +207,14 @@ def _is_quick(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _tables(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[int, ...],
-    lengths: tuple[int, ...],
-    dtype: Any,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _tables(plan: MapPlan, dtype: Any) -> tuple[list[Tensor], Tensor, Tensor]:
     """The constants that P and a bias, as a product of two matrices, are made of.
 
-    Returns:
-        Tables for ``contract``, whose last is the identity in place of the last axis's table, with
-        a column of zeros more; the place of that column, for a bias; and the second matrix, the
-        last axis's table, with a row of ones more.
+    They are tables for ``contract``, whose last is the identity in place of the last axis's table,
+    with a column of zeros more; the place of that column, for a bias; and the second matrix, the
+    last axis's table, with a row of ones more.
     """
-    tables = position_bias.axis_tables(geometry, coords, shape, lengths, np.arange)
-    *others, last = (np.stack(np.broadcast_arrays(*t)).astype(_exact(dtype)) for t in tables)
+    *others, last = position_bias.known_tables(plan, _exact(dtype))
     n, taps, length = last.shape
     terms = n * taps
     identity = np.eye(terms, terms + 1, dtype=last.dtype).reshape(n, taps, -1)
@@ -266,18 +225,15 @@ def _tables(
     return left, place_of_bias, matrix
 
 
-def _product(
-    layer: Any, shape: tuple[int, ...], lengths: tuple[int, ...], output_size: Any, kernel: Tensor
-) -> tuple[Tensor, Tensor]:
+def _product(plan: MapPlan, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """P and the bias of a layer without a radius, as a product of two matrices.
 
     The first has a row for each output channel and each place on the axes before the last.
     """
-    geometry = options.geometry(layer, shape, output_size)
-    tables, place, right = _tables(geometry, layer.coords, shape, lengths, kernel.dtype)
-    left = position_bias.contract(kernel, tables, _einsum)
-    if layer.bias is not None:
-        left = left.reshape([len(kernel), -1, len(right)]) + layer.bias.reshape([-1, 1, 1]) * place
+    tables, place, right = _tables(plan, kernel.dtype)
+    left = plan.contract(kernel, tables, _einsum, len(kernel))
+    if bias is not None:
+        left = left.reshape([len(kernel), -1, len(right)]) + bias.reshape([-1, 1, 1]) * place
     return left.reshape([-1, len(right)]), right
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -23,9 +24,15 @@ from coordconv import position_bias
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.position_bias import MapPlan
 
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+# Since torch 2.6 or so. Before, a range of floats has a symbolic length that its shapes do not
+# understand, and nothing tells that a program is exported and not compiled.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+_ARANGE_OF_FLOATS = hasattr(torch.compiler, "is_exporting")
 
 
 def is_known(x: Any) -> bool:
@@ -46,7 +53,23 @@ def is_low_precision(kernel: Any, dtype: torch.dtype) -> bool:
     if dtype != torch.float32 or not isinstance(kernel, Tensor):
         return dtype in _LOW_PRECISION
     device = kernel.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _has_autocast(device: str) -> bool:
+    # The compiler of torch 2.4 cannot ask; what compilers compile for has it.
+    if torch.compiler.is_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has values in memory, as those inside of ``torch.func`` have not."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def choose(
@@ -58,19 +81,12 @@ def choose(
     if is_known(x):
         batch = 1 if single else x.shape[0]
         positions = math.prod(geometry.lengths(x.shape[-geometry.rank :]))
-    elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    elif torch.compiler.is_compiling() and not _is_exporting():
         # One graph for all sizes, but for a batch of one, of which compilers make another anyway.
         batch = 1 if single or x.shape[0] == 1 else position_bias.USUAL_BATCH
         positions = position_bias.USUAL_POSITIONS
-    return position_bias.choose(
-        geometry,
-        coords,
-        channels,
-        out,
-        batch=batch,
-        positions=positions,
-        low_precision=low,
-    )
+    given = geometry, coords, channels, out
+    return position_bias.choose(*given, batch=batch, positions=positions, low_precision=low)
 
 
 def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
@@ -103,23 +119,21 @@ def add_map(
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.float()
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
+    plan, known = MapPlan(geometry, coords, shape, lengths), is_known(x) and is_known(output)
     with _no_autocast(kernel, low):
-        if not (is_known(x) and is_known(output)):
-            bias = _traced_map(geometry, coords, shape, lengths, kernel, out)
-            return (output + bias).to(output.dtype) if low else output + bias
-        axes, others = position_bias.divide(geometry, coords, out, math.prod(lengths))
-        if axes and not others and _is_one_without_gradient(output, kernel, low):
+        divided = plan.divided(out if known else None)
+        if known and not divided[1] and _is_one_without_gradient(output, kernel, low):
             # P would be as large as the output, and is never made.
-            tables = _tables(geometry, axes, shape, lengths, kernel.dtype, kernel.device)
-            left, right = position_bias.as_product(kernel, tables, torch.einsum)
+            tables = _tables(plan, kernel.dtype, kernel.device)
+            left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
-        bias = _known_map(geometry, coords, shape, lengths, kernel)
+        bias = _position_bias(plan, kernel, divided, out, known)
         if low:
             return (output + bias).to(output.dtype)
         # In place: to allocate another tensor of this size takes longer than to fill it. The
         # gradient of a convolution does not need its output.
-        return output.add_(bias)
+        return output.add_(bias) if known else output + bias
 
 
 def is_product(geometry: ConvGeometry, x: Any, kernel: Any, low: bool) -> bool:
@@ -151,8 +165,9 @@ def product(
     coordinates: Tensor,
 ) -> Tensor:
     """A pointwise layer as a product of matrices for each sample, to which P is added."""
-    shape = tuple(x.shape[2:])
-    added = _known_map(geometry, coords, shape, shape, coordinates).flatten(1)
+    shape, out = tuple(x.shape[2:]), len(coordinates)
+    plan = MapPlan(geometry, coords, shape, shape)
+    added = _position_bias(plan, coordinates, plan.divided(out), out, known=True).flatten(1)
     if bias is not None:
         added = added + bias[:, None]
     matrix = features.flatten(1).expand(x.shape[0], -1, -1)
@@ -168,129 +183,72 @@ def _is_one_without_gradient(output: Tensor, kernel: Tensor, low: bool) -> bool:
         not low
         and output.numel() == len(kernel) * math.prod(output.shape[2 - kernel.dim() :])
         and output.is_contiguous()
-        and torch.func.debug_unwrap(output, recurse=False) is output  # vmap has no such product
+        and has_storage(output)  # vmap has no such product
         and not (torch.is_grad_enabled() and (output.requires_grad or kernel.requires_grad))
     )
 
 
-def _known_map(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[int, ...],
-    lengths: tuple[int, ...],
-    kernel: Tensor,
-) -> Any:
-    axes, others = position_bias.divide(geometry, coords, len(kernel), math.prod(lengths))
-    like: tuple[Any, ...] = kernel.dtype, kernel.device
-    bias: Any = None
-    if axes:
-        tables = _tables(geometry, axes, shape, lengths, *like)
-        part = position_bias.picked(kernel, coords, axes)
-        bias = position_bias.contract(part, tables, torch.einsum)
-    if others:
-        grid = _padded_grid(geometry, others, shape, lengths, *like)
-        part = _convolved(geometry, grid, position_bias.picked(kernel, coords, others))
-        bias = part if bias is None else bias.add_(part)
-    return bias
+def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bool) -> Any:
+    """P: of kept constants if the shape is known, and else made in the graph."""
 
-
-def _traced_map(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[Any, ...],
-    lengths: tuple[Any, ...],
-    kernel: Any,
-    out: int,
-) -> Any:
     def arange(n: Any) -> Any:
         return _arange(n, kernel)
 
-    axes, others = position_bias.divide(geometry, coords, out, None)
-    bias = None
-    if axes:
-        found = position_bias.axis_tables(geometry, axes, shape, lengths, arange)
-        tables = [torch.stack(each).to(kernel.dtype) for each in found]
-        part = position_bias.picked(kernel, coords, axes)
-        sizes = out, len(axes), *geometry.kernel
-        bias = position_bias.contract(part, tables, torch.einsum, sizes)
-    if others:
-        values = position_bias.padded_values(geometry, others, shape, lengths, arange, torch.sqrt)
-        whole = position_bias.padded_shape(geometry, shape, lengths)
-        grid = torch.stack([value.expand(whole) for value in values]).to(kernel.dtype)
-        part = _convolved(geometry, grid, position_bias.picked(kernel, coords, others))
-        bias = part if bias is None else bias + part
-    return bias
+    def contract(axes: MapPlan, part: Any) -> Any:
+        if known:
+            tables = _tables(axes, kernel.dtype, kernel.device)
+        else:
+            tables = [table.to(kernel.dtype) for table in axes.tables(arange, torch)]
+        return axes.contract(part, tables, torch.einsum, out)
 
+    def convolve(others: MapPlan, part: Any) -> Any:
+        if known:
+            grid = _padded_grid(others, kernel.dtype, kernel.device)
+        else:
+            grid = others.padded_grid(arange, torch).to(kernel.dtype)
+        return others.convolve(part, grid, _CONVOLVE[plan.geometry.rank])[0]
 
-def _convolved(geometry: ConvGeometry, grid: Any, kernel: Any) -> Any:
-    """P as the convolution of a padded grid."""
-    rank = geometry.rank
-    if geometry.transposed:
-        kernel = kernel.flip(tuple(range(-rank, 0)))
-    stride, dilation = position_bias.map_stride(geometry), geometry.per_axis.dilation
-    return _CONVOLVE[rank](grid[None], kernel, None, stride, 0, dilation)[0]
+    return plan.position_bias(kernel, divided, contract, convolve)
 
 
 def _arange(n: Any, like: Any) -> Any:
-    ramp = torch.arange(n, dtype=like.real.dtype, device=like.device)
+    if isinstance(like, Tensor):  # an old exporter has no ``real``, and fx has nothing but names
+        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+    else:
+        dtype = like.real.dtype
+    if _ARANGE_OF_FLOATS:
+        ramp = torch.arange(n, dtype=dtype, device=like.device)
+    else:
+        ramp = torch.arange(n, device=like.device).to(dtype)
     distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import
-    if distributed is not None and isinstance(like, distributed.DTensor):
+    if hasattr(distributed, "DTensor") and isinstance(like, distributed.DTensor):
         # Torch refuses to mix the two kinds of tensors. This one is the same on every device.
         return distributed.DTensor.from_local(ramp, like.device_mesh, run_check=False)
     return ramp
 
 
 def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
-    if low and isinstance(kernel, Tensor) and torch.amp.is_autocast_available(kernel.device.type):
+    if low and isinstance(kernel, Tensor) and _has_autocast(kernel.device.type):
         return torch.autocast(kernel.device.type, enabled=False)
     return nullcontext()
 
 
-def _cached(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the last few constants that a function makes, but for a tracer's stand-ins."""
-    kept = lru_cache(maxsize=64)(make)
-
-    def get(*args: Any) -> Any:
-        found = kept(*args)
-        if type(found if isinstance(found, Tensor) else found[0]) is not Tensor:
-            kept.cache_clear()
-        return found
-
-    get.cache_info, get.cache_clear = kept.cache_info, kept.cache_clear  # type: ignore[attr-defined]
-    return get
-
-
-@_cached
+@lru_cache(maxsize=64)
 def _grid(
     coords: Coordinates, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     return _constant(coordinate_grid(shape, coords, dtype=_exact(dtype)), dtype, device)
 
 
-@_cached
-def _padded_grid(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[int, ...],
-    lengths: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    grid = position_bias.padded_grid(geometry, coords, shape, lengths, _exact(dtype))
-    return _constant(grid, dtype, device)
+@lru_cache(maxsize=64)
+def _padded_grid(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _constant(position_bias.known_grid(plan, _exact(dtype)), dtype, device)
 
 
-@_cached
-def _tables(
-    geometry: ConvGeometry,
-    coords: Coordinates,
-    shape: tuple[int, ...],
-    lengths: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, ...]:
-    tables = position_bias.known_tables(geometry, coords, shape, lengths, _exact(dtype))
-    return tuple(_constant(table, dtype, device) for table in tables)
+@lru_cache(maxsize=64)
+def _tables(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    tables = position_bias.known_tables(plan, _exact(dtype))
+    return [_constant(table, dtype, device) for table in tables]
 
 
 def _exact(dtype: torch.dtype) -> Any:
@@ -298,7 +256,14 @@ def _exact(dtype: torch.dtype) -> Any:
 
 
 def _constant(array: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a tensor made within it is of no use in training
-        tensor = torch.from_numpy(array.copy()).to(device=device, dtype=dtype)
-    # Inside a transformation of torch.func it is wrapped, and of no use after.
-    return torch.func.debug_unwrap(tensor)
+    """The array as a tensor that may be kept.
+
+    Made in a thread of its own, where none of the caller's modes and transformations is on: a
+    tensor of inference_mode is of no use in training, and one of torch.func's of none afterwards.
+    """
+
+    def make() -> Tensor:
+        return torch.from_numpy(array.copy()).to(dtype).to(device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coordconv import networks
 from coordconv.backends.torch import layers, options
+from coordconv.backends.torch.adding import has_storage
 from coordconv.backends.torch.files import from_state
 from coordconv.grid import Array
 from coordconv.tape import NetworkModule, Tape
@@ -33,7 +34,7 @@ def _is_array(part: Any) -> bool:
         isinstance(part, Tensor)
         and not (part.is_nested or part.is_quantized or nn.parameter.is_lazy(part))
         and part.layout == torch.strided
-        and torch.func.debug_unwrap(part, recurse=False) is part
+        and has_storage(part)
     )
 
 
