@@ -231,7 +231,7 @@ def _checked_span(span: object) -> tuple[float, float]:
 
 
 def _finite(name: str, value: object) -> float:
-    if not isinstance(value, SupportsFloat | SupportsIndex):
+    if not isinstance(value, (SupportsFloat, SupportsIndex)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         number = float(value)

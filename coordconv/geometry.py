@@ -255,4 +255,5 @@ def _are_ints(values: Any, count: int) -> bool:
 
 
 def _is_int(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    # First what a compiler of torch 2.4 can tell of a symbolic size.
+    return type(value) is int or (hasattr(value, "__index__") and not isinstance(value, bool))

@@ -45,6 +45,11 @@ def test_is_no_worse_than_on_a_convolution_over_all_channels(backend, tool):
         pytest.skip(f"{backend} is not installed")
     if tool in LIBRARIES:
         pytest.importorskip(LIBRARIES[tool])
+    if backend == "flax" and tool in ("SpectralNorm", "WeightNorm"):
+        from flax import nnx
+
+        if not hasattr(nnx, tool):
+            pytest.skip(f"this release of flax.nnx has no {tool}")
     row = tools.row(backend, tool)
     assert row.plain <= tools.FLOOR
     assert (row.ours is None) == (tool in REFUSED)

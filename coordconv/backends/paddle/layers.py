@@ -34,10 +34,10 @@ class _CoordLayer(TapeLayer):
 
     Example:
         >>> layer = CoordConv2D(3, 8, 3, padding=1, coords="xyr")
-        >>> layer(paddle.zeros([2, 3, 16, 20])).shape
-        paddle.Size([2, 8, 16, 20])
-        >>> layer.weight.shape  # over 3 features and 3 coordinates
-        paddle.Size([8, 6, 3, 3])
+        >>> list(layer(paddle.zeros([2, 3, 16, 20])).shape)
+        [2, 8, 16, 20]
+        >>> list(layer.weight.shape)  # over 3 features and 3 coordinates
+        [8, 6, 3, 3]
     """
 
     FRAMEWORK = paddle

@@ -212,10 +212,14 @@ def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bo
 
 
 def _arange(n: Any, like: Any) -> Any:
-    if isinstance(like, Tensor):  # an old exporter has no ``real``, and fx has nothing but names
-        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
-    else:
+    # The older exporter to ONNX has no ``real``; torch.fx does not know what it is.
+    dtype = like.dtype
+    if not isinstance(like, Tensor) or like.is_complex():
         dtype = like.real.dtype
+    if isinstance(n, torch.fx.Proxy) and not _ARANGE_OF_FLOATS:
+        raise NotImplementedError(
+            "torch.fx before torch 2.6 cannot trace a range of unknown length"
+        )
     if _ARANGE_OF_FLOATS:
         ramp = torch.arange(n, dtype=dtype, device=like.device)
     else:

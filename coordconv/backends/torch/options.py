@@ -7,7 +7,6 @@ convolutions have no ``input_dilation``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -57,7 +56,8 @@ def output_padding(layer: Any, shape: Sequence[int], output_size: Sequence[int])
             f"output_size must have {layer.rank} or {len(shape)} elements, got {tuple(output_size)}"
         )
     shape, wanted = shape[-layer.rank :], tuple(output_size)[-layer.rank :]
-    least = replace(geometry(layer), output_padding=0).lengths(shape)
+    usual = geometry(layer).lengths(shape)
+    least = tuple(n - p for n, p in zip(usual, layer.output_padding, strict=True))
     extra = tuple(m - n for m, n in zip(wanted, least, strict=True))
     if any(not 0 <= e < s for e, s in zip(extra, layer.stride, strict=True)):
         most = tuple(n + s - 1 for n, s in zip(least, layer.stride, strict=True))
