@@ -211,6 +211,11 @@ def _checked_channels(channels: object) -> str:
         raise TypeError(
             f"coords must be a string or a sequence of the tokens x, y, z, r, got {channels!r}"
         )
+    if isinstance(channels, str) and channels in _NAMED:
+        raise ValueError(
+            f"coords must be tokens, got the name {channels!r}: "
+            f"write coords=Coordinates.named({channels!r})"
+        )
     for token in channels:
         if token not in TOKENS:
             raise ValueError(f"coords {channels!r}: unknown token {token!r}, want x, y, z or r")

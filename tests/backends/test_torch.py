@@ -205,11 +205,11 @@ def dynamic(*axes):
 
 needs_unknown_sizes = pytest.mark.skipif(
     not hasattr(torch.export.Dim, "DYNAMIC"),
-    reason="before torch 2.6 an exporter must be told how sizes depend on each other",
+    reason="the exporter of this torch must be told how sizes depend on each other",
 )
 needs_ranges = pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"),
-    reason="torch.fx before torch 2.6 cannot trace a range of unknown length",
+    reason="torch.fx of this torch traces no range of unknown length",
 )
 
 
@@ -1020,7 +1020,7 @@ def mesh(tmp_path_factory):
     if not distributed.is_available():
         pytest.skip("torch has no distributed package")
     if not hasattr(pytest.importorskip("torch.distributed.tensor"), "DTensor"):
-        pytest.skip("DTensor is not public before torch 2.5")
+        pytest.skip("DTensor is not public in this torch")
     store = tmp_path_factory.mktemp("gloo") / "store"
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     from torch.distributed.device_mesh import init_device_mesh

@@ -29,8 +29,8 @@ from coordconv.position_bias import MapPlan
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
-# Since torch 2.6 or so. Before, a range of floats has a symbolic length that its shapes do not
-# understand, and nothing tells that a program is exported and not compiled.
+# Torch 2.4 has no such function, and cannot tell a program that is exported from a compiled one. In
+# it a range of floats has a symbolic length that its shapes do not understand.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _ARANGE_OF_FLOATS = hasattr(torch.compiler, "is_exporting")
 
@@ -218,7 +218,7 @@ def _arange(n: Any, like: Any) -> Any:
         dtype = like.real.dtype
     if isinstance(n, torch.fx.Proxy) and not _ARANGE_OF_FLOATS:
         raise NotImplementedError(
-            "torch.fx before torch 2.6 cannot trace a range of unknown length"
+            "this release of torch.fx traces no range of unknown length: a newer torch does"
         )
     if _ARANGE_OF_FLOATS:
         ramp = torch.arange(n, dtype=dtype, device=like.device)
