@@ -1,6 +1,7 @@
 """CoordConv for PyTorch."""
 
 from coordconv.backends.torch.files import from_state, read_state
+from coordconv.backends.torch.fusing import fuse
 from coordconv.backends.torch.layers import (
     AddCoords,
     CoordConv1d,
@@ -47,6 +48,7 @@ __all__ = [
     "build",
     "evaluate",
     "from_state",
+    "fuse",
     "read_state",
     "recorded",
     "trainer",

@@ -128,12 +128,24 @@ def add_map(
             left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
-        bias = _position_bias(plan, kernel, divided, out, known)
-        if low:
-            return (output + bias).to(output.dtype)
-        # In place: to allocate another tensor of this size takes longer than to fill it. The
-        # gradient of a convolution does not need its output.
-        return output.add_(bias) if known else output + bias
+        return add(output, _position_bias(plan, kernel, divided, out, known), low)
+
+
+def add(output: Any, bias: Any, low: bool) -> Any:
+    """A convolution's own output and P, rounded once."""
+    if low:
+        return (output + bias).to(output.dtype)
+    # In place: to allocate another tensor of this size takes longer than to fill it. The gradient
+    # of a convolution does not need its output.
+    return output.add_(bias) if is_known(output) else output + bias
+
+
+def constant_map(plan: MapPlan, kernel: Tensor, low: bool) -> Tensor:
+    """P of a known shape, for a layer whose kernel does not change."""
+    with torch.inference_mode(False), torch.no_grad(), _no_autocast(kernel, low):
+        kernel = kernel.float() if low else kernel
+        out = len(kernel)
+        return _position_bias(plan, kernel, plan.divided(out), out, known=True)
 
 
 def is_product(geometry: ConvGeometry, x: Any, kernel: Any, low: bool) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
+from coordconv.backends.torch.fusing import FusedCoordConv
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.position_bias import APPEND
@@ -74,6 +75,22 @@ class TorchCoordLayer(TapeLayer):
             self.weight.copy_(layout.fitted(plain.weight, torch.cat, zeros))
             if self.bias is not None:
                 self.bias.copy_(plain.bias)
+
+    def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
+        """For inference: a plain convolution and one constant map, or the maps of the last sizes.
+
+        Args:
+            size: the spatial shape of all inputs to come; None for any.
+
+        Raises:
+            ValueError: the layer is in training mode, or ``size`` of another rank.
+
+        Example:
+            >>> layer = CoordConv2d(3, 8, 3).eval()
+            >>> layer.fuse((16, 20))(torch.zeros(2, 3, 16, 20)).shape
+            torch.Size([2, 8, 14, 18])
+        """
+        return FusedCoordConv(self, size, self.weight, self.bias)
 
     def _is_low_precision(self, kernel: Any) -> bool:
         known = isinstance(kernel, Tensor)  # a tracer's stand-in does not know its type

@@ -1,0 +1,271 @@
+"""Layers and networks for inference alone: a plain convolution, and a map made once.
+
+In inference P does not change, so that :func:`fuse` splits the kernel once and keeps P. That is
+asked for by the user, since what is kept no longer follows the kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coordconv.backends.torch import adding, options
+from coordconv.fusing import FusedLayer, FuseReport, folded
+from coordconv.grid import Array
+from coordconv.layers import CoordLayer
+from coordconv.position_bias import MapPlan
+
+_MOST_MAPS = 8  # of the last sizes
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class FusedCoordConv(nn.Module):
+    """What a CoordConv computes in inference: ``conv``, a plain convolution, and P, a constant map.
+
+    Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
+    the last eight sizes are kept, each made when its first input comes, and what a compiler or an
+    exporter traces makes its map in the graph. No parameter of it requires a gradient. Hooks of the
+    layer are not carried over.
+
+    Shape:
+        as the layer, with inputs of ``size`` alone if there is one.
+
+    Raises:
+        ValueError: the layer is in training mode; at the call, an input of another size than
+            ``size``.
+    """
+
+    def __init__(
+        self, layer: Any, size: Sequence[int] | None, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        if layer.training:
+            raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
+        self.coords, self.size = layer.coords, None if size is None else tuple(size)
+        features, coordinates = layer.layout.split(weight.detach())
+        self.conv = _plain(layer, features, bias)
+        self._maps: dict[Any, Tensor] = {}
+        self.register_buffer("coordinates", coordinates.clone() if size is None else None)
+        self.register_buffer("map", None)
+        if self.size is not None:
+            if len(self.size) != layer.rank:
+                raise ValueError(f"size must have {layer.rank} lengths, got {self.size}")
+            zeros = features.new_zeros(1, layer.in_channels, *self.size)
+            self.map = self._made(self.size, tuple(self.conv(zeros).shape[2:]), coordinates)
+        self.register_load_state_dict_post_hook(lambda self, _: self._maps.clear())
+        self.eval()
+
+    def _made(self, shape: tuple[int, ...], lengths: tuple[int, ...], kernel: Tensor) -> Tensor:
+        plan = MapPlan(options.geometry(self.conv), self.coords, shape, lengths)
+        return adding.constant_map(plan, kernel, adding.is_low_precision(kernel, kernel.dtype))
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The layer's output."""
+        geometry, kernel = options.geometry(self.conv), self.conv.weight
+        known = adding.is_known(input)
+        shape = tuple(input.shape[-geometry.rank :])
+        if self.size is not None and known and shape != self.size:
+            raise ValueError(f"input must have the size that was fused, {self.size}, got {shape}")
+        output = self.conv(input) if output_size is None else self.conv(input, output_size)
+        low = adding.is_low_precision(kernel, kernel.dtype)
+        if self.map is not None:
+            return adding.add(output, self.map, low)
+        if not known:
+            given = geometry, self.coords, output, input, self.coordinates
+            return adding.add_map(*given, self.conv.out_channels, low)
+        lengths = tuple(output.shape[-geometry.rank :])
+        key = shape, lengths, kernel.dtype, kernel.device
+        if key not in self._maps:
+            while len(self._maps) >= _MOST_MAPS:
+                self._maps.pop(next(iter(self._maps)))
+            self._maps[key] = self._made(shape, lengths, self.coordinates)
+        return adding.add(output, self._maps[key], low)
+
+    def extra_repr(self) -> str:
+        return f"coords={self.coords!r}, size={self.size}"
+
+
+def _plain(layer: Any, features: Tensor, bias: Tensor | None) -> Any:
+    """Torch's own convolution with a layer's options and the features' part of its kernel."""
+    extra = {"output_padding": layer.output_padding} if layer.transposed else {}
+    conv = nn.utils.skip_init(
+        getattr(nn, f"Conv{'Transpose' if layer.transposed else ''}{layer.rank}d"),
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=bias is not None,
+        padding_mode=layer.padding_mode,
+        device=features.device,
+        dtype=features.dtype,
+        **extra,
+    )
+    conv.weight = nn.Parameter(features.contiguous().clone(), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return conv
+
+
+def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Module:
+    """A copy of a trained network, with each CoordConv as a plain convolution and a constant map.
+
+    Args:
+        model: the network, in evaluation mode.
+        size: the spatial shape of the network's input, or an example of its input (a tensor, or a
+            tuple of all arguments): the network is run once to see the size at each layer, and a
+            layer that saw one size keeps one map. None keeps the maps of the last sizes that came.
+        batch_norm: whether to fold the batch normalization after a CoordConv into it. Which one
+            comes after it ``torch.fx`` tells; in a network that cannot be traced, the neighbours
+            in each ``nn.Sequential`` do, and the report says so.
+
+    Returns:
+        The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a CoordConv or a batch normalization is in training mode; there is no CoordConv.
+
+    Example:
+        >>> from coordconv.backends.torch import CoordConv2d
+        >>> block = nn.Sequential(CoordConv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> fused = fuse(block, size=(16, 20))
+        >>> print(fused.fuse_report)
+        0  CoordConv2d  one map for 16x20  folded 1
+        >>> x = torch.randn(2, 3, 16, 20)
+        >>> torch.allclose(fused(x), block(x), atol=1e-5)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = copy.deepcopy(model)
+    layers = {name: each for name, each in model.named_modules() if _is_ours(each)}
+    if not layers:
+        raise ValueError("model has no CoordConv to fuse")
+    for name, each in model.named_modules():
+        if each.training and (_is_ours(each) or isinstance(each, _BATCH_NORMS)):
+            raise ValueError(
+                f"model must be in evaluation mode, {name!r} is not: call model.eval()"
+            )
+    pairs, notes = _followers(model) if batch_norm else ({}, ())
+    sizes = {} if size is None else _sizes(model, layers, size)
+    rows = []
+    for name, layer in layers.items():
+        weight, bias = layer.weight, layer.bias
+        if name in pairs:
+            norm: Any = model.get_submodule(pairs[name])
+            weight, bias = _folded(layer, norm)
+            _replace(model, norm, nn.Identity())
+        fused = FusedCoordConv(layer, sizes.get(name), weight, bias)
+        rows.append(FusedLayer(name, type(layer).__name__, fused.size, pairs.get(name)))
+        model = _replace(model, layer, fused)
+    model.fuse_report = FuseReport(tuple(rows), notes)  # type: ignore[assignment]  # no module
+    return model
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, CoordLayer)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The model with a module replaced wherever it is; the new one if the model is the old one."""
+    if model is old:
+        return new
+    for name, each in [*model.named_modules(remove_duplicate=False)]:
+        if each is old:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
+    return model
+
+
+def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """A layer's weight and bias, with the batch normalization after the layer folded in."""
+    ones = torch.ones_like(norm.running_mean)
+    scale, shift = (ones, ones - 1) if norm.weight is None else (norm.weight, norm.bias)
+    statistics: list[Array] = [
+        tensor.detach().double().cpu().numpy()
+        for tensor in (norm.running_mean, norm.running_var, scale, shift)
+    ]
+    found = folded(
+        layer.export_weights(),
+        statistics,
+        norm.eps,
+        groups=layer.groups,
+        transposed=layer.transposed,
+    )
+    weight, bias = (torch.from_numpy(found[name]).to(layer.weight) for name in ("weight", "bias"))
+    return weight, bias
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the graph keeps a call of the module: of layers, those here too."""
+        return _is_ours(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _followers(model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The batch normalization after each CoordConv that nothing else follows, and what to note."""
+    times = Counter(id(each) for _, each in model.named_modules(remove_duplicate=False))
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # noqa: BLE001  # it runs the user's code, which may raise anything
+        found = dict(_neighbours(model))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        notes: tuple[str, ...] = (
+            f"batch normalizations outside nn.Sequential are left: torch.fx fails ({reason})",
+        )
+    else:
+        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+        found, notes = {}, ()
+        for node in graph.nodes:
+            if node.op != "call_module" or len(node.users) != 1:
+                continue
+            (user,) = node.users
+            if user.op == "call_module" and calls[node.target] == calls[user.target] == 1:
+                found[str(node.target)] = str(user.target)
+    pairs = {}
+    for name, follower in found.items():
+        layer, norm = model.get_submodule(name), model.get_submodule(follower)
+        once = times[id(layer)] == times[id(norm)] == 1
+        if once and _is_ours(layer) and isinstance(norm, _BATCH_NORMS) and norm.track_running_stats:
+            pairs[name] = follower
+    return pairs, notes
+
+
+def _neighbours(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for prefix, each in model.named_modules():
+        if type(each) is nn.Sequential:
+            names = [f"{prefix}.{name}".removeprefix(".") for name, _ in each.named_children()]
+            yield from pairwise(names)
+
+
+def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:
+    """The size at each layer that sees one, in a network that is given an input of this size."""
+    if isinstance(size, Tensor) or any(isinstance(each, Tensor) for each in size):
+        inputs = (size,) if isinstance(size, Tensor) else tuple(size)
+    else:
+        first: Any = next((m for m in model.modules() if hasattr(m, "in_channels")), None)
+        inputs = (first.weight.new_zeros(1, first.in_channels, *size),)
+    seen: dict[str, set[tuple[int, ...]]] = {name: set() for name in layers}
+    hooks = []
+    for name, layer in layers.items():
+
+        def hook(module: Any, given: Any, name: str = name) -> None:
+            seen[name].add(tuple(given[0].shape[-module.rank :]))
+
+        hooks.append(layer.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: found.pop() for name, found in seen.items() if len(found) == 1}

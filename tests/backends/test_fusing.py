@@ -1,0 +1,271 @@
+"""Layers and networks fused for inference: the same outputs, and what cannot be fused."""
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from coordconv import Coordinates, position_bias
+from coordconv.backends import torch as backend
+from coordconv.backends.torch import (
+    AddCoords,
+    CoordConv1d,
+    CoordConv2d,
+    CoordConv3d,
+    CoordConvTranspose1d,
+    CoordConvTranspose2d,
+    CoordConvTranspose3d,
+    fuse,
+)
+from coordconv.fusing import folded
+
+# Axis lengths of which every coordinate is a multiple of a power of two: all sums are exact.
+SIZES = ((9, 5, 3), (5, 9, 17), (3, 9, 5), (17, 3, 9), (5, 5, 5))
+
+
+def exact(layer):
+    """Small integers for weights, so that no order of a sum makes a difference."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-3, 4, parameter.shape))
+    return layer.eval()
+
+
+def inputs(layer, size, batch=2):
+    return torch.randint(-3, 4, (batch, layer.in_channels, *size)).to(layer.weight.dtype)
+
+
+LAYERS = {
+    "1-D": lambda: CoordConv1d(3, 4, 3, padding=1),
+    "2-D": lambda: CoordConv2d(3, 4, 3, padding=1, coords="yx"),
+    "3-D": lambda: CoordConv3d(3, 4, 3, padding=1),
+    "1-D transposed": lambda: CoordConvTranspose1d(3, 4, 3, stride=2),
+    "2-D transposed": lambda: CoordConvTranspose2d(4, 4, 3, stride=2, padding=1, groups=2),
+    "3-D transposed": lambda: CoordConvTranspose3d(3, 4, 3),
+    "pointwise": lambda: CoordConv2d(3, 4, 1),
+    "groups": lambda: CoordConv2d(4, 6, 3, padding=1, groups=2, stride=2),
+    "dilation": lambda: CoordConv2d(3, 4, 3, padding="same", dilation=2),
+    "reflect": lambda: CoordConv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+    "extend": lambda: CoordConv2d(3, 4, 3, padding=1, coords=Coordinates("xy", outside="extend")),
+    "no bias": lambda: CoordConv2d(3, 4, 3, bias=False),
+    "float64": lambda: CoordConv2d(3, 4, 3, dtype=torch.float64),
+    "bfloat16": lambda: CoordConv2d(3, 4, 3, padding=1, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return exact(LAYERS[request.param]())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_map_for_one_size(layer, gradients):
+    size = (9, 5, 3)[: layer.rank]
+    with torch.set_grad_enabled(gradients):
+        fused, x = layer.fuse(size), inputs(layer, size)
+        for given in (x, x[:1], x[0]):
+            assert torch.equal(fused(given), layer(given))
+    assert fused.map.shape == layer(x).shape[1:]
+    assert fused.map.dtype == torch.promote_types(layer.weight.dtype, torch.float32)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+
+
+def test_maps_as_they_come(layer):
+    fused = layer.fuse()
+    for size in 2 * SIZES:
+        x = inputs(layer, size[: layer.rank])
+        assert torch.equal(fused(x), layer(x))
+    assert 1 < len(fused._maps) <= len(SIZES)
+
+
+def test_maps_are_bounded_and_follow_the_state():
+    layer, other = exact(CoordConv2d(2, 3, 3)), CoordConv2d(2, 3, 3).eval()
+    fused = layer.fuse()
+    for n in range(3, 30):
+        fused(torch.zeros(1, 2, n, 3))
+    assert len(fused._maps) == 8
+    x = torch.randn(2, 2, 29, 3)
+    fused.load_state_dict(other.fuse().state_dict())
+    assert torch.allclose(fused(x), other(x), atol=1e-5)
+    fused.double()
+    assert torch.allclose(fused(x.double()), copy.deepcopy(other).double()(x.double()))
+
+
+def test_a_map_made_in_inference_mode_serves_in_training():
+    layer = exact(CoordConv2d(2, 3, 3))
+    fused, x = layer.fuse(), inputs(layer, (5, 9))
+    with torch.inference_mode():
+        fused(x)
+    x = x.requires_grad_()
+    fused(x).sum().backward()
+    found, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert torch.equal(found, x.grad)
+
+
+def test_an_output_size():
+    layer = exact(CoordConvTranspose2d(2, 3, 3, stride=2))
+    fused, x = layer.fuse(), inputs(layer, (3, 2))
+    for size in ([8, 5], [7, 6], None):
+        assert torch.equal(fused(x, size), layer(x, size))
+
+
+@pytest.mark.parametrize("size", [None, (9, 5)])
+def test_compiled_and_exported(size):
+    layer = exact(CoordConv2d(2, 3, 3, padding=1))
+    fused, x = layer.fuse(size), inputs(layer, (9, 5))
+    with torch.no_grad():
+        compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+        program = torch.export.export(fused, (x,))
+        assert torch.equal(program.module()(x), layer(x))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    if size is not None:  # a convolution and a sum, of constants
+        assert {name.split(".")[1] for name in targets} <= {"conv2d", "add", "add_"}
+
+
+class Block(nn.Module):
+    """Its order of calls is not the order of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8)
+        self.other = nn.BatchNorm2d(8)
+        self.conv = CoordConv2d(8, 8, 3, padding=1, bias=False)
+        self.used_twice = CoordConv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.used_twice(torch.relu(self.bn(self.conv(x))))
+        return self.other(y) + y
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(CoordConv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv, self.bn = CoordConv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(self.stem(x))) if x.sum() > -1e9 else x
+
+
+def trained(model):
+    """With statistics that are not those of the start."""
+    torch.manual_seed(0)
+    for _ in range(5):
+        model(2 * torch.randn(4, 8, 17, 9) + 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "size", [None, (17, 9), torch.zeros(1, 8, 17, 9)], ids=["any", "size", "x"]
+)
+@pytest.mark.parametrize("kind", [Block, Untraceable])
+def test_a_network(kind, size):
+    model = trained(kind())
+    before = copy.deepcopy(model.state_dict())
+    fused, x = fuse(model, size), torch.randn(2, 8, 17, 9)
+    with torch.no_grad():
+        wanted = model(x)
+        assert (fused(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert not any(type(each).__name__ == "CoordConv2d" for each in fused.modules())
+    report = fused.fuse_report
+    batch_norms = {row.name: row.batch_norm for row in report.layers}
+    if kind is Block:
+        assert batch_norms == {"conv": "bn", "used_twice": None}
+        assert isinstance(fused.bn, nn.Identity)
+        assert isinstance(fused.other, nn.BatchNorm2d)
+        assert not report.notes
+    else:
+        assert batch_norms == {"stem.0": "stem.1", "conv": None}
+        assert "torch.fx fails" in str(report)
+    assert all((row.size is None) == (size is None) for row in report.layers)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_layer_that_sees_two_sizes_or_is_in_two_places():
+    conv = CoordConv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(conv, nn.MaxPool2d(2), conv, CoordConv2d(8, 4, 1)).eval()
+    fused, x = fuse(model, (17, 9)), torch.randn(2, 8, 17, 9)
+    assert fused[0] is fused[2]
+    assert [row.size for row in fused.fuse_report.layers] == [None, (8, 4)]
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+def test_without_batch_norms():
+    model = trained(nn.Sequential(CoordConv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    assert isinstance(fuse(model, batch_norm=False)[1], nn.BatchNorm2d)
+    assert isinstance(fuse(model)[1], nn.Identity)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_layer_takes_a_batch_norm(norm, groups):
+    model = trained(
+        nn.Sequential(CoordConvTranspose2d(8, 8, 3, groups=groups), copy.deepcopy(norm))
+    )
+    x = torch.randn(2, 8, 5, 6)
+    fused = fuse(model)
+    assert isinstance(fused[1], nn.Identity)
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+def test_statistics_of_the_batch_are_not_folded():
+    model = nn.Sequential(CoordConv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    assert isinstance(fuse(model)[1], nn.BatchNorm2d)
+
+
+def test_a_parametrized_layer():
+    conv = parametrizations.weight_norm(CoordConv2d(8, 8, 3))
+    model, x = trained(nn.Sequential(conv, nn.BatchNorm2d(8))), torch.randn(2, 8, 9, 9)
+    assert torch.allclose(fuse(model)(x), model(x), atol=1e-5)
+
+
+def test_a_layer_as_the_network():
+    layer, x = CoordConv2d(3, 4, 3).eval(), torch.randn(1, 3, 5, 5)
+    fused = fuse(layer, (5, 5))
+    assert torch.allclose(fused(x), layer(x), atol=1e-5)
+    assert str(fused.fuse_report) == "(itself)  CoordConv2d  one map for 5x5"
+
+
+def test_folding_is_the_definition():
+    rng = np.random.default_rng(0)
+    weights = {"weight": rng.normal(size=(4, 3, 2)), "bias": rng.normal(size=4)}
+    mean, variance, scale, shift = rng.normal(size=(4, 4)) ** 2
+    found = folded(weights, (mean, variance, scale, shift), 1e-3)
+    for o in range(4):
+        factor = scale[o] / np.sqrt(variance[o] + 1e-3)
+        assert np.allclose(found["weight"][o], weights["weight"][o] * factor)
+        assert np.isclose(found["bias"][o], (weights["bias"][o] - mean[o]) * factor + shift[o])
+
+
+def test_what_cannot_be_fused():
+    layer = CoordConv2d(3, 4, 3)
+    with pytest.raises(ValueError, match="must be in evaluation mode.*call eval"):
+        layer.fuse()
+    model = nn.Sequential(layer.eval(), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="must be in evaluation mode, '1' is not"):
+        fuse(model)
+    with pytest.raises(ValueError, match=r"size must have 2 lengths, got \(5,\)"):
+        layer.fuse((5,))
+    with pytest.raises(ValueError, match="model has no CoordConv to fuse"):
+        fuse(nn.Sequential(AddCoords(), nn.Conv2d(5, 3, 3)))
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        fuse(3)
+    fused = layer.fuse((5, 6))
+    with pytest.raises(ValueError, match=r"the size that was fused, \(5, 6\), got \(6, 5\)"):
+        fused(torch.zeros(1, 3, 6, 5))
+
+
+def test_neither_way_is_forced_on_it(monkeypatch):
+    monkeypatch.setattr(position_bias, "FORCED", "append")
+    layer = exact(backend.CoordConv2d(3, 4, 3))
+    x = inputs(layer, (5, 9))
+    assert torch.equal(layer.fuse((5, 9))(x), layer(x))
