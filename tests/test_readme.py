@@ -22,6 +22,7 @@ def blocks(page: str, kind: str = "python") -> list[str]:
 
 
 BLOCKS = blocks("README.md")
+DEPLOYMENT = blocks("docs/deployment.md")
 
 
 def needed(block: str) -> set[str]:
@@ -34,13 +35,15 @@ def test_every_framework_has_an_example():
     assert set().union(*map(needed, BLOCKS)) == set(BACKENDS)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[1])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("block", BLOCKS + DEPLOYMENT, ids=lambda block: block.split("\n")[1])
 def test_example(block, tmp_path, monkeypatch):
     for name in needed(block):
         if BACKENDS[name].missing:
             pytest.skip(f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "the page", "exec"), {})
 
 
 def test_the_page_on_parity(tmp_path):

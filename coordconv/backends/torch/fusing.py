@@ -155,7 +155,8 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
             raise ValueError(
                 f"model must be in evaluation mode, {name!r} is not: call model.eval()"
             )
-    pairs, notes = _followers(model) if batch_norm else ({}, ())
+    has_norms = any(isinstance(each, _BATCH_NORMS) for each in model.modules())
+    pairs, notes = _followers(model) if batch_norm and has_norms else ({}, ())
     sizes = {} if size is None else _sizes(model, layers, size)
     rows = []
     for name, layer in layers.items():
