@@ -42,6 +42,8 @@ def test_example(block, tmp_path, monkeypatch):
     for name in needed(block):
         if BACKENDS[name].missing:
             pytest.skip(f"{name} is not installed")
+    if "onnx" in block:
+        pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "the page", "exec"), {})
 
