@@ -121,7 +121,9 @@ def add_map(
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
     plan, known = MapPlan(geometry, coords, shape, lengths), is_known(x) and is_known(output)
     with _no_autocast(kernel, low):
-        divided = plan.divided(out if known else None)
+        # Every tool that programs are exported for has a convolution, and not every one an einsum.
+        exported = not known and _is_exported(x)
+        divided = (None, plan) if exported else plan.divided(out if known else None)
         if known and not divided[1] and _is_one_without_gradient(output, kernel, low):
             # P would be as large as the output, and is never made.
             tables = _tables(plan, kernel.dtype, kernel.device)
@@ -129,6 +131,13 @@ def add_map(
             output.view(len(left), -1).addmm_(left, right)
             return output
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
+
+
+def _is_exported(x: Any) -> bool:
+    """Whether a program is made of the layer for another tool, and not for torch's compiler."""
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    return torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)  # type: ignore[attr-defined]
 
 
 def add(output: Any, bias: Any, low: bool) -> Any:
