@@ -43,8 +43,8 @@ class Precision:
 
     dtype: str
     unit: float
-    rounding: float
-    tiny: float
+    rounding: float = 0
+    tiny: float = 0
     storage: type[np.floating[Any]] = np.float32
 
     def rounded(self, array: Array) -> Array:
@@ -59,13 +59,10 @@ class Precision:
         return array
 
     def error(self, size: Array, terms: float, roundings: int) -> Array:
-        """A bound on the error of a sum.
+        """A bound on the error of a sum, the absolute values of whose terms sum to ``size``.
 
-        Args:
-            size: the sum of the absolute values of the terms.
-            terms: the number of roundings that a term passes through at most: those before it is
-                added, and one for each addition.
-            roundings: the number of times that the sum, or a part of it, is rounded to 16 bits.
+        A term passes through ``terms`` roundings at most: those before it is added, and one for
+        each addition. The sum, or a part of it, is rounded to 16 bits ``roundings`` times.
 
         Source:
             Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd edition, lemma 3.1; for
@@ -84,8 +81,8 @@ class Precision:
 PRECISIONS = {
     precision.dtype: precision
     for precision in (
-        Precision("float32", 2.0**-24, 0, 0),
-        Precision("float64", 2.0**-53, 0, 0, np.float64),
+        Precision("float32", 2.0**-24),
+        Precision("float64", 2.0**-53, storage=np.float64),
         Precision("bfloat16", 2.0**-24, 2.0**-8, 2.0**-134),
         Precision("float16", 2.0**-24, 2.0**-11, 2.0**-25),
     )
@@ -98,6 +95,20 @@ class Expected:
 
     value: Array
     bound: Array
+
+    @classmethod
+    def exact(cls, value: Array) -> Expected:
+        """A value that is known."""
+        return cls(value.astype(np.float64), np.zeros(value.shape))
+
+    @property
+    def largest(self) -> Array:
+        """The largest magnitude that there may be, which every bound of a product starts from."""
+        return np.abs(self.value) + self.bound
+
+    def reshape(self, *shape: int) -> Expected:
+        """The same in another shape."""
+        return Expected(self.value.reshape(shape), self.bound.reshape(shape))
 
     def error(self, found: Array) -> float:
         """The largest error of ``found`` in units of the bound; inf where nothing bounds it.
@@ -113,7 +124,7 @@ class Expected:
 
     def equals(self, found: Array) -> bool:
         """Whether ``found`` equals the value to the last bit (the sign of a zero aside)."""
-        return found.shape == self.value.shape and bool(np.array_equal(found, self.value))
+        return bool(np.array_equal(found, self.value))
 
 
 def expected(
@@ -125,15 +136,8 @@ def expected(
 ) -> dict[str, Expected]:
     """What a network computes, and how far arithmetic of a precision may be from it.
 
-    Args:
-        network: what is run.
-        weights: its canonical weights.
-        x: the input, shape ``(N, C, *S)``.
-        dy: the gradient of the output, or None for no gradients.
-        precision: of the arithmetic.
-
-    Returns:
-        The output ``"y"`` and, if there is a ``dy``, the gradients of ``"x"`` and of every weight.
+    The output ``"y"`` for an input ``x (N, C, *S)`` and, unless the output's gradient ``dy`` is
+    None, the gradients of ``"x"`` and of every weight.
 
     **How the error of one layer is bounded.** :meth:`Precision.error` needs the number of roundings
     that a term of a sum passes through. With ``c`` features and ``n`` coordinates to a group,
@@ -161,21 +165,8 @@ def expected(
     **Through several layers**, the error of a layer's input passes through the layer's absolute
     weights. The gradient of a ReLU counts as unknown where the error may have changed the sign.
     """
-    steps = []
-    value, error = x.astype(np.float64), np.zeros(x.shape)
-    for layer in network.layers:
-        steps.append((value, error))
-        value, error = _forward(layer, weights, value, error, precision)
-    found = {"y": Expected(value, error)}
-    if dy is None:
-        return found
-    grad, grad_error = dy.astype(np.float64), np.zeros(dy.shape)
-    for layer, (value, error) in reversed(list(zip(network.layers, steps, strict=True))):
-        gradients, (grad, grad_error) = _backward(
-            layer, weights, value, error, grad, grad_error, precision
-        )
-        found |= {f"{layer.name}.{name}": gradient for name, gradient in gradients.items()}
-    return found | {"x": Expected(grad, grad_error)}
+    gradient = None if dy is None else Expected.exact(dy)
+    return _run(network, weights, x, lambda _: gradient, precision, lambda value: value)
 
 
 def simulated(
@@ -189,144 +180,136 @@ def simulated(
     """One outcome that arithmetic of a precision may have, where :func:`expected` bounds them all.
 
     Through many layers the sum of the worst of each is far from anything that happens. Here every
-    sum is off by as much as its own rounding allows, upwards or downwards at random, and the next
-    layer takes that sum as it is: errors cancel as they do in a framework, and a ReLU's sign
-    changes where it would.
+    sum is off by as much as its own rounding allows, upwards or downwards as ``rng`` says (None for
+    no errors), and the next layer takes that sum as it is: errors cancel as they do in a framework,
+    and a ReLU's sign changes where it would.
 
-    Args:
-        network: what is run.
-        weights: its weights, taken to be exact.
-        x: the input.
-        loss: for an output, the loss and its gradient, with a bound on that gradient's error.
-        rng: what the signs of the errors are sampled with; None for no errors at all.
-        precision: of the arithmetic.
-
-    Returns:
-        The loss, and the gradient of each weight. The bound of such a gradient is that of its own
-        last sum alone, which is not in the value yet.
+    ``loss`` gives the loss of an output, and its gradient. The result is the loss, and the gradient
+    of each weight, whose bound is that of its own last sum alone, which is not in the value yet.
 
     Example:
         >>> from coordconv.networks import get, initial_weights
         >>> network = get("plain_cnn")
-        >>> square = lambda y: (float((y**2).sum()), Expected(2 * y, np.zeros_like(y)))
+        >>> square = lambda y: (float((y**2).sum()), Expected.exact(2 * y))
         >>> x = np.ones((1, 3, 32, 32))
         >>> _, gradients = simulated(network, initial_weights(network), x, square)
         >>> gradients.keys() == network.weight_shapes().keys()
         True
     """
 
-    def perturbed(value: Array, bound: Array) -> Array:
-        if rng is None or not bound.any():
-            return value
-        return value + np.where(rng.random(value.shape) < 0.5, -bound, bound)
+    def perturbed(found: Expected) -> Expected:
+        if rng is None or not found.bound.any():
+            return Expected.exact(found.value)
+        down = rng.random(found.value.shape) < 0.5
+        return Expected.exact(found.value + np.where(down, -found.bound, found.bound))
 
-    inputs = []
-    value = x.astype(np.float64)
+    found = _run(network, weights, x, lambda y: loss(y)[1], precision, perturbed)
+    del found["x"]
+    return loss(found.pop("y").value)[0], found
+
+
+def _run(
+    network: Network,
+    weights: Mapping[str, Array],
+    x: Array,
+    output_gradient: Callable[[Array], Expected | None],
+    precision: Precision,
+    passed_on: Callable[[Expected], Expected],
+) -> dict[str, Expected]:
+    """Output and gradients; ``passed_on`` is what the next layer takes of what one computed."""
+    inputs, value = [], Expected.exact(x)
     for layer in network.layers:
         inputs.append(value)
-        value = perturbed(*_forward(layer, weights, value, np.zeros(value.shape), precision))
-    found_loss, loss_gradient = loss(value)
-    grad = perturbed(loss_gradient.value, loss_gradient.bound)
-    found: dict[str, Expected] = {}
-    for layer, value in reversed(list(zip(network.layers, inputs, strict=True))):
-        gradients, input_gradient = _backward(
-            layer, weights, value, np.zeros(value.shape), grad, np.zeros(grad.shape), precision
-        )
-        found |= {f"{layer.name}.{name}": gradient for name, gradient in gradients.items()}
-        grad = perturbed(*input_gradient)
-    return found_loss, found
+        value = passed_on(_forward(layer, weights, value, precision))
+    found, gradient = {"y": value}, output_gradient(value.value)
+    if gradient is None:
+        return found
+    for layer, value in zip(reversed(network.layers), reversed(inputs), strict=True):
+        gradients, gradient = _backward(layer, weights, value, passed_on(gradient), precision)
+        found |= {f"{layer.name}.{name}": each for name, each in gradients.items()}
+    return found | {"x": gradient}
 
 
 def _forward(
-    layer: Layer, weights: Mapping[str, Array], x: Array, x_error: Array, precision: Precision
-) -> tuple[Array, Array]:
-    """The layer's output and a bound on its error, for an input and a bound on the input's."""
+    layer: Layer, weights: Mapping[str, Array], x: Expected, precision: Precision
+) -> Expected:
+    """The layer's output."""
     if isinstance(layer, ReLU):
-        return np.maximum(x, 0), x_error
+        return Expected(np.maximum(x.value, 0), x.bound)
     if isinstance(layer, Flatten):
-        return x.reshape(len(x), -1), x_error.reshape(len(x_error), -1)
-    weight, bias = weights[f"{layer.name}.weight"], weights.get(f"{layer.name}.bias")
-    if isinstance(layer, Linear):
-        offset = np.zeros(layer.out_features) if bias is None else bias.astype(np.float64)
-        w = weight.T.astype(np.float64)
-        size = (np.abs(x) + x_error) @ np.abs(w) + np.abs(offset)
-        error = precision.error(size, layer.in_features + 1, 2)
-        return x @ w + offset, error + x_error @ np.abs(w)
-    reference = Reference(layer.geometry, layer.coords)
-    y = reference.forward(x, weight, bias)
-    size = reference.forward(np.abs(x) + x_error, weight, bias, magnitudes=True)
-    terms = layer.fan_in + 1 + (COORDINATE_ROUNDINGS if layer.coords else 0)
-    roundings = 4 + (layer.geometry.taps - 1 if layer.geometry.transposed else 0)
-    error = precision.error(size, terms, roundings)
-    if x_error.any():
-        features = _features(layer, weight)
-        error = error + Reference(layer.geometry).forward(x_error, features, magnitudes=True)
-    return y, error
-
-
-def _features(layer: Conv, weight: Array) -> Array:
-    """The part of a kernel that reads the layer's input."""
-    if layer.coords is None:
-        return weight
-    g = layer.geometry
-    features, _ = split_kernel(weight, layer.coords, g.groups, g.transposed)
-    return features
+        return x.reshape(len(x.value), -1)
+    conv, weight, bias = _as_convolution(layer, weights)
+    z, g, reference = _with_places(x), conv.geometry, Reference(conv.geometry, conv.coords)
+    y = reference.forward(z.value, weight, bias)
+    size = reference.forward(z.largest, weight, bias, magnitudes=True)
+    terms = conv.fan_in + 1 + (COORDINATE_ROUNDINGS if conv.coords else 0)
+    error = precision.error(size, terms, 4 + (g.taps - 1 if g.transposed else 0))
+    if z.bound.any():
+        if conv.coords is not None:
+            weight, _ = split_kernel(weight, conv.coords, g.groups, g.transposed)
+        error = error + Reference(g).forward(z.bound, weight, magnitudes=True)
+    return Expected(y, error).reshape(*y.shape[: x.value.ndim])
 
 
 def _backward(
-    layer: Layer,
-    weights: Mapping[str, Array],
-    x: Array,
-    x_error: Array,
-    dy: Array,
-    dy_error: Array,
-    precision: Precision,
-) -> tuple[dict[str, Expected], tuple[Array, Array]]:
-    """The gradients of the layer's weights; that of its input, and a bound on its error."""
+    layer: Layer, weights: Mapping[str, Array], x: Expected, dy: Expected, precision: Precision
+) -> tuple[dict[str, Expected], Expected]:
+    """The gradients of the layer's weights, and that of its input."""
     if isinstance(layer, ReLU):
-        unknown, positive = (np.abs(x) <= x_error) & (x_error > 0), x > 0
-        error = np.where(unknown, np.abs(dy) + dy_error, dy_error * positive)
-        return {}, (dy * positive, error)
+        unknown, positive = (np.abs(x.value) <= x.bound) & (x.bound > 0), x.value > 0
+        error = np.where(unknown, dy.largest, dy.bound * positive)
+        return {}, Expected(dy.value * positive, error)
     if isinstance(layer, Flatten):
-        return {}, (dy.reshape(x.shape), dy_error.reshape(x.shape))
-    weight, bias = weights[f"{layer.name}.weight"], weights.get(f"{layer.name}.bias")
-    # The largest that input and gradient may be, which every bound of a product starts from.
-    most_x, most_dy = np.abs(x) + x_error, np.abs(dy) + dy_error
-    if isinstance(layer, Linear):
-        w = weight.astype(np.float64)
-        dx, dx_size, dx_passed_on = dy @ w, most_dy @ np.abs(w), dy_error @ np.abs(w)
-        dx_terms, dx_roundings = layer.out_features, 1
-        weight_terms = bias_terms = len(x)
-        values = {"weight": dy.T @ x, "bias": dy.sum(axis=0)}
-        sizes = {"weight": most_dy.T @ most_x, "bias": most_dy.sum(axis=0)}
-        exact_sizes = {"weight": np.abs(dy).T @ np.abs(x), "bias": np.abs(dy).sum(axis=0)}
-    else:
-        reference = Reference(layer.geometry, layer.coords)
-        shape = x.shape[2:]
-        dx = reference.input_gradient(dy, weight, shape)
-        dx_size = reference.input_gradient(most_dy, weight, shape, magnitudes=True)
-        dx_passed_on = np.zeros_like(dx)
-        if dy_error.any():
-            dx_passed_on = reference.input_gradient(dy_error, weight, shape, magnitudes=True)
-        out_per_group = layer.out_channels // layer.geometry.groups
-        dx_terms = _most_reads(layer.geometry, shape) * out_per_group
-        dx_roundings = layer.geometry.taps * _most_copies(layer.geometry, shape)
-        bias_terms = len(x) * math.prod(dy.shape[2:])
-        weight_terms = bias_terms + (COORDINATE_ROUNDINGS if layer.coords else 0)
-        values = reference.weight_gradients(x, dy)
-        sizes = exact_sizes = reference.weight_gradients(most_x, most_dy, magnitudes=True)
-        if x_error.any() or dy_error.any():
-            exact_sizes = reference.weight_gradients(x, dy, magnitudes=True)
+        return {}, dy.reshape(*x.value.shape)
+    conv, weight, bias = _as_convolution(layer, weights)
+    z, dy, reference = _with_places(x), _with_places(dy), Reference(conv.geometry, conv.coords)
+    batch, _, *shape = z.value.shape
+
+    def input_gradient(dy: Array, magnitudes: bool) -> Array:
+        return reference.input_gradient(dy, weight, tuple(shape), magnitudes=magnitudes)
+
+    terms = _most_reads(conv.geometry, tuple(shape)) * conv.out_channels // conv.geometry.groups
+    roundings = conv.geometry.taps * _most_copies(conv.geometry, tuple(shape))
+    error = precision.error(input_gradient(dy.largest, True), terms, roundings)
+    if dy.bound.any():
+        error = error + input_gradient(dy.bound, True)
+    dx = Expected(input_gradient(dy.value, False), error).reshape(*x.value.shape)
+
+    values = reference.weight_gradients(z.value, dy.value)
+    sizes = exact_sizes = reference.weight_gradients(z.largest, dy.largest, magnitudes=True)
+    if z.bound.any() or dy.bound.any():
+        exact_sizes = reference.weight_gradients(z.value, dy.value, magnitudes=True)
+    terms = batch * math.prod(dy.value.shape[2:])
     own_errors = {
-        "weight": precision.error(sizes["weight"], weight_terms, len(x)),
-        "bias": precision.error(sizes["bias"], bias_terms, bias_terms),
+        "weight": precision.error(
+            sizes["weight"], terms + (COORDINATE_ROUNDINGS if conv.coords else 0), batch
+        ),
+        "bias": precision.error(sizes["bias"], terms, terms),
     }
     gradients = {
         name: Expected(values[name], error + (sizes[name] - exact_sizes[name]))
         for name, error in own_errors.items()
         if name == "weight" or bias is not None
     }
-    return gradients, (dx, precision.error(dx_size, dx_terms, dx_roundings) + dx_passed_on)
+    if isinstance(layer, Linear):
+        gradients["weight"] = gradients["weight"].reshape(*weight.shape[:2])
+    return gradients, dx
+
+
+def _as_convolution(
+    layer: Conv | Linear, weights: Mapping[str, Array]
+) -> tuple[Conv, Array, Array | None]:
+    """The layer with its weights; a Linear is a convolution of a single place."""
+    weight, bias = weights[f"{layer.name}.weight"], weights.get(f"{layer.name}.bias")
+    if isinstance(layer, Conv):
+        return layer, weight, bias
+    conv = Conv(layer.name, layer.in_features, layer.out_features, ConvGeometry((1,)))
+    return conv, weight[..., None], bias
+
+
+def _with_places(x: Expected) -> Expected:
+    """Features ``(N, C)`` as ``(N, C, 1)``, and a map ``(N, C, *S)`` as it is."""
+    return x.reshape(*x.value.shape, 1) if x.value.ndim == 2 else x
 
 
 def _most_reads(geometry: ConvGeometry, shape: tuple[int, ...]) -> int:
