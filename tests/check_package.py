@@ -82,7 +82,10 @@ def test_wheel_has_the_package_and_nothing_else(dist: dict[str, Path]) -> None:
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "coordconv").rglob("*.py")}
     top = {name.partition("/")[0] for name in names}
     assert {name.replace(os.sep, "/") for name in modules} | {"coordconv/py.typed"} <= names
-    assert {name.split("-")[0] for name in top} == {"coordconv"}
+    assert {name.split("-")[0] for name in top} == {
+        "coordconv",
+        "coordconv_layers",
+    }  # and its dist-info
     assert not any("tests" in name for name in names)
 
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,15 +34,10 @@ _WITHOUT_GRADIENTS = "y without gradients"
 
 @dataclass(frozen=True)
 class CaseOutcome:
-    """What one backend made of one case.
+    """What one backend made of one case: ``excluded`` is why it did not run, if it did not.
 
-    Args:
-        excluded: why the backend did not run the case; empty if it did.
-        compiled: whether the framework's compiler was used.
-        forward: the largest error of the output, in units of its bound.
-        gradient: the largest error of output and gradients, in units of their bounds.
-        bitwise: whether every array equals the reference to the last bit.
-        problems: what is wrong.
+    ``forward`` is the largest error of an output, ``gradient`` that of output and gradients, both
+    in units of their bounds; ``bitwise`` is whether every array equals the reference's.
     """
 
     excluded: str = ""
@@ -115,9 +110,8 @@ class CaseReport:
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(
-            {"ok": self.ok, "backends": [vars(tally) for tally in self.tallies]}, indent=2
-        )
+        tallies = [vars(tally) for tally in self.tallies]
+        return json.dumps({"ok": self.ok, "backends": tallies}, indent=2)
 
 
 def check_layers(
@@ -162,10 +156,12 @@ def check_layers(
         raise ValueError(f"way must be None or one of {', '.join(WAYS)}, got {way!r}")
     names = tuple(dict.fromkeys(names))
     report = CaseReport([Tally(name) for name in names])
-    if workers == 1:
-        found = _in_this_process(cases, names, compiled, way)
-    else:
-        found = _in_processes(cases, names, compiled, way, workers)
+    run = partial(_outcomes, compiled=compiled, way=way)
+    found = (
+        (run(case, names) for case in cases)
+        if workers == 1
+        else _in_processes(run, cases, names, workers)
+    )
     for case, outcomes in zip(cases, found, strict=True):
         for tally, outcome in zip(report.tallies, outcomes, strict=True):
             tally.add(case, outcome)
@@ -173,38 +169,16 @@ def check_layers(
     return report
 
 
-def _in_this_process(
-    cases: Sequence[Case], names: Sequence[str], compiled: bool | None, way: str | None
-) -> Iterator[list[CaseOutcome]]:
-    for case in cases:
-        with _forced(way):
-            outcomes = _outcomes(case, names, compiled)
-        yield outcomes
-
-
-@contextmanager
-def _forced(way: str | None) -> Iterator[None]:
-    """Have every layer compute in that way; None changes nothing."""
-    before = position_bias.FORCED
-    if way is not None:
-        position_bias.FORCED = way
-    try:
-        yield
-    finally:
-        position_bias.FORCED = before
-
-
 def _in_processes(
+    run: Callable[..., list[CaseOutcome]],
     cases: Sequence[Case],
     names: Sequence[str],
-    compiled: bool | None,
-    way: str | None,
     workers: int,
 ) -> Iterator[list[CaseOutcome]]:
     done = 0
     while done < len(cases):
-        with _processes(workers, way) as pool:
-            futures = [pool.submit(_outcomes, case, names, compiled) for case in cases[done:]]
+        with _processes(workers) as pool:
+            futures = [pool.submit(run, case, names) for case in cases[done:]]
             try:
                 for future in futures:
                     yield future.result()
@@ -212,49 +186,50 @@ def _in_processes(
             except BrokenProcessPool:  # in this case, or in one that ran beside it
                 pool.shutdown(cancel_futures=True)
         if done < len(cases):
-            yield [_alone(cases[done], name, compiled, way) for name in names]
+            yield [_alone(run, cases[done], name) for name in names]
             done += 1
 
 
-def _alone(case: Case, name: str, compiled: bool | None, way: str | None) -> CaseOutcome:
+def _alone(run: Callable[..., list[CaseOutcome]], case: Case, name: str) -> CaseOutcome:
     """A case in a process of its own, which the framework may end instead of raising."""
-
-    def outcomes_if_it_lives(case: Case) -> list[CaseOutcome]:
-        with _processes(1, way) as pool:
+    for each in (case, case.plain):
+        with _processes(1) as pool:
             try:
-                return pool.submit(_outcomes, case, [name], compiled).result()
+                (outcome,) = pool.submit(run, each, [name]).result()
             except BrokenProcessPool:
-                return []
-
-    if outcomes := outcomes_if_it_lives(case):
-        return outcomes[0]
-    if outcomes_if_it_lives(case.plain):
+                continue
+        if each is case:
+            return outcome
         return CaseOutcome(problems=("the framework ended its process",))
     return CaseOutcome(excluded="the framework ends its process, without coordinates too")
 
 
-def _processes(workers: int, way: str | None) -> ProcessPoolExecutor:
+def _processes(workers: int) -> ProcessPoolExecutor:
     # Spawned, since a framework's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _start_worker, (way,))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
-def _start_worker(way: str | None) -> None:
-    if way is not None:
-        position_bias.FORCED = way
+def _start_worker() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores already
     # What frameworks report while they run; in the calling process that is up to the caller.
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
 
 
-def _outcomes(case: Case, names: Sequence[str], compiled: bool | None) -> list[CaseOutcome]:
-    """The outcome of a case in each of the backends."""
-    modules = [backends.load(name) for name in names]
-    weights, x, dy = data = case.data()
-    wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
-    wanted = {_WITHOUT_GRADIENTS: wanted["y"], **wanted}
-    return [_outcome(module, case, data, wanted, compiled) for module in modules]
+def _outcomes(
+    case: Case, names: Sequence[str], compiled: bool | None, way: str | None
+) -> list[CaseOutcome]:
+    """The outcome of a case in each of the backends, whose layers compute in that ``way``."""
+    before = position_bias.FORCED
+    position_bias.FORCED = way or before
+    try:
+        modules = [backends.load(name) for name in names]
+        weights, x, dy = data = case.data()
+        wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
+        wanted = {_WITHOUT_GRADIENTS: wanted["y"], **wanted}
+        return [_outcome(module, case, data, wanted, compiled) for module in modules]
+    finally:
+        position_bias.FORCED = before
 
 
 def _outcome(
@@ -278,17 +253,15 @@ def _outcome(
     found = {"y": y, _WITHOUT_GRADIENTS: without, **gradients}
     errors = {name: value.error(found[name]) for name, value in wanted.items()}
     unequal = [name for name, value in wanted.items() if not value.equals(found[name])]
-    problems = [
-        f"{name}: error {error:.3g} times the bound" for name, error in errors.items() if error > 1
-    ]
-    rounded = PRECISIONS[case.dtype].rounded
-    problems += [
-        f"{name}: not in {case.dtype}"
-        for name, error in errors.items()
-        if error <= 1 and not np.array_equal(found[name], rounded(found[name]))
-    ]
-    if case.exact:
-        problems += [f"{name}: not bitwise equal" for name in unequal if errors[name] <= 1]
+    problems = []
+    for name, error in errors.items():
+        if error > 1:
+            problems.append(f"{name}: error {error:.3g} times the bound")
+            continue
+        if not np.array_equal(found[name], PRECISIONS[case.dtype].rounded(found[name])):
+            problems.append(f"{name}: not in {case.dtype}")
+        if case.exact and name in unequal:
+            problems.append(f"{name}: not bitwise equal")
     return CaseOutcome(
         compiled=compiled,
         forward=max(errors["y"], errors[_WITHOUT_GRADIENTS]),
