@@ -224,8 +224,10 @@ def _run(
     found, gradient = {"y": value}, output_gradient(value.value)
     if gradient is None:
         return found
+    gradient = passed_on(gradient)
     for layer, value in zip(reversed(network.layers), reversed(inputs), strict=True):
-        gradients, gradient = _backward(layer, weights, value, passed_on(gradient), precision)
+        gradients, gradient = _backward(layer, weights, value, gradient, precision)
+        gradient = passed_on(gradient)
         found |= {f"{layer.name}.{name}": each for name, each in gradients.items()}
     return found | {"x": gradient}
 

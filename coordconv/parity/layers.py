@@ -254,9 +254,9 @@ def _outcome(
     errors = {name: value.error(found[name]) for name, value in wanted.items()}
     unequal = [name for name, value in wanted.items() if not value.equals(found[name])]
     problems = []
-    for name, error in errors.items():
-        if error > 1:
-            problems.append(f"{name}: error {error:.3g} times the bound")
+    for name, share in errors.items():
+        if share > 1:
+            problems.append(f"{name}: error {share:.3g} times the bound")
             continue
         if not np.array_equal(found[name], PRECISIONS[case.dtype].rounded(found[name])):
             problems.append(f"{name}: not in {case.dtype}")

@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,25 +50,20 @@ class _ProbablePrecision(Precision):
         return super().error(size, math.sqrt(terms), roundings)
 
 
-_PROBABLE = _ProbablePrecision("float32", _UNIT, 0, 0)
+_PROBABLE = _ProbablePrecision("float32", _UNIT)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how.
+    """What is trained, and how: with a learning rate that stays, on four batches that take turns.
 
     Each sample is about a square on a canvas. A network of one output is given a picture of the
     white square on black, and learns the x of the square's centre by the squared error. A network
     with an output for each pixel is given the centre's x and y, tiled over the canvas, and learns
     to name the centre's pixel by the cross-entropy.
 
-    Args:
-        network: what is trained.
-        optimizer: ``"sgd"`` or ``"adam"``.
-        learning_rate: the same in every step.
-        batch: the number of samples; four batches take turns.
-        seed: what the initial weights and the batches are sampled with.
-        epsilon: Adam's constant beside the root of the second moment.
+    ``optimizer`` is ``"sgd"`` or ``"adam"``, and ``epsilon`` Adam's constant beside the root of the
+    second moment; weights and batches are sampled with ``seed``.
     """
 
     network: networks.Network
@@ -83,9 +79,9 @@ class Task:
         canvas = "x".join(map(str, self.network.input_shape[1:]))
         return f"{self.network.name} {canvas}, {self.optimizer}"
 
-    def update_rule(self) -> _Sgd | _Adam:
-        """The optimiser's state and arithmetic for one array."""
-        return _Adam(self.epsilon) if self.optimizer == "adam" else _Sgd()
+    def update_rule(self) -> Callable[[Expected], Expected]:
+        """From the gradients of an array, step by step, to what is subtracted at a rate of 1."""
+        return _Adam(self.epsilon).update if self.optimizer == "adam" else _sgd
 
     @property
     def start(self) -> dict[str, Array]:
@@ -138,14 +134,9 @@ class Task:
         return output_shape == (1,)
 
 
-class _Sgd:
-    """Plain gradient descent of one array."""
-
-    def update(self, gradient: Expected) -> Expected:
-        """What is subtracted from the array, for a learning rate of 1."""
-        # the learning rate is rounded, and so is its product with the gradient
-        rounding = 3 * _UNIT * (np.abs(gradient.value) + gradient.bound)
-        return Expected(gradient.value, gradient.bound + rounding)
+def _sgd(gradient: Expected) -> Expected:
+    # the learning rate is rounded, and so is its product with the gradient
+    return Expected(gradient.value, gradient.bound + 3 * _UNIT * gradient.largest)
 
 
 class _Adam:
@@ -153,16 +144,14 @@ class _Adam:
 
     def __init__(self, epsilon: float) -> None:
         self._epsilon = epsilon
-        nothing = Expected(np.zeros(()), np.zeros(()))
-        self._steps, self._moments = 0, [nothing, nothing]
+        self._steps, self._moments = 0, [Expected.exact(np.zeros(()))] * 2
 
     def update(self, gradient: Expected) -> Expected:
         """What is subtracted from the array, for a learning rate of 1."""
         self._steps += 1
-        size = np.abs(gradient.value)
-        square = Expected(gradient.value**2, (2 * size + gradient.bound) * gradient.bound)
+        size, off = np.abs(gradient.value), gradient.bound
         first = self._moment(0, gradient)
-        second = self._moment(1, square)
+        second = self._moment(1, Expected(size**2, (2 * size + off) * off))
         largest = np.sqrt(second.value + second.bound) + self._epsilon
         least = np.sqrt(np.maximum(second.value - second.bound, 0)) + self._epsilon
         high, low = first.value + first.bound, first.value - first.bound
@@ -179,23 +168,17 @@ class _Adam:
         Most of its error comes from ``1 - beta``, which float32 holds with few digits.
         """
         beta, old = BETAS[which], self._moments[which]
-        kept = beta * (np.abs(old.value) + old.bound)
-        added = (1 - beta) * (
-            np.abs(given.value) + given.bound + np.abs(old.value) + old.bound
-        )  # some implementations add a share of the difference of the two
-        mean = Expected(
+        added = (1 - beta) * (given.largest + old.largest)  # some add a share of their difference
+        rounding = _UNIT * (4 * beta * old.largest + (4 + 1 / (1 - beta)) * added)
+        mean = self._moments[which] = Expected(
             beta * old.value + (1 - beta) * given.value,
-            beta * old.bound
-            + (1 - beta) * given.bound
-            + _UNIT * (4 * kept + (4 + 1 / (1 - beta)) * added),
+            beta * old.bound + (1 - beta) * given.bound + rounding,
         )
-        self._moments[which] = mean
         power = beta**self._steps
         correction = 1 - power
         # beta itself is rounded, and so is each of its powers
-        rounding = ((2 * self._steps + 2) * power / correction + 2) * _UNIT
-        off = mean.bound + (np.abs(mean.value) + mean.bound) * rounding
-        return Expected(mean.value / correction, off / correction)
+        off = mean.largest * ((2 * self._steps + 2) * power / correction + 2) * _UNIT
+        return Expected(mean.value / correction, (mean.bound + off) / correction)
 
     def _limit(self) -> float:
         """The largest move there can be, whatever the gradients were (Cauchy and Schwarz)."""
@@ -222,7 +205,7 @@ class _Run:
 
     def __init__(self, task: Task, seed: int | None = None) -> None:
         self.task = task
-        self.weights = {name: array.astype(np.float64) for name, array in task.start.items()}
+        self.weights = {n: array.astype(np.float64) for n, array in task.start.items()}
         self.rules = {name: task.update_rule() for name in self.weights}
         self.rng = None if seed is None else np.random.default_rng((task.seed, seed))
         # The same signs in every step: errors that push in one direction lead the farthest.
@@ -233,20 +216,13 @@ class _Run:
 
     def gradients(self, x: Array, target: Array) -> tuple[float, dict[str, Expected]]:
         precision = PRECISIONS["float32"] if self.rng is None else _PROBABLE
-        return simulated(
-            self.task.network,
-            self.weights,
-            x,
-            lambda y: self.task.loss(y, target),
-            self.rng,
-            precision,
-        )
+        network, loss = self.task.network, partial(self.task.loss, target=target)
+        return simulated(network, self.weights, x, loss, self.rng, precision)
 
     def step(self, gradients: Mapping[str, Expected]) -> None:
         for name, gradient in gradients.items():
             sign = self.signs[name]
-            moved = Expected(gradient.value + sign * gradient.bound, np.zeros_like(gradient.value))
-            move = self.rules[name].update(moved)
+            move = self.rules[name](Expected.exact(gradient.value + sign * gradient.bound))
             array = self.weights[name]
             array = array - self.task.learning_rate * (move.value + sign * move.bound)
             self.weights[name] = array + sign * _UNIT * np.abs(array)
@@ -256,12 +232,8 @@ class _Run:
 class TrainingOutcome:
     """How one backend trained one task.
 
-    Args:
-        task: the task's name.
-        backend: the backend's name.
-        errors: by the number of steps, the largest deviation of a weight in units of its bound.
-        worst: by the number of steps, the name of the weight with that deviation.
-        losses: the loss of every step.
+    By the number of steps, ``errors`` has the largest deviation of a weight in units of its bound,
+    and ``worst`` the name of that weight; ``losses`` has every step's.
     """
 
     task: str
@@ -278,12 +250,9 @@ class TrainingOutcome:
 
 @dataclass(frozen=True)
 class ExactRun:
-    """Training a task in float64.
+    """Training in float64: all losses and, by the number of steps, the weights with their bounds.
 
-    Args:
-        task: what was trained.
-        losses: the loss of every step.
-        weights: by the number of steps (every tenth), the weights with their bounds.
+    The weights are those of every tenth step.
     """
 
     task: Task
@@ -293,16 +262,7 @@ class ExactRun:
     def check_backend(
         self, name: str, advance: Callable[[], Any] = lambda: None
     ) -> TrainingOutcome:
-        """Train the same task in a backend, and compare the weights with the exact run's.
-
-        Args:
-            name: the backend.
-            advance: called after each step.
-
-        Raises:
-            ValueError: the backend is unknown.
-            ImportError: the backend is not installed.
-        """
+        """Train the same task in a backend, and compare the weights with the exact run's."""
         backend, start = backends.load(name), self.task.start
         module = backend.build(self.task.network, start)
         step, export = backend.trainer(module, start, self.task.optimizer, self.task.epsilon)
@@ -323,11 +283,6 @@ def exact_run(
 ) -> ExactRun:
     """Train in float64, with a bound on where float32 may end, as the module describes it.
 
-    Args:
-        task: what to train.
-        steps: the number of steps.
-        advance: called after each step.
-
     Example:
         >>> small = replace(TASKS[2].network, input_shape=(2, 9, 9))
         >>> found = exact_run(Task(small, "sgd", 0.1, batch=1), 10)
@@ -343,31 +298,23 @@ def exact_run(
         loss, gradients = exact.gradients(*batch)
         others = [run.gradients(*batch)[1] for run in perturbed]
         found.losses.append(loss)
-        for name, gradient in gradients.items():
-            distance = max(np.abs(other[name].value - gradient.value).max() for other in others)
-            move = rules[name].update(Expected(gradient.value, gradient.bound + distance))
-            bounds[name] = bounds[name] + task.learning_rate * move.bound
         exact.step(gradients)
         for run, other in zip(perturbed, others, strict=True):
             run.step(other)
-        for name, array in exact.weights.items():
-            bounds[name] += _UNIT * (np.abs(array) + bounds[name])
+        for name, gradient in gradients.items():
+            distance = max(np.abs(other[name].value - gradient.value).max() for other in others)
+            move = rules[name](Expected(gradient.value, gradient.bound + distance))
+            bound = bounds[name] + task.learning_rate * move.bound
+            bounds[name] = bound + _UNIT * (np.abs(exact.weights[name]) + bound)
         if count % EVERY == 0:
-            found.weights[count] = {
-                name: Expected(array, bounds[name]) for name, array in exact.weights.items()
-            }
+            found.weights[count] = {n: Expected(exact.weights[n], bounds[n]) for n in bounds}
         advance()
     return found
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What :func:`check_training` found.
-
-    Args:
-        exact_losses: by the task's name, the loss of every step of the exact run.
-        outcomes: an outcome for each task in each backend.
-    """
+    """What :func:`check_training` found; ``exact_losses`` are the exact run's, by the task."""
 
     exact_losses: dict[str, list[float]]
     outcomes: list[TrainingOutcome]
@@ -417,12 +364,7 @@ def check_training(
 
 
 def plot_training(path: str | os.PathLike[str], report: TrainingReport) -> None:
-    """Write a picture: for each task the loss curves, and beneath them the deviations.
-
-    Args:
-        path: a file that matplotlib can write.
-        report: what to show.
-    """
+    """Write a picture: for each task the loss curves, and beneath them the deviations."""
     from matplotlib.figure import Figure  # only the picture needs it
 
     figure = Figure(figsize=(4 * len(report.exact_losses), 6), layout="constrained")
