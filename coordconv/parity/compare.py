@@ -61,9 +61,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`compare` found.
-
-    ``print`` shows the report as a table.
+    """What :func:`compare` found; ``print`` shows it as a table.
 
     Args:
         reference: the name of the reference.
@@ -88,13 +86,8 @@ class Report:
     @property
     def first_difference(self) -> dict[str, str | None]:
         """For each model, the name of the first array that is beyond its bound, or None."""
-        return {
-            model: next((row.name for row in self._of(model) if not row.ok), None)
-            for model in self.models
-        }
-
-    def _of(self, model: str) -> list[ComparisonRow]:
-        return [row for row in self.rows if row.model == model]
+        wrong = {row.model: row.name for row in reversed(self.rows) if not row.ok}
+        return {model: wrong.get(model) for model in self.models}
 
     def raise_if_different(self) -> None:
         """Raise an AssertionError that shows the table, unless :attr:`ok`."""
@@ -104,15 +97,13 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON, in which a number that is not finite is null."""
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
-        for row in rows:
-            row.update({k: None for k, v in row.items() if v == math.inf})
         content = {
             "ok": self.ok,
             "reference": self.reference,
             "first_difference": self.first_difference,
             "missing": dict(self.missing),
             "extra": dict(self.extra),
-            "rows": rows,
+            "rows": [{k: None if v == math.inf else v for k, v in row.items()} for row in rows],
         }
         return json.dumps(content, indent=2, allow_nan=False)
 
@@ -133,24 +124,17 @@ class Report:
         size = 2.5 + max(6.0, 0.28 * len(names)), 4.0 + 0.08 * max(map(len, ticks))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
+        style: dict[str, Any] = {"markersize": 5, "fillstyle": "none", "linewidth": 1}
         for model, marker in zip(self.models, cycle("osD^v"), strict=False):
-            rows = self._of(model)
-            x, y = zip(*[(names.index(r.name), r.of_bound) for r in rows], strict=True)
-            shown = np.clip(y, low, high)
-            (line,) = axes.plot(
-                x,
-                shown,
-                marker=marker,
-                markersize=5,
-                fillstyle="none",
-                linewidth=1,
-                label=_escaped(model),
-            )
+            rows = [row for row in self.rows if row.model == model]
+            shown = {names.index(r.name): float(np.clip(r.of_bound, low, high)) for r in rows}
+            style |= {"marker": marker, "label": _escaped(model)}
+            (line,) = axes.plot(list(shown), list(shown.values()), **style)
             if (first := self.first_difference[model]) is not None:
                 at = names.index(first)
                 axes.annotate(
                     f"differs at {ticks[at]}",
-                    (at, shown[x.index(at)]),
+                    (at, shown[at]),
                     (0, 8),
                     textcoords="offset points",
                     color=line.get_color(),
@@ -158,18 +142,13 @@ class Report:
                     ha="left" if 2 * at < len(names) else "right",
                 )
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="bound")
-        axes.set_xticks(range(len(names)), ticks, rotation=90, fontsize=8)
-        axes.set(
-            title=f"error against {_escaped(self.reference)}",
-            ylabel="error / bound",
-            yscale="log",
-            # Some of the height stays free on top, for the text above the highest point.
-            ylim=(low / 1.5, high * (high / low) ** 0.12),
-        )
         axes.axhline(low, color="grey", linewidth=0.5)
-        axes.text(
-            0.995, low, "equal", color="grey", ha="right", transform=axes.get_yaxis_transform()
-        )
+        right = axes.get_yaxis_transform()
+        axes.text(0.995, low, "equal", color="grey", ha="right", transform=right)
+        axes.set_xticks(range(len(names)), ticks, rotation=90, fontsize=8)
+        # Some of the height stays free on top, for the text above the highest point.
+        axes.set(yscale="log", ylim=(low / 1.5, high * (high / low) ** 0.12))
+        axes.set(title=f"error against {_escaped(self.reference)}", ylabel="error / bound")
         axes.legend()
         figure.savefig(path, dpi=110)
 
@@ -177,41 +156,37 @@ class Report:
         return "\n\n".join("\n".join(self._table(model)) for model in self.models)
 
     def _table(self, model: str) -> list[str]:
-        rows = self._of(model)
+        rows = [row for row in self.rows if row.model == model]
+        name_width = min(max(len(row.name) for row in rows), _NAME_WIDTH)
+        shape_width = max(5, *(len(_shape(row.shape)) for row in rows))
+
+        def line(mark: str, name: str, shape: str, *cells: str) -> str:
+            numbers = "  ".join(f"{cell:>8}" for cell in cells[:3])
+            found = f"{mark} {name:{name_width}}  {shape:{shape_width}}  {numbers}  {cells[3]:>6}"
+            return found.rstrip()
+
         first = next((row for row in rows if not row.ok), None)
         if first is None:
             verdict = f"agrees with {self.reference} in all of {len(rows)} arrays"
-        elif first.note:
-            verdict = f"differs from {self.reference} at {first.name}: {first.note}"
         else:
-            verdict = (
-                f"differs from {self.reference} at {first.name}: error {_formatted(first.error)}, "
-                f"{_formatted(first.of_bound)} times the bound"
-            )
-        width = min(max(len(row.name) for row in rows), _NAME_WIDTH)
-        shapes = [_shape(row.shape) for row in rows]
-        shape_width = max(5, *map(len, shapes))
+            error, share = _formatted(first.error), _formatted(first.of_bound)
+            what = first.note or f"error {error}, {share} times the bound"
+            verdict = f"differs from {self.reference} at {first.name}: {what}"
         lines = [
             f"{model} {verdict}",
-            f"  {'':{width}}  {'shape':{shape_width}}  {'error':>8}  {'ULPs':>8}  "
-            f"{'of bound':>8}  {'argmax':>6}",
+            line(" ", "", "shape", "error", "ULPs", "of bound", "argmax"),
         ]
-        for row, shape in zip(rows, shapes, strict=True):
-            name = _shortened(row.name)
+        for row in rows:
+            numbers = map(_formatted, (row.error, row.ulps, row.of_bound))
             argmax = "" if row.argmax is None else f"{math.floor(row.argmax * 1000) / 10:g}%"
-            lines.append(
-                f"{' ' if row.ok else '*'} {name:{width}}  {shape:{shape_width}}  "
-                f"{_formatted(row.error):>8}  {_formatted(row.ulps):>8}  "
-                f"{_formatted(row.of_bound):>8}  {argmax:>6}".rstrip()
-            )
+            mark = " " if row.ok else "*"
+            lines.append(line(mark, _shortened(row.name), _shape(row.shape), *numbers, argmax))
             if row.note:
                 lines.append(f"      {row.note}")
-        for owner, names in ((self.reference, self.missing), (model, self.extra)):
-            listed = [  # a gradient is not listed where the array that it belongs to is
-                name
-                for name in names[model]
-                if name == (base := name.removeprefix(GRADIENT)) or base not in names[model]
-            ]
+        for owner, names in ((self.reference, self.missing[model]), (model, self.extra[model])):
+            # A gradient is not listed where the array that it belongs to is.
+            implied = {GRADIENT + name for name in names}
+            listed = [name for name in names if name not in implied]
             if listed:
                 text = f"only in {owner}: {', '.join(listed)}"
                 lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -260,10 +235,9 @@ def compare(
     Source:
         The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, as a 3x3
         convolution over ``n / 9`` channels does, and the errors of ``s`` roundings in a row amount
-        to ``sqrt(s)`` times one of them rather than ``s`` times (Higham and Mary, *A New Approach
-        to Probabilistic Rounding Error Analysis*, 2019); twice, since both models round. This bound
-        is no proof; ``docs/parity.md`` says what was measured, what the bound misses and where it
-        raises false alarms.
+        to ``sqrt(s)`` times one of them (Higham and Mary, *A New Approach to Probabilistic Rounding
+        Error Analysis*, 2019); twice, since both models round. This bound is no proof:
+        ``docs/parity.md`` says what it misses and where it raises false alarms.
 
     Example:
         >>> x = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
@@ -280,23 +254,39 @@ def compare(
           doubled       2x3           0         0         0    100%
         * model output  2x3       0.584  1.18e+07  6.92e+05      0%
     """
-    arrays = _arrays(inputs)
-    name, function, others = _reference(models, reference)
+    arrays, others = _arrays(inputs), dict(models)
+    if not others:
+        raise ValueError("there are no models to compare")
+    if reference is None:
+        reference = next(iter(others))
+    if isinstance(reference, str):
+        if reference not in others:
+            raise ValueError(f"reference must be one of {', '.join(others)}, got {reference!r}")
+        name, function = reference, others.pop(reference)
+    elif callable(reference):
+        name, function = "reference", reference
+    else:
+        raise TypeError(
+            f"reference must be a model's name or a function, got {type(reference).__name__}"
+        )
+    if not others:
+        raise ValueError(f"there is nothing to compare {name} with: give a second model")
     wanted = _run(name, function, arrays)
-    depths = _depths(wanted, arrays)
     rows: list[ComparisonRow] = []
     missing, extra = {}, {}
     for model, function in others.items():
         found = _run(model, function, arrays)
-        common = [each for each in wanted if each in found]
-        if not common:
+        if found.keys().isdisjoint(wanted):
             raise ValueError(
                 f"{model} and {name} have no array of one name: {', '.join(found)} and "
                 f"{', '.join(wanted)}"
             )
-        for each in common:
-            allowed = _allowed(bound, each, found[each], wanted[each], *depths[each])
-            rows.append(_row(model, each, found[each], wanted[each], allowed))
+        longest = longest_axis(map(_sample_shape, arrays))
+        for layers, (each, array) in enumerate(wanted.items(), 1):
+            longest = max(longest, longest_axis([_sample_shape(array)]))
+            if each in found:
+                allowed = _allowed(bound, each, found[each], array, layers, longest)
+                rows.append(_row(model, each, found[each], array, allowed))
         missing[model] = tuple(each for each in wanted if each not in found)
         extra[model] = tuple(each for each in found if each not in wanted)
     if isinstance(bound, Mapping):
@@ -309,11 +299,8 @@ def compare(
 def likely_error(wanted: Array, layers: int, longest: int, unit: float) -> float:
     """The default bound of :func:`compare`: the largest error that rounding makes likely.
 
-    Args:
-        wanted: the reference's array.
-        layers: the number of layers that computed the array, ``k``.
-        longest: the longest axis in these layers, see :func:`longest_axis`.
-        unit: the unit roundoff.
+    ``wanted`` is the reference's array, computed by so many ``layers`` whose longest axis is
+    ``longest``, see :func:`longest_axis`; ``unit`` is the unit roundoff.
 
     Example:
         >>> likely_error(np.array([1.0, -3.0, np.inf]), 4, 16, 2**-11)
@@ -332,15 +319,9 @@ def longest_axis(shapes: Iterable[tuple[int, ...]]) -> int:
 def ulp_distance(a: Array, b: Array) -> Array:
     """How many steps from one floating-point number to the next lie between ``a`` and ``b``.
 
-    The steps are those of the coarser of the two types. Steps are counted through zero, whose two
+    The steps are those of the coarser of the two types, as unsigned integers: 0 from NaN to NaN,
+    and the largest integer from NaN to anything else. Steps are counted through zero, whose two
     signs are one number; an infinity is one step beyond the largest number.
-
-    Args:
-        a: floating-point numbers.
-        b: the same number of them.
-
-    Returns:
-        Unsigned integers: 0 from NaN to NaN, and the largest integer from NaN to anything else.
 
     Example:
         >>> one = np.array([1, 0, -1], np.float32)
@@ -383,28 +364,6 @@ def _arrays(inputs: Array | Sequence[Array]) -> list[Array]:
     return [np.asarray(array) for array in arrays]
 
 
-def _reference(
-    models: Mapping[str, ModelFunction], reference: str | ModelFunction | None
-) -> tuple[str, ModelFunction, dict[str, ModelFunction]]:
-    """The reference's name, itself, and the models to hold to it."""
-    others = dict(models)
-    if not others:
-        raise ValueError("there are no models to compare")
-    if reference is not None and not isinstance(reference, str):
-        if not callable(reference):
-            raise TypeError(
-                f"reference must be a model's name or a function, got {type(reference).__name__}"
-            )
-        return "reference", reference, others
-    name = next(iter(others)) if reference is None else reference
-    if name not in others:
-        raise ValueError(f"reference must be one of {', '.join(others)}, got {name!r}")
-    function = others.pop(name)
-    if not others:
-        raise ValueError(f"there is nothing to compare {name} with: give a second model")
-    return name, function, others
-
-
 def _run(model: str, function: ModelFunction, inputs: list[Array]) -> dict[str, Array]:
     """What a model computes of the inputs, by name."""
     try:
@@ -425,18 +384,9 @@ def _run(model: str, function: ModelFunction, inputs: list[Array]) -> dict[str, 
     return {name: np.asarray(array) for name, array in found.items()}
 
 
-def _depths(wanted: Mapping[str, Array], inputs: Sequence[Array]) -> dict[str, tuple[int, int]]:
-    """For each of the reference's arrays, the number of arrays and the longest axis up to there."""
-
-    def longest_of(*arrays: Array) -> int:
-        # An only axis may count the samples or the numbers of one sample, so it is not left out.
-        return longest_axis(array.shape[array.ndim > 1 :] for array in arrays)
-
-    longest, found = longest_of(*inputs), {}
-    for count, (name, array) in enumerate(wanted.items(), 1):
-        longest = max(longest, longest_of(array))
-        found[name] = count, longest
-    return found
+def _sample_shape(array: Array) -> tuple[int, ...]:
+    """The shape without the samples' axis; an only axis may be another one, so it is kept."""
+    return array.shape[array.ndim > 1 :]
 
 
 def _allowed(
@@ -467,12 +417,12 @@ def _row(model: str, name: str, found: Array, wanted: Array, allowed: Array) -> 
         note = f"shape {found.shape}, where the reference has {wanted.shape}"
         return ComparisonRow(model, name, found.shape, math.inf, math.inf, math.inf, None, note)
     x, y = found.astype(np.float64), wanted.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
-    error[np.isnan(error)] = math.inf  # NaN and a number
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        of_bound = np.where(error == 0, 0, error / allowed)
-    of_bound[np.isnan(of_bound)] = math.inf  # inf / inf
+        error = np.where(same, 0, np.abs(x - y))
+        error[np.isnan(error)] = math.inf  # NaN and a number
+        of_bound = np.where(same, 0, error / allowed)
+        of_bound[np.isnan(of_bound)] = math.inf  # inf / inf
     floating = "f" in (found.dtype.kind, wanted.dtype.kind)
     steps = ulp_distance(found, wanted) if floating else error
     argmax = None
