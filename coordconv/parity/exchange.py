@@ -100,61 +100,64 @@ def check_exchange(
         >>> report.ok
         True
     """
-    names, pairs = tuple(dict.fromkeys(names)), []
-    for network in map(networks.get, chosen):
-        with tempfile.TemporaryDirectory() as folder:
-            files = {name: Path(folder) / f"{name}.safetensors" for name in names}
-            pairs += _pairs(network, files, inputs, seed, advance)
-    return ExchangeReport(pairs)
+    names = tuple(dict.fromkeys(names))
+    found = (_pairs(network, names, inputs, seed, advance) for network in map(networks.get, chosen))
+    return ExchangeReport([pair for pairs in found for pair in pairs])
 
 
-def count_steps(network: networks.Network, names: Sequence[str], inputs: int) -> int:
+def count_steps(names: Sequence[str], inputs: int) -> int:
     """How often :func:`check_exchange` calls ``advance`` for a network."""
     return -(-inputs // _BATCH) * (1 + len(names) ** 2)
 
 
 def _pairs(
     network: networks.Network,
-    files: dict[str, Path],
+    names: Sequence[str],
     inputs: int,
     seed: int,
     advance: Callable[[], Any],
 ) -> list[Pair]:
     start = networks.initial_weights(network, seed)
-    modules = {}
-    for name, file in files.items():
-        backend = backends.load(name)
-        _, export = backend.trainer(backend.build(network, start), start)
-        save_weights(file, export())
-        # Built with other weights, so that the test is whether those of a file replace them.
-        other = networks.initial_weights(network, seed + 1)
-        modules[name] = backend, backend.build(network, other)
-    loaded = {name: load_weights(file) for name, file in files.items()}
-    error = dict.fromkeys([(a, b) for a in files for b in files], 0.0)
-    likely, same = error.copy(), dict.fromkeys(error, 0)
+    # Built with other weights, so that the test is whether those of a file replace them.
+    other = networks.initial_weights(network, seed + 1)
+    modules, read = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            backend = backends.load(name)
+            _, export = backend.trainer(backend.build(network, start), start)
+            file = Path(folder) / f"{name}.safetensors"
+            save_weights(file, export())
+            read[name] = load_weights(file)
+            modules[name] = backend, backend.build(network, other)
     longest = longest_axis(shape for _, *shapes in network.shapes() for shape in shapes)
-    rng = np.random.default_rng(seed)
-    for first in range(0, inputs, _BATCH):
-        # All batches have the same length, so that a compiler sees one shape; what the last batch
-        # has too many is not counted.
+    rng, batches = np.random.default_rng(seed), []
+    for _ in range(0, inputs, _BATCH):
+        # All of the same length, so that a compiler sees one shape.
         x = rng.standard_normal((_BATCH, *network.input_shape)).astype(np.float32)
-        counted = min(_BATCH, inputs - first)
         wanted = expected(network, start, x, None)["y"]
         usual = likely_error(wanted.value, len(network.layers), longest, PRECISIONS["float32"].unit)
+        batches.append((x, wanted, usual))
         advance()
-        found = {}
-        for saved, name in error:
-            backend, module = modules[name]
-            found[saved, name], _ = backend.evaluate(module, loaded[saved], x)
+
+    def run(saved: str, loaded: str) -> tuple[float, float, Array]:
+        backend, module = modules[loaded]
+        error, likely, answers = 0.0, 0.0, []
+        for x, wanted, usual in batches:
+            y, _ = backend.evaluate(module, read[saved], x)
+            error = max(error, wanted.error(y))
+            likely = max(likely, float(np.abs(y - wanted.value).max()) / usual)
+            answers.append(_answers(y))
             advance()
-        for pair, y in found.items():
-            own = found[pair[0], pair[0]]
-            error[pair] = max(error[pair], wanted.error(y))
-            likely[pair] = max(likely[pair], float(np.abs(y - wanted.value).max()) / usual)
-            same[pair] += int((_answers(y) == _answers(own))[:counted].sum())
-    return [
-        Pair(network.name, *pair, inputs, error[pair], likely[pair], same[pair]) for pair in error
-    ]
+        return error, likely, np.concatenate(answers)[:inputs]
+
+    pairs = []
+    for saved in names:
+        found = {loaded: run(saved, loaded) for loaded in names}
+        _, _, own = found[saved]
+        for loaded, (error, likely, answers) in found.items():
+            same = int((answers == own).sum())
+            pairs.append(Pair(network.name, saved, loaded, inputs, error, likely, same))
+    return pairs
 
 
 def _answers(y: Array) -> Array:
