@@ -25,18 +25,11 @@ _BATCH = 50
 class Pair:
     """What one backend computes from the file of another.
 
-    Args:
-        network: the name of the network.
-        saved: the backend that saved the file.
-        loaded: the backend that loaded the file.
-        inputs: the number of inputs.
-        error: the largest difference of an output from the float64 reference, in units of the bound
-            that :func:`coordconv.parity.bounds.expected` proves. Through many layers that bound is
-            far above what happens.
-        likely: the same difference in units of what rounding makes likely, by the rule of
-            :func:`coordconv.parity.compare`.
-        same: the number of inputs to which both backends give the same answer: the index of the
-            largest output, or the sign of a single one.
+    ``error`` is the largest difference of an output from the float64 reference in units of the
+    bound that :func:`coordconv.parity.bounds.expected` proves, which through many layers is far
+    above what happens; ``likely`` is the same in units of what rounding makes likely, by the rule
+    of :func:`coordconv.parity.compare`. To ``same`` of the inputs both backends give the same
+    answer: the index of the largest output, or the sign of a single one.
     """
 
     network: str

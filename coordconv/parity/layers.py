@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,25 +33,9 @@ WAYS = (position_bias.APPEND, position_bias.MAP)
 _WITHOUT_GRADIENTS = "y without gradients"
 
 
-@dataclass(frozen=True)
-class CaseOutcome:
-    """What one backend made of one case: ``excluded`` is why it did not run, if it did not.
-
-    ``forward`` is the largest error of an output, ``gradient`` that of output and gradients, both
-    in units of their bounds; ``bitwise`` is whether every array equals the reference's.
-    """
-
-    excluded: str = ""
-    compiled: bool = False
-    forward: float = 0.0
-    gradient: float = 0.0
-    bitwise: bool = False
-    problems: tuple[str, ...] = ()
-
-
 @dataclass
 class Tally:
-    """The sum of one backend's outcomes.
+    """What one backend made of the cases.
 
     Args:
         backend: its name.
@@ -78,23 +63,25 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, case: Case, outcome: CaseOutcome) -> None:
-        """Count one outcome."""
-        if outcome.excluded:
-            self.excluded[outcome.excluded] += 1
-            return
-        if case.is_layer:
-            self.layers += 1
-            self.kinds[case.kind] += 1
-        else:
-            self.networks += 1
-        self.modes[f"{case.dtype}, {'compiled' if outcome.compiled else 'eager'}"] += 1
-        self.exact += case.exact
-        self.bitwise += case.exact and outcome.bitwise
-        self.forward_error = max(self.forward_error, outcome.forward)
-        self.gradient_error = max(self.gradient_error, outcome.gradient)
-        if outcome.problems:
-            self.failures.append(f"{'; '.join(outcome.problems)} in {case!r}")
+    @classmethod
+    def of(cls, backend: str, case: Case, compiled: bool = False, **found: Any) -> Tally:
+        """The tally of a single case that the backend ran."""
+        return cls(
+            backend,
+            layers=int(case.is_layer),
+            networks=int(not case.is_layer),
+            exact=int(case.exact),
+            kinds=Counter([case.kind] if case.is_layer else []),
+            modes=Counter([f"{case.dtype}, {'compiled' if compiled else 'eager'}"]),
+            **found,
+        )
+
+    def add(self, other: Tally) -> None:
+        """Count more cases."""
+        for name, value in vars(other).items():
+            if name != "backend":
+                own = getattr(self, name)
+                setattr(self, name, max(own, value) if isinstance(own, float) else own + value)
 
 
 @dataclass
@@ -156,25 +143,19 @@ def check_layers(
         raise ValueError(f"way must be None or one of {', '.join(WAYS)}, got {way!r}")
     names = tuple(dict.fromkeys(names))
     report = CaseReport([Tally(name) for name in names])
-    run = partial(_outcomes, compiled=compiled, way=way)
-    found = (
-        (run(case, names) for case in cases)
-        if workers == 1
-        else _in_processes(run, cases, names, workers)
-    )
-    for case, outcomes in zip(cases, found, strict=True):
-        for tally, outcome in zip(report.tallies, outcomes, strict=True):
-            tally.add(case, outcome)
+    run = partial(_tallies, compiled=compiled, way=way)
+    alone = workers == 1
+    found = (run(c, names) for c in cases) if alone else _in_processes(run, cases, names, workers)
+    for tallies in found:
+        for tally, more in zip(report.tallies, tallies, strict=True):
+            tally.add(more)
         advance()
     return report
 
 
 def _in_processes(
-    run: Callable[..., list[CaseOutcome]],
-    cases: Sequence[Case],
-    names: Sequence[str],
-    workers: int,
-) -> Iterator[list[CaseOutcome]]:
+    run: Callable[..., list[Tally]], cases: Sequence[Case], names: Sequence[str], workers: int
+) -> Iterator[list[Tally]]:
     done = 0
     while done < len(cases):
         with _processes(workers) as pool:
@@ -190,18 +171,16 @@ def _in_processes(
             done += 1
 
 
-def _alone(run: Callable[..., list[CaseOutcome]], case: Case, name: str) -> CaseOutcome:
+def _alone(run: Callable[..., list[Tally]], case: Case, name: str) -> Tally:
     """A case in a process of its own, which the framework may end instead of raising."""
     for each in (case, case.plain):
-        with _processes(1) as pool:
-            try:
-                (outcome,) = pool.submit(run, each, [name]).result()
-            except BrokenProcessPool:
-                continue
-        if each is case:
-            return outcome
-        return CaseOutcome(problems=("the framework ended its process",))
-    return CaseOutcome(excluded="the framework ends its process, without coordinates too")
+        with _processes(1) as pool, suppress(BrokenProcessPool):
+            (tally,) = pool.submit(run, each, [name]).result()
+            if each is case:
+                return tally
+            return Tally.of(name, case, failures=[f"the framework ended its process in {case!r}"])
+    reason = "the framework ends its process, without coordinates too"
+    return Tally(name, excluded=Counter([reason]))
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
@@ -216,29 +195,30 @@ def _start_worker() -> None:
     logging.disable(logging.INFO)
 
 
-def _outcomes(
+def _tallies(
     case: Case, names: Sequence[str], compiled: bool | None, way: str | None
-) -> list[CaseOutcome]:
-    """The outcome of a case in each of the backends, whose layers compute in that ``way``."""
+) -> list[Tally]:
+    """What each of the backends makes of a case, with its layers computing in that ``way``."""
     before = position_bias.FORCED
     position_bias.FORCED = way or before
     try:
-        modules = [backends.load(name) for name in names]
+        used = {name: backends.load(name) for name in names}
         weights, x, dy = data = case.data()
         wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
         wanted = {_WITHOUT_GRADIENTS: wanted["y"], **wanted}
-        return [_outcome(module, case, data, wanted, compiled) for module in modules]
+        return [_tally(*item, case, data, wanted, compiled) for item in used.items()]
     finally:
         position_bias.FORCED = before
 
 
-def _outcome(
+def _tally(
+    name: str,
     backend: Backend,
     case: Case,
     data: tuple[Weights, Array, Array],
     wanted: dict[str, Expected],
     compiled: bool | None,
-) -> CaseOutcome:
+) -> Tally:
     weights, x, dy = data
     compiled = backend.COMPILED if compiled is None else compiled
     try:
@@ -246,26 +226,29 @@ def _outcome(
         y, gradients = backend.evaluate(module, weights, x, dy, compiled=compiled)
         without, _ = backend.evaluate(module, weights, x, compiled=compiled)
     except NotImplementedError as reason:
-        return CaseOutcome(excluded=str(reason))
+        return Tally(name, excluded=Counter([str(reason)]))
     except Exception as error:  # noqa: BLE001  # whatever it is, the case reproduces it
         message = str(error).strip().partition("\n")[0]
-        return CaseOutcome(compiled=compiled, problems=(f"{type(error).__name__}: {message}",))
+        failure = f"{type(error).__name__}: {message} in {case!r}"
+        return Tally.of(name, case, compiled, failures=[failure])
     found = {"y": y, _WITHOUT_GRADIENTS: without, **gradients}
-    errors = {name: value.error(found[name]) for name, value in wanted.items()}
-    unequal = [name for name, value in wanted.items() if not value.equals(found[name])]
+    errors = {array: value.error(found[array]) for array, value in wanted.items()}
+    unequal = [array for array, value in wanted.items() if not value.equals(found[array])]
     problems = []
-    for name, share in errors.items():
+    for array, share in errors.items():
         if share > 1:
-            problems.append(f"{name}: error {share:.3g} times the bound")
+            problems.append(f"{array}: error {share:.3g} times the bound")
             continue
-        if not np.array_equal(found[name], PRECISIONS[case.dtype].rounded(found[name])):
-            problems.append(f"{name}: not in {case.dtype}")
-        if case.exact and name in unequal:
-            problems.append(f"{name}: not bitwise equal")
-    return CaseOutcome(
-        compiled=compiled,
-        forward=max(errors["y"], errors[_WITHOUT_GRADIENTS]),
-        gradient=max(errors.values()),
-        bitwise=not unequal,
-        problems=tuple(problems),
+        if not np.array_equal(found[array], PRECISIONS[case.dtype].rounded(found[array])):
+            problems.append(f"{array}: not in {case.dtype}")
+        if case.exact and array in unequal:
+            problems.append(f"{array}: not bitwise equal")
+    return Tally.of(
+        name,
+        case,
+        compiled,
+        bitwise=int(case.exact and not unequal),
+        forward_error=max(errors["y"], errors[_WITHOUT_GRADIENTS]),
+        gradient_error=max(errors.values()),
+        failures=[f"{'; '.join(problems)} in {case!r}"] if problems else [],
     )
