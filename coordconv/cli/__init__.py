@@ -8,11 +8,7 @@ import typer
 
 from coordconv.cli import demo, files, inspecting, proving
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -21,11 +17,14 @@ def common_start() -> None:
     logging.disable(logging.INFO)  # what frameworks log would land in the middle of our tables
 
 
-app.command()(inspecting.info)
-app.command()(inspecting.summary)
-app.command()(files.weights)
-app.command()(files.convert)
-app.command()(proving.parity)
-app.command()(proving.exchange)
-app.command()(proving.training)
-app.command("demo")(demo.run_demo)
+for command in (
+    inspecting.info,
+    inspecting.summary,
+    files.weights,
+    files.convert,
+    proving.parity,
+    proving.exchange,
+    proving.training,
+    demo.demo,
+):
+    app.command()(command)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -10,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from coordconv import available_backends, backends
 
@@ -31,13 +34,8 @@ JsonOption: TypeAlias = Annotated[
 class Output:
     """Where a command writes: tables and progress to ``console``, JSON to what ``--json`` says.
 
-    Args:
-        json_to: the value of ``--json``: a file, ``-`` for standard output, or None for no JSON.
-            On standard output JSON is alone, so that a program can read it; the console is standard
-            error then.
-
-    Raises:
-        typer.Exit: the file cannot be written. This is checked before a command does any work.
+    On standard output JSON is alone, so that a program can read it; the console is standard error
+    then. A file that cannot be written is refused here, before a command does any work.
     """
 
     def __init__(self, json_to: Path | None = None) -> None:
@@ -57,15 +55,22 @@ class Output:
             self.json_to.write_text(text, encoding="utf-8")
             self.console.print(f"JSON: {plain(str(self.json_to))}", soft_wrap=True)
 
-    def progress(self) -> Progress:
-        """A progress bar with counts."""
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-        )
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show a bar that goes on by one step whenever the function that it gives is called."""
+        description, time = TextColumn("{task.description}"), TimeElapsedColumn()
+        columns = description, BarColumn(), MofNCompleteColumn(), time
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda: progress.advance(task)
+
+
+def table(title: str, first: str, *others: str) -> Table:
+    """A table whose columns but the first have their text, mostly numbers, on the right."""
+    made = Table(first, title=title, title_justify="left")
+    for name in others:
+        made.add_column(name, justify="right")
+    return made
 
 
 def failure(message: str) -> typer.Exit:
@@ -74,6 +79,15 @@ def failure(message: str) -> typer.Exit:
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     Console(stderr=True).print(f"[bold red]error:[/] {escape(shown)}", soft_wrap=True)
     return typer.Exit(2)
+
+
+@contextmanager
+def failures_shown() -> Iterator[None]:
+    """Show as :func:`failure` what this package says of wrong arguments and files."""
+    try:
+        yield
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        raise failure(str(error)) from error
 
 
 def plain(text: str) -> str:
@@ -89,11 +103,9 @@ def installed_backends(wanted: str | None) -> tuple[str, ...]:
         raise failure(
             "no framework is installed; install at least one:\n  " + "\n  ".join(commands)
         )
-    for name in names:
-        try:
+    with failures_shown():
+        for name in names:
             backends.load(name)
-        except (ImportError, ValueError) as error:
-            raise failure(str(error)) from error
     return names
 
 

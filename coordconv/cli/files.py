@@ -16,7 +16,7 @@ from rich.table import Table
 
 from coordconv import convert as conversion
 from coordconv import networks
-from coordconv.cli.common import JsonOption, Output, failure, plain
+from coordconv.cli.common import JsonOption, Output, failures_shown, plain
 
 _FORMAT = f"One of {', '.join(conversion.FORMATS)}; by default what the suffix says."
 
@@ -39,10 +39,8 @@ def weights(
     read as; smallest and largest are of the finite values.
     """
     output = Output(json_to)
-    try:
+    with failures_shown():
         found = conversion.describe(file, format=form)
-    except (ImportError, OSError, ValueError) as error:
-        raise failure(str(error)) from error
     table = Table(title=plain(f"{file}, {found.format}"))
     for column in ("name", "shape"):
         table.add_column(column, overflow="fold")  # whole: rows may differ in the last letter only
@@ -105,19 +103,16 @@ def convert(
     What is written as .pdparams is Paddle's usual pickle, for paddle.load, and
     is not read back here.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the warning below names values that are not finite
-            converted = conversion.convert(
-                source,
-                target,
-                network,
-                source_format=source_format,
-                target_format=target_format,
-                position=position.value,
-            )
-    except (ImportError, NotImplementedError, OSError, ValueError) as error:
-        raise failure(str(error)) from error
+    with failures_shown(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the warning below names values that are not finite
+        converted = conversion.convert(
+            source,
+            target,
+            network,
+            source_format=source_format,
+            target_format=target_format,
+            position=position.value,
+        )
     strange = [name for name, array in converted.items() if not np.isfinite(array).all()]
     if strange:
         message = f"[yellow]warning:[/] NaN or infinity in {', '.join(strange)}"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from coordconv import __version__, backends, networks
 from coordconv import summary as summaries
-from coordconv.cli.common import JsonOption, Output, failure
+from coordconv.cli.common import JsonOption, Output, failures_shown
 
 
 def info() -> None:
@@ -48,22 +48,20 @@ def summary(
     coordinate channels, and the layer around it. Both outputs count.
     """
     output = Output(json_to)
-    try:
+    with failures_shown():
         found = summaries.summary(name, batch)
-    except ValueError as error:
-        raise failure(str(error)) from error
     table = Table("layer", "kind", "input", "output", title=f"{found.network}, batch {found.batch}")
     table.add_column("parameters", justify="right")
     for row in found.rows:
         shapes = ("x".join(map(str, shape)) for shape in (row.input_shape, row.output_shape))
         table.add_row(row.layer, row.kind, *shapes, f"{row.parameters:,}")
     output.console.print(table)
-    output.console.print(f"parameters: {found.parameters:,}")
-    for label, size in (
-        ("input", found.input_mb),
-        ("forward and backward", found.forward_backward_mb),
-        ("parameters", found.parameters_mb),
-        ("total", found.total_mb),
-    ):
-        output.console.print(f"{label}: {size:.2f} MB")
+    output.console.print(
+        f"parameters: {found.parameters:,}",
+        f"input: {found.input_mb:.2f} MB",
+        f"forward and backward: {found.forward_backward_mb:.2f} MB",
+        f"parameters: {found.parameters_mb:.2f} MB",
+        f"total: {found.total_mb:.2f} MB",
+        sep="\n",
+    )
     output.write_json(json.dumps(asdict(found), indent=2))

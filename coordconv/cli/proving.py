@@ -6,12 +6,11 @@ import os
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, TypeAlias
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from coordconv import networks
 from coordconv import parity as proofs
@@ -19,8 +18,9 @@ from coordconv.cli.common import (
     BackendsOption,
     JsonOption,
     Output,
-    failure,
+    failures_shown,
     installed_backends,
+    table,
     writable_folder,
 )
 from coordconv.parity import exchange as exchange_proof
@@ -29,36 +29,19 @@ from coordconv.parity.bounds import PRECISIONS
 
 FEW_CASES = 30  # so many are done before a second process has started
 
-
-class Mode(StrEnum):
-    """How ``coordconv parity`` runs the frameworks."""
-
-    USUAL = "usual"
-    EAGER = "eager"
-    COMPILED = "compiled"
-
-
-class Way(StrEnum):
-    """The two ways to compute a layer: see :mod:`coordconv.position_bias`."""
-
-    APPEND = "append"
-    MAP = "map"
-
-
-class _Report(Protocol):
-    @property
-    def ok(self) -> bool: ...
-
-    def to_json(self) -> str: ...
+# The values are the names in small letters.
+Mode = StrEnum("Mode", ["USUAL", "EAGER", "COMPILED"])
+Way = StrEnum("Way", ["APPEND", "MAP"])
+Report: TypeAlias = (
+    proofs.CaseReport | exchange_proof.ExchangeReport | training_proof.TrainingReport
+)
 
 
 def parity(
     wanted: BackendsOption = None,
     cases: Annotated[int, typer.Option(min=1, help="Layers to generate.")] = 100,
     seed: Annotated[int, typer.Option(help="What layers and data are sampled with.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.", show_default=True)
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "float32",
     mode: Annotated[
         Mode, typer.Option(help="Usual: JAX compiled, torch and Paddle eager.")
     ] = Mode.USUAL,
@@ -77,19 +60,17 @@ def parity(
     """
     names = installed_backends(wanted)
     output = Output(json_to)
-    try:
+    with failures_shown():
         generated = proofs.generate(cases, seed, dtype=dtype)
-    except ValueError as error:
-        raise failure(str(error)) from error
     if workers is None:
         workers = (os.cpu_count() or 1) if cases > FEW_CASES else 1
-    with output.progress() as progress, warnings.catch_warnings():
+    title = f"cases through {', '.join(names)}"
+    with output.progress(title, len(generated)) as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a framework's advice on speed is not for this table
-        task = progress.add_task(f"cases through {', '.join(names)}", total=len(generated))
         report = proofs.check_layers(
             generated,
             names,
-            lambda: progress.advance(task),
+            advance,
             compiled={Mode.EAGER: False, Mode.COMPILED: True}.get(mode),
             way=None if way is None else way.value,
             workers=workers,
@@ -99,32 +80,29 @@ def parity(
 
 
 def _print_layers(report: proofs.CaseReport, console: Console) -> None:
-    table = Table(title="largest error in units of the bound", title_justify="left")
-    for column in ("backend", "layers", "networks", "bitwise", "forward", "gradients", "failed"):
-        table.add_column(column, justify="left" if column == "backend" else "right")
+    columns = ("backend", "layers", "networks", "bitwise", "forward", "gradients", "failed")
+    errors = table("largest error in units of the bound", *columns)
     for tally in report.tallies:
-        colour = "red" if tally.failures else "green"
-        table.add_row(
+        errors.add_row(
             tally.backend,
             str(tally.layers),
             str(tally.networks),
             f"{tally.bitwise}/{tally.exact}",
             f"{tally.forward_error:.3f}",
             f"{tally.gradient_error:.3f}",
-            f"[{colour}]{len(tally.failures)}[/]",
+            _coloured(not tally.failures, str(len(tally.failures))),
         )
-    console.print(table)
+    console.print(errors)
     console.print("bitwise: of the cases in exact arithmetic, those equal to the last bit")
-    for title, counts in (
-        ("layers by kind", [tally.kinds for tally in report.tallies]),
-        ("cases by mode", [tally.modes for tally in report.tallies]),
+    names = [tally.backend for tally in report.tallies]
+    for title, first, counts in (
+        ("layers by kind", "kind", [tally.kinds for tally in report.tallies]),
+        ("cases by mode", "mode", [tally.modes for tally in report.tallies]),
     ):
-        table = Table(title.split()[-1], title=title, title_justify="left")
-        for tally in report.tallies:
-            table.add_column(tally.backend, justify="right")
+        counted = table(title, first, *names)
         for row in sorted(set().union(*counts)):
-            table.add_row(row, *(str(count[row]) for count in counts))
-        console.print(table)
+            counted.add_row(row, *(str(count[row]) for count in counts))
+        console.print(counted)
     for tally in report.tallies:
         for reason, times in tally.excluded.items():
             count = "1 case" if times == 1 else f"{times} cases"
@@ -149,17 +127,12 @@ def exchange(
     the float64 reference than its bound, or than rounding makes likely.
     """
     names = installed_backends(wanted)
-    chosen = network.split(",")
-    try:
-        steps = exchange_proof.count_steps(names, inputs) * len(list(map(networks.get, chosen)))
-    except ValueError as error:
-        raise failure(str(error)) from error
+    with failures_shown():
+        chosen = [networks.get(name) for name in network.split(",")]
     output = Output(json_to)
-    with output.progress() as progress:
-        task = progress.add_task("batches", total=steps)
-        report = proofs.check_exchange(
-            chosen, names, inputs, seed, advance=lambda: progress.advance(task)
-        )
+    steps = exchange_proof.count_steps(names, inputs) * len(chosen)
+    with output.progress("batches", steps) as advance:
+        report = proofs.check_exchange(chosen, names, inputs, seed, advance=advance)
     _print_exchange(report, names, output.console)
     _finish(report, output)
 
@@ -169,13 +142,13 @@ def _print_exchange(
 ) -> None:
     for network in dict.fromkeys(pair.network for pair in report.pairs):
         title = f"{network}, loaded in: largest error in units of what is likely, same answers"
-        table = Table("saved in", *names, title=title, title_justify="left")
-        pairs = {(p.saved, p.loaded): p for p in report.pairs if p.network == network}
+        shown = table(title, "saved in", *names)
+        pairs = [pair for pair in report.pairs if pair.network == network]
         for saved in names:
-            found = [pairs[saved, loaded] for loaded in names]
-            table.add_row(saved, *(_coloured(p.ok, f"{p.likely:.2g}, {p.same:,}") for p in found))
-        console.print(table)
-        largest = max(pair.error for pair in pairs.values())
+            found = [pair for pair in pairs if pair.saved == saved]
+            shown.add_row(saved, *(_coloured(p.ok, f"{p.likely:.2g}, {p.same:,}") for p in found))
+        console.print(shown)
+        largest = max(pair.error for pair in pairs)
         console.print(f"largest error in units of the proven bound: {largest:.1e}")
 
 
@@ -195,9 +168,8 @@ def training(
     output = Output(json_to)
     picture = writable_folder(out) / "training.png"
     tasks = training_proof.TASKS
-    with output.progress() as progress:
-        task = progress.add_task("steps", total=len(tasks) * (1 + len(names)) * steps)
-        report = proofs.check_training(tasks, names, steps, lambda: progress.advance(task))
+    with output.progress("steps", len(tasks) * (1 + len(names)) * steps) as advance:
+        report = proofs.check_training(tasks, names, steps, advance)
     _print_training(report, output.console)
     training_proof.plot_training(picture, report)
     output.console.print(f"picture: {picture}", soft_wrap=True)
@@ -208,13 +180,11 @@ def _print_training(report: training_proof.TrainingReport, console: Console) -> 
     console.print("largest deviation of a weight in units of the bound, after so many steps")
     for name in report.exact_losses:
         outcomes = [outcome for outcome in report.outcomes if outcome.task == name]
-        table = Table("backend", title=name, title_justify="left")
-        for count in outcomes[0].errors:
-            table.add_column(str(count), justify="right")
+        shown = table(name, "backend", *map(str, outcomes[0].errors))
         for outcome in outcomes:
             errors = outcome.errors.values()
-            table.add_row(outcome.backend, *(_coloured(e <= 1, f"{e:.2g}") for e in errors))
-        console.print(table)
+            shown.add_row(outcome.backend, *(_coloured(e <= 1, f"{e:.2g}") for e in errors))
+        console.print(shown)
     for outcome in report.outcomes:
         for count, error in outcome.errors.items():
             if error > 1:
@@ -229,7 +199,7 @@ def _coloured(ok: bool, text: str) -> str:
     return f"[{'green' if ok else 'red'}]{text}[/]"
 
 
-def _finish(report: _Report, output: Output) -> None:
+def _finish(report: Report, output: Output) -> None:
     """Write the report as JSON if that is asked for; exit with 1 if the report is not good."""
     output.write_json(report.to_json())
     if not report.ok:

@@ -9,13 +9,13 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 from coordconv import available_backends, load_weights, networks
-from coordconv.cli import demo, demo_task
+from coordconv.cli import demo
 from coordconv.summary import summary
 
 
 class TestTask:
     def test_positions_are_the_papers(self):
-        data = demo_task.positions()
+        data = demo.positions()
         assert len(data.labels) == 3_136
         assert len(np.unique(data.labels)) == 3_136
         assert len(data.trained) == 2_509
@@ -26,7 +26,7 @@ class TestTask:
             assert np.array_equal(found, ((2 * pixels - 63) / 63).astype(np.float32))
 
     def test_inputs_tile_the_position(self):
-        data = demo_task.positions()
+        data = demo.positions()
         x = data.inputs(np.array([7]), (64, 64))
         assert x.shape == (1, 2, 64, 64)
         assert (x == data.coordinates[7].reshape(1, 2, 1, 1)).all()
@@ -40,9 +40,9 @@ def test_a_short_run_writes_weights_and_a_picture_and_says_that_it_fell_short(
     run, first_backend, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(demo, "SECONDS", 0.5)
-    whole, few = demo_task.positions(), np.arange(224)  # to run in every backend
-    data = demo_task.Positions(whole.coordinates[few], whole.labels[few], few[:112], few[112:])
-    monkeypatch.setattr(demo_task, "positions", lambda seed: data)
+    whole, few = demo.positions(), np.arange(224)  # to run in every backend
+    data = demo.Positions(whole.coordinates[few], whole.labels[few], few[:112], few[112:])
+    monkeypatch.setattr(demo, "positions", lambda seed: data)
     shown = run("demo", "--out", tmp_path / "out")
     assert shown.exit_code == 1, shown.output  # half a second is not enough to learn
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
