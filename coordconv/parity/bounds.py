@@ -264,14 +264,14 @@ def _backward(
     if isinstance(layer, Flatten):
         return {}, dy.reshape(*x.value.shape)
     conv, weight, bias = _as_convolution(layer, weights)
-    z, dy, reference = _with_places(x), _with_places(dy), Reference(conv.geometry, conv.coords)
-    batch, _, *shape = z.value.shape
+    z, dy, g = _with_places(x), _with_places(dy), conv.geometry
+    reference, batch, shape = Reference(g, conv.coords), len(z.value), z.value.shape[2:]
 
     def input_gradient(dy: Array, magnitudes: bool) -> Array:
-        return reference.input_gradient(dy, weight, tuple(shape), magnitudes=magnitudes)
+        return reference.input_gradient(dy, weight, shape, magnitudes=magnitudes)
 
-    terms = _most_reads(conv.geometry, tuple(shape)) * conv.out_channels // conv.geometry.groups
-    roundings = conv.geometry.taps * _most_copies(conv.geometry, tuple(shape))
+    terms = _most_reads(g, shape) * conv.out_channels // g.groups
+    roundings = g.taps * _most_copies(g, shape)
     error = precision.error(input_gradient(dy.largest, True), terms, roundings)
     if dy.bound.any():
         error = error + input_gradient(dy.bound, True)
@@ -329,7 +329,6 @@ def _most_copies(geometry: ConvGeometry, shape: tuple[int, ...]) -> int:
     """The largest number of places to which padding copies a sample, its own included."""
     if geometry.padding_mode == "zeros":
         return 1
-    ones = (1,) * geometry.rank
-    padding = ConvGeometry(ones, padding=geometry.pads(shape), padding_mode=geometry.padding_mode)
-    dy = np.ones((1, 1, *padding.output_shape(shape)))
-    return int(Reference(padding).input_gradient(dy, np.ones((1, 1, *ones)), shape).max())
+    pads, mode = geometry.pads(shape), geometry.padding_mode
+    one_tap = ConvGeometry((1,) * geometry.rank, padding=pads, padding_mode=mode)
+    return _most_reads(one_tap, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import PADDING_MODES, ConvGeometry
 from coordconv.grid import Array
-from coordconv.networks import Conv, Layer, Network, get, initial_weights
+from coordconv.networks import Conv, Network, get, initial_weights
 from coordconv.parity.bounds import PRECISIONS
 from coordconv.weights import Weights
 
@@ -49,14 +50,11 @@ class Case:
         A network's weights are those that it starts with. The arrays are float64 where ``dtype``
         is, and float32 otherwise.
         """
-        rng = np.random.default_rng(self.seed)
-        rounded = PRECISIONS[self.dtype].rounded
+        rng, rounded = np.random.default_rng(self.seed), PRECISIONS[self.dtype].rounded
         *_, (_, _, output_shape) = self.network.shapes()
 
         def sample(shape: tuple[int, ...]) -> Array:
-            if self.exact:
-                return rounded(rng.integers(-4, 5, shape))
-            return rounded(rng.standard_normal(shape))
+            return rounded(rng.integers(-4, 5, shape) if self.exact else rng.standard_normal(shape))
 
         if self.is_layer:
             shapes = self.network.weight_shapes()
@@ -64,11 +62,8 @@ class Case:
         else:
             start = initial_weights(self.network, self.seed)
             arrays = {name: rounded(array) for name, array in start.items()}
-        return (
-            Weights.of(self.network, arrays),
-            sample((self.batch, *self.network.input_shape)),
-            sample((self.batch, *output_shape)),
-        )
+        x, dy = (sample((self.batch, *s)) for s in (self.network.input_shape, output_shape))
+        return Weights.of(self.network, arrays), x, dy
 
     @property
     def plain(self) -> Case:
@@ -87,14 +82,11 @@ class Case:
     @property
     def kind(self) -> str:
         """What a report counts the case under: a layer's rank and padding, a network's name."""
-        return _kind(self.network.layers[0]) if self.is_layer else self.network.name
-
-
-def _kind(layer: Layer) -> str:
-    if not isinstance(layer, Conv):
-        return layer.kind
-    g = layer.geometry
-    return f"{g.rank}-D {'transposed' if g.transposed else g.padding_mode}"
+        layer = self.network.layers[0]
+        if not self.is_layer or not isinstance(layer, Conv):
+            return self.network.name
+        g = layer.geometry
+        return f"{g.rank}-D {'transposed' if g.transposed else g.padding_mode}"
 
 
 def generate(count: int, seed: int = 0, *, dtype: str = "float32") -> list[Case]:
@@ -158,9 +150,7 @@ def _sample_layer(rng: random.Random, exact: bool) -> Network | None:
 
 
 def _sample_options(rng: random.Random, rank: int) -> dict[str, Any]:
-    def each(least: int, most: int) -> tuple[int, ...]:
-        return tuple(rng.randint(least, most) for _ in range(rank))
-
+    each = partial(_each_axis, rng, rank)
     options: dict[str, Any] = {"stride": each(1, 3), "dilation": each(1, 2), "kernel": each(1, 4)}
     kind = rng.choice(("symmetric", "symmetric", "asymmetric", "same", "mode", "mode", "holes"))
     if kind == "symmetric":
@@ -184,18 +174,16 @@ def _sample_options(rng: random.Random, rank: int) -> dict[str, Any]:
 
 
 def _sample_transposed_options(rng: random.Random, rank: int) -> dict[str, Any]:
-    stride = tuple(rng.randint(1, 3) for _ in range(rank))
-    dilation = tuple(rng.randint(1, 2) for _ in range(rank))
-    kernel = tuple(rng.randint(1, 4) for _ in range(rank))
+    each = partial(_each_axis, rng, rank)
+    options: dict[str, Any] = {"stride": each(1, 3), "dilation": each(1, 2), "kernel": each(1, 4)}
     # Less than the stride, as Paddle demands: more would only add places that no tap reaches.
-    extra = tuple(rng.randint(0, s - 1) for s in stride)
-    padding: Any = tuple(rng.randint(0, 2) for _ in range(rank))
+    extra = tuple(rng.randint(0, s - 1) for s in options["stride"])
+    options["padding"] = each(0, 2)
     if rng.random() < 0.2:
-        padding = tuple((p, rng.randint(0, 2)) for p in padding)
-    return {
-        "kernel": kernel,
-        "stride": stride,
-        "dilation": dilation,
-        "padding": padding,
-        "output_padding": rng.choice((0, extra)),
-    }
+        options["padding"] = tuple(zip(options["padding"], each(0, 2), strict=True))
+    options["output_padding"] = rng.choice((0, extra))
+    return options
+
+
+def _each_axis(rng: random.Random, rank: int, least: int, most: int) -> tuple[int, ...]:
+    return tuple(rng.randint(least, most) for _ in range(rank))

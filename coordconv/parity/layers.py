@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,8 +145,9 @@ def check_layers(
     names = tuple(dict.fromkeys(names))
     report = CaseReport([Tally(name) for name in names])
     run = partial(_tallies, compiled=compiled, way=way)
-    alone = workers == 1
-    found = (run(c, names) for c in cases) if alone else _in_processes(run, cases, names, workers)
+    found = (
+        _in_processes(run, cases, names, workers) if workers > 1 else map(run, cases, repeat(names))
+    )
     for tallies in found:
         for tally, more in zip(report.tallies, tallies, strict=True):
             tally.add(more)

@@ -8,14 +8,13 @@ from coordconv.parity.cases import Case, sample_case
 
 
 def cases(*, exact: bool | None = None, dtype: str = "float32") -> st.SearchStrategy[Case]:
-    """Layers over every option that a backend may have.
+    """Layers over every option that a backend may have, as ``coordconv parity`` runs them.
+
+    Examples shrink to few options.
 
     Args:
         exact: whether the data are small integers; None for either.
         dtype: the type to compute in.
-
-    Returns:
-        A strategy whose examples are such as ``coordconv parity`` runs, and shrink to few options.
 
     Example:
         >>> from hypothesis import find
