@@ -116,12 +116,7 @@ class ConvGeometry:
 
     @property
     def pointwise(self) -> bool:
-        """Whether it is a product of matrices: each output sample is made of its own input sample.
-
-        Example:
-            >>> ConvGeometry((1, 1)).pointwise, ConvGeometry((1, 1), stride=2).pointwise
-            (True, False)
-        """
+        """Whether each output sample is a matrix times its own input sample, and nothing else."""
         steps = self.per_axis.stride + self.per_axis.input_dilation
         return (
             self.taps == self.groups == max(steps) == 1
@@ -197,19 +192,12 @@ def check_input(
     channel_axis: int,
     batched: int,
 ) -> tuple[int, ...]:
-    """Return the spatial shape of a layer's input, or say what is wrong with it.
+    """The spatial shape of a layer's input of that ``shape``, or a ValueError: what is wrong.
 
-    Args:
-        shape: the input's whole shape.
-        rank: the layer's number of spatial axes.
-        channels: the features that the layer was made for, or None for any number.
-        coords: the number of its coordinate channels, to recognise an input that has them already.
-        channel_axis: where the channels are, counted from the end: ``-1`` or ``-1 - rank``.
-        batched: how many batch axes there may be: 1 for exactly one, 0 for one or none, -1 for
-            any number.
-
-    Raises:
-        ValueError: the rank, the number of channels or the spatial shape is wrong.
+    ``channels`` are the features that the layer was made for, None for any number; ``coords`` is
+    the number of its coordinates, to recognise an input that has them already; ``channel_axis`` is
+    ``-1`` or ``-1 - rank``; ``batched`` is 1 for exactly one batch axis, 0 for one or none, -1 for
+    any number.
     """
     shape = tuple(shape)
     batch_axes = len(shape) - rank - 1

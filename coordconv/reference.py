@@ -6,7 +6,7 @@ each group is given all of them, the input is padded, and the taps are summed on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -34,9 +34,7 @@ class Reference:
     transposed convolution ``(C + groups * n, out / groups, *kernel)``, ``bias (out,)``. In each
     group the coordinates come after the features.
 
-    Args:
-        geometry: the convolution.
-        coords: its coordinate channels, or None for a plain convolution.
+    Without ``coords`` it is a plain convolution.
 
     Example:
         >>> layer = Reference(ConvGeometry((1,)), Coordinates("x"))
@@ -82,8 +80,7 @@ class Reference:
         for tap, window in self._windows(dy.shape[3:]):
             term = kernel[tap].swapaxes(1, 2) @ _flat(dy)
             dz[window] += term.reshape(*term.shape[:3], *dy.shape[3:])
-        for axis, m in enumerate(matrices):
-            dz = _multiplied(dz, m.T, 3 + axis)
+        dz = _multiplied(dz, [m.T for m in matrices], 3)
         return dz.reshape(len(dy), dz.shape[1] * dz.shape[2], *shape)
 
     def weight_gradients(
@@ -96,7 +93,7 @@ class Reference:
             read = _flat(z[window]).swapaxes(2, 3)
             kernel[tap] = (_flat(grouped) @ read).sum(axis=0)
         if self.geometry.transposed:
-            kernel = np.flip(kernel, self._kernel_axes).swapaxes(1, 2)
+            kernel = _turned(kernel).swapaxes(1, 2)
         return {
             "weight": kernel.reshape(-1, *kernel.shape[2:]),
             "bias": grouped.sum(axis=(0, *range(3, grouped.ndim))).reshape(-1),
@@ -108,42 +105,30 @@ class Reference:
         shape, groups = tuple(lengths), self.geometry.groups
         z = _float64(x, magnitudes).reshape(batch, groups, channels // groups, *shape)
         matrices = self._padding_matrices(shape)
-        for axis, m in enumerate(matrices):
-            z = _multiplied(z, m, 3 + axis)
+        z = _multiplied(z, matrices, 3)
         if self.coords is None:
             return z
-        positions = [np.arange(n) for n in shape]
+        positions: Sequence[Array] = [np.arange(n) for n in shape]
         if self.coords.outside == "extend":  # the ramp itself, at every place but the holes
-            positions = [index for index, _ in self._samples(shape)]
-            matrices = [np.diag(~hole).astype(np.float64) for _, hole in self._samples(shape)]
-        grid = self._grid(positions, shape, magnitudes)
-        for axis, m in enumerate(matrices):
-            grid = _multiplied(grid, m, 1 + axis)
+            positions, holes = zip(*self._samples(shape), strict=True)
+            matrices = [np.diag(~hole).astype(np.float64) for hole in holes]
+        grid = _multiplied(self._grid(positions, shape, magnitudes), matrices, 1)
         return np.concatenate([z, np.broadcast_to(grid, (batch, groups, *grid.shape))], axis=2)
 
     def _by_group(self, weight: Array, magnitudes: bool) -> Array:
-        """The kernel as ``(groups, out / groups, C / groups + n, *kernel)``.
-
-        The taps are in the order of a plain convolution: a transposed one's are reversed.
-        """
+        """``(groups, out / groups, C / groups + n, *kernel)``, a transposed kernel turned."""
         weight = _float64(weight, magnitudes)
         kernel = weight.reshape(self.geometry.groups, -1, *weight.shape[1:])
         if self.geometry.transposed:
-            kernel = np.flip(kernel.swapaxes(1, 2), self._kernel_axes)
+            kernel = _turned(kernel.swapaxes(1, 2))
         return kernel
-
-    @property
-    def _kernel_axes(self) -> tuple[int, ...]:
-        return tuple(range(-self.geometry.rank, 0))
 
     def _outputs_by_group(self, dy: Array, magnitudes: bool) -> Array:
         dy = _float64(dy, magnitudes)
         groups = self.geometry.groups
         return dy.reshape(len(dy), groups, dy.shape[1] // groups, *dy.shape[2:])
 
-    def _windows(
-        self, out_shape: tuple[int, ...]
-    ) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    def _windows(self, out_shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
         """The index of each tap, and of the part of the padded input that it reads."""
         kernel, stride, dilation, _, _ = self.geometry.per_axis
         if self.geometry.transposed:
@@ -158,8 +143,7 @@ class Reference:
     def _samples(self, shape: tuple[int, ...]) -> list[tuple[Array, Array]]:
         """Per axis, of each place of the padded input: its sample, and whether it is a hole.
 
-        Samples beyond the border have the indices below 0 and from the axis's length on. Holes are
-        the zeros between samples.
+        Samples beyond the border have indices there; holes are the zeros between samples.
         """
         g, samples = self.geometry, []
         for n, (before, after), k, s, d, extra, hole in zip(
@@ -184,7 +168,7 @@ class Reference:
             for n, (index, hole) in zip(shape, self._samples(shape), strict=True)
         ]
 
-    def _grid(self, positions: list[Array], shape: tuple[int, ...], magnitudes: bool) -> Array:
+    def _grid(self, positions: Sequence[Array], shape: tuple[int, ...], magnitudes: bool) -> Array:
         """The coordinates at some positions; or the magnitudes of what they are computed from.
 
         An axis coordinate is a quotient within the span -1 to 1, times the half of the span, plus
@@ -214,6 +198,13 @@ def _flat(array: Array) -> Array:
     return array.reshape(*array.shape[:3], int(np.prod(array.shape[3:])))
 
 
-def _multiplied(array: Array, matrix: Array, axis: int) -> Array:
-    """``matrix @ array`` along one axis."""
-    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+def _turned(kernel: Array) -> Array:
+    """A kernel of three axes and the spatial ones with its taps in the reverse order."""
+    return np.flip(kernel, tuple(range(3, kernel.ndim)))
+
+
+def _multiplied(array: Array, matrices: Sequence[Array], first: int) -> Array:
+    """``matrix @ array`` along one axis after another, from the ``first`` on."""
+    for axis, matrix in enumerate(matrices, first):
+        array = np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+    return array
