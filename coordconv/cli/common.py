@@ -97,7 +97,7 @@ def plain(text: str) -> str:
 
 def installed_backends(wanted: str | None) -> tuple[str, ...]:
     """The backends of ``--backends``, or all that are installed; each of them is loaded."""
-    names = available_backends() if wanted is None else tuple(wanted.split(","))
+    names = available_backends() if wanted is None else tuple(dict.fromkeys(wanted.split(",")))
     if not names:
         commands = dict.fromkeys(backend.install for backend in backends.BACKENDS.values())
         raise failure(

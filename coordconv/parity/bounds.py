@@ -166,49 +166,10 @@ def expected(
     weights. The gradient of a ReLU counts as unknown where the error may have changed the sign.
     """
     gradient = None if dy is None else Expected.exact(dy)
-    return _run(network, weights, x, lambda _: gradient, precision, lambda value: value)
+    return propagated(network, weights, x, lambda _: gradient, precision, lambda value: value)
 
 
-def simulated(
-    network: Network,
-    weights: Mapping[str, Array],
-    x: Array,
-    loss: Callable[[Array], tuple[float, Expected]],
-    rng: np.random.Generator | None = None,
-    precision: Precision = PRECISIONS["float32"],
-) -> tuple[float, dict[str, Expected]]:
-    """One outcome that arithmetic of a precision may have, where :func:`expected` bounds them all.
-
-    Through many layers the sum of the worst of each is far from anything that happens. Here every
-    sum is off by as much as its own rounding allows, upwards or downwards as ``rng`` says (None for
-    no errors), and the next layer takes that sum as it is: errors cancel as they do in a framework,
-    and a ReLU's sign changes where it would.
-
-    ``loss`` gives the loss of an output, and its gradient. The result is the loss, and the gradient
-    of each weight, whose bound is that of its own last sum alone, which is not in the value yet.
-
-    Example:
-        >>> from coordconv.networks import get, initial_weights
-        >>> network = get("plain_cnn")
-        >>> square = lambda y: (float((y**2).sum()), Expected.exact(2 * y))
-        >>> x = np.ones((1, 3, 32, 32))
-        >>> _, gradients = simulated(network, initial_weights(network), x, square)
-        >>> gradients.keys() == network.weight_shapes().keys()
-        True
-    """
-
-    def perturbed(found: Expected) -> Expected:
-        if rng is None or not found.bound.any():
-            return Expected.exact(found.value)
-        down = rng.random(found.value.shape) < 0.5
-        return Expected.exact(found.value + np.where(down, -found.bound, found.bound))
-
-    found = _run(network, weights, x, lambda y: loss(y)[1], precision, perturbed)
-    del found["x"]
-    return loss(found.pop("y").value)[0], found
-
-
-def _run(
+def propagated(
     network: Network,
     weights: Mapping[str, Array],
     x: Array,
@@ -216,7 +177,11 @@ def _run(
     precision: Precision,
     passed_on: Callable[[Expected], Expected],
 ) -> dict[str, Expected]:
-    """Output and gradients; ``passed_on`` is what the next layer takes of what one computed."""
+    """Output and gradients as in :func:`expected`, for any bound on the error of a layer's input.
+
+    ``passed_on`` makes of what a layer computed what the next layer takes; ``output_gradient`` is
+    given the output.
+    """
     inputs, value = [], Expected.exact(x)
     for layer in network.layers:
         inputs.append(value)
