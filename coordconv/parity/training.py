@@ -199,52 +199,53 @@ TASKS = (
 )
 
 
-class _Run:
-    """Training in float64: the exact run, or with a seed a perturbed one."""
+def _gradients(
+    task: Task,
+    weights: Mapping[str, Array],
+    batch: tuple[Array, Array],
+    precision: Precision,
+    passed_on: Callable[[Expected], Expected],
+) -> tuple[float, dict[str, Expected]]:
+    """The loss, and the gradients as :func:`propagated` gives them."""
+    x, target = batch
 
-    def __init__(self, task: Task, seed: int | None = None) -> None:
-        self.task = task
-        self.weights = {n: array.astype(np.float64) for n, array in task.start.items()}
-        self.rules = {name: task.update_rule() for name in self.weights}
-        self.rng = None if seed is None else np.random.default_rng((task.seed, seed))
+    def loss_gradient(y: Array) -> Expected:
+        return task.loss(y, target)[1]
+
+    found = propagated(task.network, weights, x, loss_gradient, precision, passed_on)
+    return task.loss(found["y"].value, target)[0], found
+
+
+class _PerturbedRun:
+    """Training in float64 in which every sum is off, as the module describes it."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        self._weights = {n: array.astype(np.float64) for n, array in task.start.items()}
+        self._rules = {name: task.update_rule() for name in self._weights}
+        self._rng = np.random.default_rng((task.seed, seed))
         # The same signs in every step: errors that push in one direction lead the farthest.
-        self.signs = {
-            name: 0 if self.rng is None else self.rng.choice((-1.0, 1.0), array.shape)
-            for name, array in self.weights.items()
-        }
+        self._signs = {n: self._rng.choice((-1.0, 1.0), a.shape) for n, a in self._weights.items()}
 
-    def gradients(self, x: Array, target: Array) -> tuple[float, dict[str, Expected]]:
-        """The loss, and each weight's gradient with a bound on the error of its last sum alone."""
-        precision = PRECISIONS["float32"] if self.rng is None else _PROBABLE
-        task = self.task
-        found = propagated(
-            task.network,
-            self.weights,
-            x,
-            lambda y: task.loss(y, target)[1],
-            precision,
-            self._perturbed,
-        )
-        loss, _ = task.loss(found["y"].value, target)
-        return loss, {name: found[name] for name in self.weights}
+    def step(self, batch: tuple[Array, Array]) -> dict[str, Expected]:
+        """Train on a batch; the gradients are the result."""
+        _, gradients = _gradients(self._task, self._weights, batch, _PROBABLE, self._perturbed)
+        for name, rule in self._rules.items():
+            sign, gradient, array = self._signs[name], gradients[name], self._weights[name]
+            move = rule(Expected.exact(gradient.value + sign * gradient.bound))
+            array = array - self._task.learning_rate * (move.value + sign * move.bound)
+            self._weights[name] = array + sign * _UNIT * np.abs(array)
+        return gradients
 
     def _perturbed(self, found: Expected) -> Expected:
-        """A sum off by all of its bound, at random up or down, which is all that comes of it.
+        """A sum off by all of its bound, and taken as it is by the next layer.
 
         So errors cancel as they do in a framework, and a ReLU's sign changes where it would.
         """
-        if self.rng is None or not found.bound.any():
-            return Expected.exact(found.value)
-        down = self.rng.random(found.value.shape) < 0.5
+        if not found.bound.any():
+            return found
+        down = self._rng.random(found.value.shape) < 0.5
         return Expected.exact(found.value + np.where(down, -found.bound, found.bound))
-
-    def step(self, gradients: Mapping[str, Expected]) -> None:
-        for name, gradient in gradients.items():
-            sign = self.signs[name]
-            move = self.rules[name](Expected.exact(gradient.value + sign * gradient.bound))
-            array = self.weights[name]
-            array = array - self.task.learning_rate * (move.value + sign * move.bound)
-            self.weights[name] = array + sign * _UNIT * np.abs(array)
 
 
 @dataclass(frozen=True)
@@ -309,24 +310,25 @@ def exact_run(
         >>> kernel.value.shape, bool((kernel.bound < 1e-5).all())
         ((32, 4, 1, 1), True)
     """
-    exact, perturbed = _Run(task), [_Run(task, seed) for seed in range(_PERTURBED_RUNS)]
-    rules = {name: task.update_rule() for name in exact.weights}
-    bounds = {name: np.zeros(array.shape) for name, array in exact.weights.items()}
-    found = ExactRun(task, [], {})
+    found, rate = ExactRun(task, [], {}), task.learning_rate
+    perturbed = [_PerturbedRun(task, seed) for seed in range(_PERTURBED_RUNS)]
+    rules = {name: task.update_rule() for name in task.start}
+    weights = {name: Expected.exact(array) for name, array in task.start.items()}
     for count, batch in enumerate(task.batches(steps), 1):
-        loss, gradients = exact.gradients(*batch)
-        others = [run.gradients(*batch)[1] for run in perturbed]
+        values = {name: weight.value for name, weight in weights.items()}
+        loss, gradients = _gradients(
+            task, values, batch, PRECISIONS["float32"], lambda found: Expected.exact(found.value)
+        )
+        others = [run.step(batch) for run in perturbed]
         found.losses.append(loss)
-        exact.step(gradients)
-        for run, other in zip(perturbed, others, strict=True):
-            run.step(other)
-        for name, gradient in gradients.items():
+        for name, rule in rules.items():
+            gradient, weight = gradients[name], weights[name]
             distance = max(np.abs(other[name].value - gradient.value).max() for other in others)
-            move = rules[name](Expected(gradient.value, gradient.bound + distance))
-            bound = bounds[name] + task.learning_rate * move.bound
-            bounds[name] = bound + _UNIT * (np.abs(exact.weights[name]) + bound)
+            move = rule(Expected(gradient.value, gradient.bound + distance))
+            moved = Expected(weight.value - rate * move.value, weight.bound + rate * move.bound)
+            weights[name] = Expected(moved.value, moved.bound + _UNIT * moved.largest)
         if count % EVERY == 0:
-            found.weights[count] = {n: Expected(exact.weights[n], bounds[n]) for n in bounds}
+            found.weights[count] = dict(weights)
         advance()
     return found
 
