@@ -44,33 +44,26 @@ _CONTRACTIONS = {  # by rank: the taps of one axis after another become its posi
 
 def check(layer: Any, inputs: Any, channels: int | None) -> None:
     """Say what is wrong with a layer's ``inputs (..., *S, C)``."""
-    _check(inputs, len(options.kernel_size(layer)), channels, len(layer.coords))
+    given = {"rank": len(options.kernel_size(layer)), "coords": len(layer.coords)}
+    check_input(inputs.shape, **given, channels=channels, channel_axis=-1, batched=-1)
 
 
 def add_coords(inputs: jax.Array, coords: Coordinates, rank: int) -> jax.Array:
     """``inputs (..., *S, C)`` with the coordinates behind them, checked."""
     if not jnp.issubdtype(inputs.dtype, jnp.inexact):
         raise TypeError(f"input must be floating-point, got {inputs.dtype}")
-    _check(inputs, rank, None, 0)
+    check_input(inputs.shape, rank=rank, channels=None, coords=0, channel_axis=-1, batched=-1)
     return append(coords, jnp.asarray(inputs), rank)
-
-
-def _check(inputs: Any, rank: int, channels: int | None, coords: int) -> None:
-    check_input(
-        inputs.shape, rank=rank, channels=channels, coords=coords, channel_axis=-1, batched=-1
-    )
 
 
 def coord_conv(
     layer: Any, arrays: Sequence[Any], convolve: Callable[[Any, Any, Any], jax.Array]
 ) -> jax.Array:
-    """The output of a layer, in one of the two ways.
+    """The output of a layer of either kind of Flax, in one of the two ways.
 
-    Args:
-        layer: a CoordConv of either kind of Flax.
-        arrays: the inputs ``(..., *S, C)``, the kernel over features and coordinates in Flax's
-            layout, and the bias or None; all of them in the type that is computed with.
-        convolve: the layer's base class, a function of three such arrays.
+    The arrays are the inputs ``(..., *S, C)``, the kernel over features and coordinates in Flax's
+    layout, and the bias or None, in the type that is computed with. Of three such arrays the
+    layer's base class makes what ``convolve`` returns.
     """
     inputs, kernel, bias = arrays
     rank, axis = len(options.kernel_size(layer)), options.input_axis(layer)

@@ -207,22 +207,13 @@ def _is_quick(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _tables(plan: MapPlan, dtype: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The constants that P and a bias, as a product of two matrices, are made of.
-
-    They are tables for ``contract``, whose last is the identity in place of the last axis's table,
-    with a column of zeros more; the place of that column, for a bias; and the second matrix, the
-    last axis's table, with a row of ones more.
-    """
+def _tables(plan: MapPlan, dtype: Any, bias: bool) -> list[Tensor]:
+    """The tables of the axes; the last as a matrix, with a row of ones more for a bias."""
     *others, last = position_bias.known_tables(plan, _exact(dtype))
-    n, taps, length = last.shape
-    terms = n * taps
-    identity = np.eye(terms, terms + 1, dtype=last.dtype).reshape(n, taps, -1)
-    place = np.eye(1, terms + 1, terms, dtype=last.dtype)
-    right = np.concatenate([last.reshape(terms, length), np.ones((1, length), last.dtype)])
-    made = (paddle.to_tensor(t, place=paddle.CPUPlace()) for t in (*others, identity, place, right))
-    *left, place_of_bias, matrix = made
-    return left, place_of_bias, matrix
+    last = last.reshape((-1, last.shape[-1]))
+    if bias:
+        last = np.concatenate([last, np.ones_like(last[:1])])
+    return [paddle.to_tensor(table, place=paddle.CPUPlace()) for table in (*others, last)]
 
 
 def _product(plan: MapPlan, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -230,11 +221,12 @@ def _product(plan: MapPlan, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor
 
     The first has a row for each output channel and each place on the axes before the last.
     """
-    tables, place, right = _tables(plan, kernel.dtype)
-    left = plan.contract(kernel, tables, _einsum, len(kernel))
+    out, tables = len(kernel), _tables(plan, kernel.dtype, bias is not None)
+    left, right = plan.as_product(kernel, tables, _einsum, out)
     if bias is not None:
-        left = left.reshape([len(kernel), -1, len(right)]) + bias.reshape([-1, 1, 1]) * place
-    return left.reshape([-1, len(right)]), right
+        column = bias.unsqueeze(1).expand([out, len(left) // out]).reshape([-1, 1])
+        left = paddle.concat([left, column], 1)
+    return left, right
 
 
 def _einsum(_: str, term: Tensor, table: Tensor) -> Tensor:
