@@ -30,15 +30,11 @@ COORDINATE_ROUNDINGS = 8
 class Precision:
     """A floating-point type, and how frameworks sum in it.
 
-    Sums are accumulated in float32 at least. In 16 bits, each finished sum is rounded once more, to
-    the type itself, and so is the result of every later addition to that sum.
-
-    Args:
-        dtype: the type's name.
-        unit: the unit roundoff that sums are accumulated with.
-        rounding: the unit roundoff of the type, if that is coarser, else 0.
-        tiny: the largest error of a rounding to the type where the type underflows.
-        storage: the NumPy type that holds its values; NumPy itself has no bfloat16.
+    Sums are accumulated in float32 at least, with the roundoff ``unit``. In 16 bits, each finished
+    sum is rounded once more, to the type itself with its roundoff ``rounding`` (0 elsewhere), and
+    so is the result of every later addition to that sum. ``tiny`` is the largest error of a
+    rounding where the type underflows, and ``storage`` the NumPy type that holds its values: NumPy
+    itself has no bfloat16.
     """
 
     dtype: str
@@ -139,17 +135,16 @@ def expected(
     The output ``"y"`` for an input ``x (N, C, *S)`` and, unless the output's gradient ``dy`` is
     None, the gradients of ``"x"`` and of every weight.
 
-    **How the error of one layer is bounded.** :meth:`Precision.error` needs the number of roundings
-    that a term of a sum passes through. With ``c`` features and ``n`` coordinates to a group,
-    ``taps`` to a kernel and ``COORDINATE_ROUNDINGS`` to a coordinate, an output element sums
-    ``fan_in = (c + n) * taps`` products:
+    **One layer.** :meth:`Precision.error` needs the number of roundings that a term of a sum passes
+    through. With ``c`` features and ``n`` coordinates to a group and ``taps`` to a kernel, an
+    output element sums ``fan_in = (c + n) * taps`` products:
 
     - appended: one rounding for the product, at most ``fan_in - 1`` for additions, one for the
       bias: ``fan_in + 1``;
     - with a map: a feature's term passes one for the product, ``c * taps - 1`` for additions, one
       for the bias and one for adding the map, a coordinate's term ``n * taps`` and the same two:
       at most ``fan_in + 1``, since both ``c`` and ``n`` are at least 1;
-    - either way, a coordinate's term passes the roundings of the coordinate itself.
+    - either way, a coordinate's term passes the ``COORDINATE_ROUNDINGS`` of the coordinate itself.
 
     An element of the kernel's gradient sums one product for each sample and output position,
     ``N * positions``. With a map the coordinates' part sums over the samples first and over the

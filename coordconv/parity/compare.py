@@ -37,7 +37,7 @@ class ComparisonRow:
         shape: the shape that the model gave it.
         error: the largest absolute difference; inf where the shapes differ, or where one array has
             NaN or an infinity and the other has not.
-        ulps: the largest difference in units in the last place, see :func:`ulp_distance`.
+        ulps: the largest difference in units in the last place, of the coarser of the two types.
         of_bound: the largest difference in units of its bound; more than 1 is a difference.
         argmax: the share of samples and places at which both arrays have the largest channel (axis
             1) at the same index; None where there are not two channels.
@@ -108,11 +108,7 @@ class Report:
         return json.dumps(content, indent=2, allow_nan=False)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of every array's error in units of its bound; needs matplotlib.
-
-        Args:
-            path: a file that matplotlib can write.
-        """
+        """Write a picture of every array's error in units of its bound; needs matplotlib."""
         from matplotlib.figure import Figure  # only the picture needs it
 
         names = list(dict.fromkeys(row.name for row in self.rows))

@@ -131,9 +131,9 @@ def check_layers(
     Returns:
         A report. A case fails if an element of the output or of a gradient is off by more than
         its bound or is no value of the case's type, if an exact case is not equal to the last
-        bit, or if the framework raises. A case with an option that the framework lacks is counted
-        as excluded, under the reason. A case on which the framework ends its process is excluded,
-        too, if the same happens without coordinates; it takes more than one process to see that.
+        bit, or if the framework raises. A case is excluded, and counted under the reason, if the
+        framework lacks an option, or ends its process without coordinates too, which takes more
+        than one process to see.
 
     Example:
         >>> from coordconv.parity import generate

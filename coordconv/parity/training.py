@@ -54,15 +54,15 @@ _PROBABLE = _ProbablePrecision("float32", _UNIT)
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how: with a learning rate that stays, on four batches that take turns.
+    """What is trained, and how.
 
     Each sample is about a square on a canvas. A network of one output is given a picture of the
     white square on black, and learns the x of the square's centre by the squared error. A network
     with an output for each pixel is given the centre's x and y, tiled over the canvas, and learns
     to name the centre's pixel by the cross-entropy.
 
-    ``optimizer`` is ``"sgd"`` or ``"adam"``, and ``epsilon`` Adam's constant beside the root of the
-    second moment; weights and batches are sampled with ``seed``.
+    ``optimizer`` is ``"sgd"`` or ``"adam"``, ``epsilon`` Adam's constant beside the root of the
+    second moment; weights and the four batches, which take turns, are sampled with ``seed``.
     """
 
     network: networks.Network
@@ -167,7 +167,8 @@ class _Adam:
         Most of its error comes from ``1 - beta``, which float32 holds with few digits.
         """
         beta, old = BETAS[which], self._moments[which]
-        added = (1 - beta) * (given.largest + old.largest)  # some add a share of their difference
+        # Some implementations add a share of the difference of the two.
+        added = (1 - beta) * (given.largest + old.largest)
         rounding = _UNIT * (4 * beta * old.largest + (4 + 1 / (1 - beta)) * added)
         mean = self._moments[which] = Expected(
             beta * old.value + (1 - beta) * given.value,
