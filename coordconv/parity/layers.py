@@ -146,7 +146,9 @@ def check_layers(
     report = CaseReport([Tally(name) for name in names])
     run = partial(_tallies, compiled=compiled, way=way)
     found = (
-        _in_processes(run, cases, names, workers) if workers > 1 else map(run, cases, repeat(names))
+        map(run, cases, repeat(names))
+        if workers == 1
+        else _in_processes(run, cases, names, workers)
     )
     for tallies in found:
         for tally, more in zip(report.tallies, tallies, strict=True):
