@@ -79,7 +79,7 @@ class ConvGeometry:
             copies = self.padding_mode != "zeros" and not self.transposed
             if copies and min(map(min, pairs)) < 0:
                 raise ValueError(f"{self.padding_mode} padding must not be negative, got {pairs}")
-        if not _is_int(self.groups):
+        if not is_int(self.groups):
             raise TypeError(f"groups must be an int, got {self.groups!r}")
         if self.groups < 1:
             raise ValueError(f"groups must be positive, got {self.groups}")
@@ -218,7 +218,7 @@ def check_input(
 
 
 def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
-    values = (value,) * rank if _is_int(value) else value
+    values = (value,) * rank if is_int(value) else value
     if not _are_ints(values, rank):
         raise TypeError(f"{name} must be an int or {rank} ints, got {value!r}")
     if min(values) < least:
@@ -227,10 +227,10 @@ def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
 
 
 def _pairs(value: Any, rank: int) -> Pairs:
-    values = (value,) * rank if _is_int(value) else value
-    known = isinstance(values, Sequence) and len(values) == rank
-    pairs = [(each, each) if _is_int(each) else each for each in values] if known else []
-    if not known or not all(_are_ints(pair, 2) for pair in pairs):
+    values = (value,) * rank if is_int(value) else value
+    items = values if isinstance(values, Sequence) else ()
+    pairs = [(item, item) if is_int(item) else item for item in items]
+    if len(pairs) != rank or not all(_are_ints(pair, 2) for pair in pairs):
         raise TypeError(
             f"padding must be 'same', an int, {rank} ints or {rank} (before, after) pairs, "
             f"got {value!r}"
@@ -239,9 +239,10 @@ def _pairs(value: Any, rank: int) -> Pairs:
 
 
 def _are_ints(values: Any, count: int) -> bool:
-    return isinstance(values, Sequence) and len(values) == count and all(map(_is_int, values))
+    return isinstance(values, Sequence) and len(values) == count and all(map(is_int, values))
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether it is an integer of any library, and no truth value."""
     # First what a compiler of torch 2.4 can tell of a symbolic size.
     return type(value) is int or (hasattr(value, "__index__") and not isinstance(value, bool))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordconv.coordinates import Coordinates, CoordinatesLike, axis_tokens
+from coordconv.geometry import is_int
 
 Array = npt.NDArray[Any]
 
@@ -115,7 +116,7 @@ def _spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Collection):
         raise TypeError(f"shape must be one int per axis, got {shape!r}")
     for n in shape:
-        if isinstance(n, bool) or not hasattr(n, "__index__"):
+        if not is_int(n):
             raise TypeError(f"shape must hold integers, got {n!r} in {tuple(shape)}")
     lengths = tuple(map(int, shape))
     if not 1 <= len(lengths) <= 3:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from coordconv.coordinates import TOKENS, Coordinates, CoordinatesLike
+from coordconv.geometry import is_int
 from coordconv.grid import Array
 
 POSITIONS = ("last", "first")
@@ -252,7 +253,7 @@ def _checked(name: str, kernel: Array, groups: int, transposed: bool) -> Array:
     kernel = np.asarray(kernel)
     if not _is_kernel(kernel):
         raise ValueError(f"{name} must have 1 to 3 spatial axes and 2 more, got {kernel.shape}")
-    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+    if not is_int(groups):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or len(kernel) % groups:
         channels = f"{len(kernel)} {'input' if transposed else 'output'} channels"
