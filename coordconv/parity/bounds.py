@@ -106,6 +106,10 @@ class Expected:
         """The same in another shape."""
         return Expected(self.value.reshape(shape), self.bound.reshape(shape))
 
+    def widened(self, by: Array | float) -> Expected:
+        """The same value with a larger bound."""
+        return Expected(self.value, self.bound + by)
+
     def error(self, found: Array) -> float:
         """The largest error of ``found`` in units of the bound; inf where nothing bounds it.
 

@@ -32,7 +32,8 @@ from coordconv.parity.bounds import PRECISIONS, Expected, Precision, propagated
 STEPS = 50
 EVERY = 10  # steps between two comparisons
 BETAS = (0.9, 0.999)
-_UNIT = PRECISIONS["float32"].unit
+_FLOAT32 = PRECISIONS["float32"]
+_UNIT = _FLOAT32.unit
 _BATCHES = 4
 _HALF = 4  # pixels on each side of a square's centre: it is 9 wide, as the paper's
 _PERTURBED_RUNS = 2
@@ -127,6 +128,21 @@ class Task:
         error += 4 * _UNIT * np.abs(gradient)
         return loss, Expected(gradient / len(y), error / len(y))
 
+    def gradients(
+        self,
+        weights: Mapping[str, Array],
+        batch: tuple[Array, Array],
+        precision: Precision,
+        passed_on: Callable[[Expected], Expected],
+    ) -> tuple[float, dict[str, Expected]]:
+        """The loss of a batch, and the gradients as :func:`propagated` gives them."""
+        x, target = batch
+        found = propagated(
+            self.network, weights, x, lambda y: self.loss(y, target)[1], precision, passed_on
+        )
+        loss, _ = self.loss(found["y"].value, target)
+        return loss, found
+
     @property
     def _regresses(self) -> bool:
         *_, (_, _, output_shape) = self.network.shapes()
@@ -135,7 +151,7 @@ class Task:
 
 def _sgd(gradient: Expected) -> Expected:
     # the learning rate is rounded, and so is its product with the gradient
-    return Expected(gradient.value, gradient.bound + 3 * _UNIT * gradient.largest)
+    return gradient.widened(3 * _UNIT * gradient.largest)
 
 
 class _Adam:
@@ -200,23 +216,6 @@ TASKS = (
 )
 
 
-def _gradients(
-    task: Task,
-    weights: Mapping[str, Array],
-    batch: tuple[Array, Array],
-    precision: Precision,
-    passed_on: Callable[[Expected], Expected],
-) -> tuple[float, dict[str, Expected]]:
-    """The loss, and the gradients as :func:`propagated` gives them."""
-    x, target = batch
-
-    def loss_gradient(y: Array) -> Expected:
-        return task.loss(y, target)[1]
-
-    found = propagated(task.network, weights, x, loss_gradient, precision, passed_on)
-    return task.loss(found["y"].value, target)[0], found
-
-
 class _PerturbedRun:
     """Training in float64 in which every sum is off, as the module describes it."""
 
@@ -230,7 +229,7 @@ class _PerturbedRun:
 
     def step(self, batch: tuple[Array, Array]) -> dict[str, Expected]:
         """Train on a batch; the gradients are the result."""
-        _, gradients = _gradients(self._task, self._weights, batch, _PROBABLE, self._perturbed)
+        _, gradients = self._task.gradients(self._weights, batch, _PROBABLE, self._perturbed)
         for name, rule in self._rules.items():
             sign, gradient, array = self._signs[name], gradients[name], self._weights[name]
             move = rule(Expected.exact(gradient.value + sign * gradient.bound))
@@ -317,17 +316,15 @@ def exact_run(
     weights = {name: Expected.exact(array) for name, array in task.start.items()}
     for count, batch in enumerate(task.batches(steps), 1):
         values = {name: weight.value for name, weight in weights.items()}
-        loss, gradients = _gradients(
-            task, values, batch, PRECISIONS["float32"], lambda found: Expected.exact(found.value)
-        )
+        loss, gradients = task.gradients(values, batch, _FLOAT32, lambda y: Expected.exact(y.value))
         others = [run.step(batch) for run in perturbed]
         found.losses.append(loss)
         for name, rule in rules.items():
             gradient, weight = gradients[name], weights[name]
             distance = max(np.abs(other[name].value - gradient.value).max() for other in others)
-            move = rule(Expected(gradient.value, gradient.bound + distance))
+            move = rule(gradient.widened(distance))
             moved = Expected(weight.value - rate * move.value, weight.bound + rate * move.bound)
-            weights[name] = Expected(moved.value, moved.bound + _UNIT * moved.largest)
+            weights[name] = moved.widened(_UNIT * moved.largest)
         if count % EVERY == 0:
             found.weights[count] = dict(weights)
         advance()
