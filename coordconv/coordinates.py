@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
-AXES = "zyx"  # axis tokens by distance from the last axis: AXES[-1] is the last one
+AXES = "xyz"  # the last axis first
 TOKENS = frozenset(AXES + "r")
-ALIGNMENTS = ("corners", "edges")
-OUTSIDES = ("zero", "extend")
-COORD_INITS = ("fan_in", "zeros")
 
 CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[str] | None"
 
@@ -83,10 +80,8 @@ class Coordinates:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", _checked_channels(self.channels))
         object.__setattr__(self, "span", _checked_span(self.span))
-        if self.align not in ALIGNMENTS:
-            raise ValueError(f"align must be one of {ALIGNMENTS}, got {self.align!r}")
-        if self.outside not in OUTSIDES:
-            raise ValueError(f"outside must be one of {OUTSIDES}, got {self.outside!r}")
+        _check_word("align", self.align, ("corners", "edges"))
+        _check_word("outside", self.outside, ("zero", "extend"))
         object.__setattr__(self, "r_center", _finite("r_center", self.r_center))
 
     def __len__(self) -> int:
@@ -197,13 +192,18 @@ def axis_tokens(rank: int) -> str:
     """The axis tokens of a grid of 1, 2 or 3 axes, last axis first: ``x``, ``xy``, ``xyz``."""
     if rank not in (1, 2, 3):
         raise ValueError(f"a grid has 1, 2 or 3 axes, got {rank}")
-    return AXES[: -rank - 1 : -1]
+    return AXES[:rank]
 
 
 def check_coord_init(coord_init: str) -> None:
     """Raise ValueError if a layer's ``coord_init`` is neither of the two words."""
-    if coord_init not in COORD_INITS:
-        raise ValueError(f"coord_init must be one of {COORD_INITS}, got {coord_init!r}")
+    _check_word("coord_init", coord_init, ("fan_in", "zeros"))
+
+
+def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
+    """Raise ValueError if an argument is none of the words that it may be."""
+    if value not in words:
+        raise ValueError(f"{name} must be one of {words}, got {value!r}")
 
 
 def _checked_channels(channels: object) -> str:
@@ -214,7 +214,7 @@ def _checked_channels(channels: object) -> str:
     if isinstance(channels, str) and channels in _NAMED:
         raise ValueError(
             f"coords must be tokens, got the name {channels!r}: "
-            f"write coords=Coordinates.named({channels!r})"
+            f'write coords=Coordinates.named("{channels}")'
         )
     for token in channels:
         if token not in TOKENS:

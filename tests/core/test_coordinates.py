@@ -272,5 +272,5 @@ def test_numbers_of_another_kind() -> None:
 @pytest.mark.parametrize("name", ["uber", "paper", "paddledetection"])
 def test_a_name_for_tokens_is_told_what_to_write(name: str) -> None:
     for call in (Coordinates, lambda name: Coordinates.resolve(name, 2)):
-        with pytest.raises(ValueError, match=rf"write coords=Coordinates\.named\('{name}'\)"):
+        with pytest.raises(ValueError, match=rf'write coords=Coordinates\.named\("{name}"\)'):
             call(name)
