@@ -50,7 +50,7 @@ from coordconv.backends.jax.networks import precision
 from coordconv.geometry import ConvGeometry
 from coordconv.reference import Reference
 
-PARAMETERS = inspect.signature(nnx.Conv).parameters
+PARAMETERS = inspect.signature(nnx.Conv.__init__).parameters
 NEEDS_METADATA = pytest.mark.skipif(
     "kernel_metadata" not in PARAMETERS,
     reason="this Flax takes no metadata, nor shardings at a call",
