@@ -95,9 +95,7 @@ def adapt_state_dict(
     Raises:
         ValueError: a kernel whose channels fit neither; another ``position``.
 
-    Example:
-        >>> net.load_state_dict(adapt_state_dict(net, torch.load("theirs.pt")))  # doctest: +SKIP
-        >>> net.set_state_dict(adapt_state_dict(net, paddle.load("theirs")))  # doctest: +SKIP
+    Example: in ``networks.py`` of each of the two.
     """
     state = OrderedDict(state_dict)
     vars(state).update(getattr(state_dict, "__dict__", {}))  # of PyTorch, _metadata
@@ -218,10 +216,7 @@ class Tape:
         in compiled and scripted modules and in transformations of ``torch.func`` is not recorded,
         nor are nested, sparse and quantized tensors.
 
-        Example:
-            >>> run = recorded(net, names={"0": "conv"})  # doctest: +SKIP
-            >>> list(run(np.ones((1, 3, 5, 5))))  # doctest: +SKIP
-            ['conv', '1', 'model output']
+        Example: in ``networks.py`` of each of the two.
         """
         differentiated = output_gradient is not None
 

@@ -29,6 +29,9 @@ MUST_HAVE = {
     *(f"coordconv.weights.{name}" for name in ("files", "foreign", "kernels")),
     *(f"coordconv.backends.{name}.layers" for name in BACKENDS),
     *(f"coordconv.backends.{name}.recording" for name in ("flax", "linen")),
+    *(f"coordconv.backends.{name}.networks" for name in ("torch", "paddle")),  # as they share it
+    "coordconv.fusing",
+    "coordconv.backends.torch.fusing",
 }
 
 

@@ -209,7 +209,9 @@ def _forward(
     y = reference.forward(z.value, weight, bias)
     size = reference.forward(z.largest, weight, bias, magnitudes=True)
     terms = conv.fan_in + 1 + (COORDINATE_ROUNDINGS if conv.coords else 0)
-    error = precision.error(size, terms, 4 + (g.taps - 1 if g.transposed else 0))
+    # A product of matrices is rounded with its bias; a layer in parts, and with a map, more often.
+    roundings = 2 if isinstance(layer, Linear) else 4 + (g.taps - 1 if g.transposed else 0)
+    error = precision.error(size, terms, roundings)
     if z.bound.any():
         if conv.coords is not None:
             weight, _ = split_kernel(weight, conv.coords, g.groups, g.transposed)

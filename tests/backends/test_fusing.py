@@ -1,6 +1,7 @@
 """Layers and networks fused for inference: the same outputs, and what cannot be fused."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ def test_maps_are_bounded_and_follow_the_state():
     assert torch.allclose(fused(x.double()), copy.deepcopy(other).double()(x.double()))
 
 
+def test_a_copy_and_a_pickle():
+    layer = exact(CoordConv2d(2, 3, 3))
+    x = inputs(layer, (5, 9))
+    for fused in (layer.fuse(), layer.fuse((5, 9))):
+        for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert torch.equal(twin(x), layer(x))
+
+
 def test_a_map_made_in_inference_mode_serves_in_training():
     layer = exact(CoordConv2d(2, 3, 3))
     fused, x = layer.fuse(), inputs(layer, (5, 9))
@@ -146,13 +155,17 @@ class Block(nn.Module):
 
 
 class Untraceable(nn.Module):
+    """In ``twice`` a ReLU that also stands elsewhere is between the layer and the norm."""
+
     def __init__(self):
         super().__init__()
+        relu = nn.ReLU()
+        self.twice = nn.Sequential(relu, CoordConv2d(8, 8, 1), relu, nn.BatchNorm2d(8))
         self.stem = nn.Sequential(CoordConv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         self.conv, self.bn = CoordConv2d(8, 8, 3), nn.BatchNorm2d(8)
 
     def forward(self, x):
-        return self.bn(self.conv(self.stem(x))) if x.sum() > -1e9 else x
+        return self.bn(self.conv(self.stem(self.twice(x)))) if x.sum() > -1e9 else x
 
 
 def trained(model):
@@ -183,7 +196,7 @@ def test_a_network(kind, size):
         assert isinstance(fused.other, nn.BatchNorm2d)
         assert not report.notes
     else:
-        assert batch_norms == {"stem.0": "stem.1", "conv": None}
+        assert batch_norms == {"twice.1": None, "stem.0": "stem.1", "conv": None}
         assert "torch.fx fails" in str(report)
     assert all((row.size is None) == (size is None) for row in report.layers)
     for name, tensor in model.state_dict().items():
@@ -259,6 +272,8 @@ def test_what_cannot_be_fused():
         fuse(nn.Sequential(AddCoords(), nn.Conv2d(5, 3, 3)))
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         fuse(3)
+    with pytest.raises(TypeError, match="size must be a spatial shape or an example of .*, got 5"):
+        fuse(layer, 5)
     fused = layer.fuse((5, 6))
     with pytest.raises(ValueError, match=r"the size that was fused, \(5, 6\), got \(6, 5\)"):
         fused(torch.zeros(1, 3, 6, 5))

@@ -1,5 +1,6 @@
 """Under which name the package is installed, and what it says of that."""
 
+import os
 import re
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_the_other_coordconv_is_named(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", "import coordconv; coordconv.coordinate_grid((2,))"],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        env={"PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path)))},
         capture_output=True,
         text=True,
         check=True,

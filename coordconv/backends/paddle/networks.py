@@ -1,4 +1,16 @@
-"""Networks in Paddle: what :mod:`coordconv.tape` does not know of it."""
+"""Networks in Paddle: what :mod:`coordconv.tape` does not know of it.
+
+Example:
+    >>> import numpy as np
+    >>> from coordconv.backends.paddle import CoordConv2D, adapt_state_dict, recorded
+    >>> net = nn.Sequential(CoordConv2D(3, 8, 3), nn.ReLU())
+    >>> run = recorded(net, names={"0": "conv"})
+    >>> {name: array.shape for name, array in run(np.ones((1, 3, 5, 5))).items()}
+    {'conv': (1, 8, 3, 3), '1': (1, 8, 3, 3), 'model output': (1, 8, 3, 3)}
+    >>> state = {f"0.conv.{n}": t for n, t in nn.Conv2D(3, 8, 3).state_dict().items()}
+    >>> {n: list(t.shape) for n, t in adapt_state_dict(net, state).items()}
+    {'0.weight': [8, 5, 3, 3], '0.bias': [8]}
+"""
 
 from __future__ import annotations
 

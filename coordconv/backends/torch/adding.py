@@ -188,11 +188,15 @@ def product(
     """A pointwise layer as a product of matrices for each sample, to which P is added."""
     shape, out = tuple(x.shape[2:]), len(coordinates)
     plan = MapPlan(geometry, coords, shape, shape)
-    added = _position_bias(plan, coordinates, plan.divided(out), out, known=True).flatten(1)
-    if bias is not None:
-        added = added + bias[:, None]
+    added = _position_bias(plan, coordinates, plan.divided(out), out, known=True)
+    return multiplied(x, features, bias, added)
+
+
+def multiplied(x: Tensor, features: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
+    """The product of :func:`product`, with P ``(out, *S)`` as it is ``added``."""
+    added = added.flatten(1) if bias is None else added.flatten(1) + bias[:, None]
     matrix = features.flatten(1).expand(x.shape[0], -1, -1)
-    return torch.baddbmm(added, matrix, x.flatten(2)).unflatten(2, shape)
+    return torch.baddbmm(added, matrix, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _is_one_without_gradient(output: Tensor, kernel: Tensor, low: bool) -> bool:

@@ -31,7 +31,8 @@ class FusedCoordConv(nn.Module):
     Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
     the last eight sizes are kept, each made when its first input comes, and what a compiler or an
     exporter traces makes its map in the graph. No parameter of it requires a gradient. Hooks of the
-    layer are not carried over.
+    layer are not carried over. Fuse a layer in the type that it is to run in: a map is made in
+    float32 at least, but moves to 16 bits with what it is a buffer of.
 
     Shape:
         as the layer, with inputs of ``size`` alone if there is one.
@@ -58,7 +59,7 @@ class FusedCoordConv(nn.Module):
                 raise ValueError(f"size must have {layer.rank} lengths, got {self.size}")
             zeros = features.new_zeros(1, layer.in_channels, *self.size)
             self.map = self._made(self.size, tuple(self.conv(zeros).shape[2:]), coordinates)
-        self.register_load_state_dict_post_hook(lambda self, _: self._maps.clear())
+        self.register_load_state_dict_post_hook(_forget_maps)
         self.eval()
 
     def _made(self, shape: tuple[int, ...], lengths: tuple[int, ...], kernel: Tensor) -> Tensor:
@@ -68,34 +69,44 @@ class FusedCoordConv(nn.Module):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The layer's output."""
         geometry, kernel = options.geometry(self.conv), self.conv.weight
-        known = adding.is_known(input)
-        shape = tuple(input.shape[-geometry.rank :])
-        if self.size is not None and known and shape != self.size:
-            raise ValueError(f"input must have the size that was fused, {self.size}, got {shape}")
-        output = self.conv(input) if output_size is None else self.conv(input, output_size)
         low = adding.is_low_precision(kernel, kernel.dtype)
-        if self.map is not None:
-            return adding.add(output, self.map, low)
-        if not known:
+        shape = tuple(input.shape[-geometry.rank :])
+        if self.size is not None and not isinstance(input, torch.fx.Proxy) and shape != self.size:
+            raise ValueError(f"input must have the size that was fused, {self.size}, got {shape}")
+        if adding.is_product(geometry, input, kernel, low):  # of which the layer itself makes use
+            return adding.multiplied(input, kernel, self.conv.bias, self._map(shape, shape))
+        output = self.conv(input) if output_size is None else self.conv(input, output_size)
+        if self.map is None and not adding.is_known(input):
             given = geometry, self.coords, output, input, self.coordinates
             return adding.add_map(*given, self.conv.out_channels, low)
-        lengths = tuple(output.shape[-geometry.rank :])
-        key = shape, lengths, kernel.dtype, kernel.device
-        if key not in self._maps:
-            while len(self._maps) >= _MOST_MAPS:
-                self._maps.pop(next(iter(self._maps)))
-            self._maps[key] = self._made(shape, lengths, self.coordinates)
-        return adding.add(output, self._maps[key], low)
+        return adding.add(output, self._map(shape, tuple(output.shape[-geometry.rank :])), low)
+
+    def _map(self, shape: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+        """P for a known shape: the one map, or one of the last few."""
+        if self.map is not None:
+            return self.map
+        key = shape, lengths, self.coordinates.dtype, self.coordinates.device
+        found = self._maps.get(key)
+        if found is None:  # threads may both make one, and find another evicted
+            for oldest in [*self._maps][: 1 - _MOST_MAPS]:
+                self._maps.pop(oldest, None)
+            found = self._maps[key] = self._made(shape, lengths, self.coordinates)
+        return found
 
     def extra_repr(self) -> str:
         return f"coords={self.coords!r}, size={self.size}"
+
+
+def _forget_maps(module: Any, _: Any) -> None:
+    """After a state was loaded; a function of the module, as no pickle takes a lambda."""
+    module._maps.clear()
 
 
 def _plain(layer: Any, features: Tensor, bias: Tensor | None) -> Any:
     """Torch's own convolution with a layer's options and the features' part of its kernel."""
     extra = {"output_padding": layer.output_padding} if layer.transposed else {}
     conv = nn.utils.skip_init(
-        getattr(nn, f"Conv{'Transpose' if layer.transposed else ''}{layer.rank}d"),
+        options.plain_class(layer),
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -131,7 +142,7 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
         The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module; another ``size``.
         ValueError: a CoordConv or a batch normalization is in training mode; there is no CoordConv.
 
     Example:
@@ -244,12 +255,16 @@ def _followers(model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
 def _neighbours(model: nn.Module) -> Iterator[tuple[str, str]]:
     for prefix, each in model.named_modules():
         if type(each) is nn.Sequential:
-            names = [f"{prefix}.{name}".removeprefix(".") for name, _ in each.named_children()]
-            yield from pairwise(names)
+            # With duplicates: what stands twice, such as one ReLU, still stands between others.
+            found = each.named_modules(remove_duplicate=False)
+            names = [name for name, _ in found if name and "." not in name]
+            yield from pairwise(f"{prefix}.{name}".removeprefix(".") for name in names)
 
 
 def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:
     """The size at each layer that sees one, in a network that is given an input of this size."""
+    if not isinstance(size, (Tensor, Sequence)):
+        raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
     if isinstance(size, Tensor) or any(isinstance(each, Tensor) for each in size):
         inputs = (size,) if isinstance(size, Tensor) else tuple(size)
     else:

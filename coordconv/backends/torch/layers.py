@@ -62,7 +62,7 @@ class TorchCoordLayer(TapeLayer):
             super().reset_parameters()
             return
         layout = self._layout_of(self.weight)
-        plain = getattr(nn, f"Conv{'Transpose' if self.transposed else ''}{self.rank}d")(
+        plain = options.plain_class(self)(
             layout.channels,
             self.out_channels,
             self.kernel_size,

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coordconv.geometry import ConvGeometry, check_input
 
@@ -29,6 +29,11 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         check_input(
             input.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=0
         )
+
+
+def plain_class(layer: Any) -> Any:
+    """Torch's own class of a layer."""
+    return getattr(nn, f"Conv{'Transpose' if layer.transposed else ''}{layer.rank}d")
 
 
 def geometry(layer: Any) -> ConvGeometry:
