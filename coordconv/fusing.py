@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,3 +81,27 @@ def folded(
         product = weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))
     bias = (weights.get("bias", 0.0) - mean) * factor + shift
     return {"weight": product.astype(weight.dtype), "bias": bias.astype(weight.dtype)}
+
+
+def followed_alone(
+    pairs: Mapping[str, str], outputs: Callable[[Mapping[str, str]], Sequence[Array]]
+) -> dict[str, str]:
+    """Of layers and what takes their output, those whose output nothing else takes.
+
+    For frameworks without a graph that names a network's layers. ``outputs(poisoned)`` runs the
+    network, with NaN as the output of each layer in ``poisoned`` for everything but its partner
+    there, which is given what the layer computed. If NaN changes what the network returns, something
+    else saw it.
+    """
+    wanted = outputs({})
+
+    def unchanged(poisoned: Mapping[str, str]) -> bool:
+        found = outputs(poisoned)
+        return len(found) == len(wanted) and all(
+            np.array_equal(one, other, equal_nan=True)
+            for one, other in zip(found, wanted, strict=True)
+        )
+
+    if unchanged(pairs):
+        return dict(pairs)
+    return {layer: after for layer, after in pairs.items() if unchanged({layer: after})}
