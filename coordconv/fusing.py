@@ -90,8 +90,8 @@ def followed_alone(
 
     For frameworks without a graph that names a network's layers. ``outputs(poisoned)`` runs the
     network, with NaN as the output of each layer in ``poisoned`` for everything but its partner
-    there, which is given what the layer computed. If NaN changes what the network returns, something
-    else saw it.
+    there, which is given what the layer computed. If NaN changes what the network returns,
+    something else saw it.
     """
     wanted = outputs({})
 
