@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -85,8 +86,25 @@ def choose(
         # One graph for all sizes, but for a batch of one, of which compilers make another anyway.
         batch = 1 if single or x.shape[0] == 1 else position_bias.USUAL_BATCH
         positions = position_bias.USUAL_POSITIONS
+    elif _is_exporting() and not geometry.transposed:
+        _warn_of_quantizers()
     given = geometry, coords, channels, out
     return position_bias.choose(*given, batch=batch, positions=positions, low_precision=low)
+
+
+def _warn_of_quantizers() -> None:
+    """Say so if a layer is exported in a way that torchao's quantizers leave it in float.
+
+    These, X86InductorQuantizer and its subclasses, find convolutions by function in a program of
+    strict export, and in any other by the very class of the module.
+    """
+    strict = torch.compiler.is_dynamo_compiling()
+    if not strict and "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer" in sys.modules:
+        warnings.warn(
+            "X86InductorQuantizer leaves a CoordConv of this program in float: "
+            "export with strict=True, or fuse the network first",
+            stacklevel=2,
+        )
 
 
 def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
