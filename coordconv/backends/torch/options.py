@@ -23,7 +23,10 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
     if not isinstance(input, Tensor):
         return
     if not (input.is_floating_point() or input.is_complex()):
-        raise TypeError(f"input must be floating-point, got {input.dtype}")
+        instead = ""
+        if input.is_quantized:
+            instead = ": eager mode leaves this layer in float, PT2E and prepare_fx quantize it"
+        raise TypeError(f"input must be floating-point, got {input.dtype}{instead}")
     if all(type(n) is int for n in input.shape):
         axis = -1 - rank
         check_input(
