@@ -195,9 +195,9 @@ def axis_tokens(rank: int) -> str:
     return AXES[:rank]
 
 
-def check_coord_init(coord_init: str) -> None:
-    """Raise ValueError if a layer's ``coord_init`` is neither of the two words."""
-    _check_word("coord_init", coord_init, ("fan_in", "zeros"))
+def check_coord_init(coord_init: str, argument: str = "coord_init") -> None:
+    """Raise ValueError if how a kernel starts is neither of the two words."""
+    _check_word(argument, coord_init, ("fan_in", "zeros"))
 
 
 def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:

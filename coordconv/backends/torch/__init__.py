@@ -1,5 +1,6 @@
 """CoordConv for PyTorch."""
 
+from coordconv.backends.torch.changing import add_coords, remove_coords
 from coordconv.backends.torch.files import from_state, read_state
 from coordconv.backends.torch.fusing import fuse
 from coordconv.backends.torch.layers import (
@@ -45,12 +46,14 @@ __all__ = [
     "LazyCoordConvTranspose2d",
     "LazyCoordConvTranspose3d",
     "adapt_state_dict",
+    "add_coords",
     "build",
     "evaluate",
     "from_state",
     "fuse",
     "read_state",
     "recorded",
+    "remove_coords",
     "trainer",
     "write_state",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from coordconv.backends.torch import adding, options
+from coordconv.backends.torch import adding, converting, options
 from coordconv.backends.torch.fusing import FusedCoordConv
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
@@ -76,6 +76,10 @@ class TorchCoordLayer(TapeLayer):
             if self.bias is not None:
                 self.bias.copy_(plain.bias)
 
+    @classmethod
+    def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:
+        return converting.from_conv(cls, conv, Coordinates.resolve(coords, cls.rank), init)
+
     def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
         """For inference: a plain convolution and one constant map, or the maps of the last sizes.
 
@@ -100,12 +104,10 @@ class TorchCoordLayer(TapeLayer):
         self, x: Any, kernel: Any, bias: Any, convolve: Callable[[Any, Any, Any], Any]
     ) -> Any:
         """The layer's output, where its base class has ``convolve(x, kernel, bias)``."""
-        geometry, out, low = (
-            options.geometry(self),
-            self.out_channels,
-            self._is_low_precision(kernel),
-        )
-        if adding.choose(geometry, self.coords, x, self.in_channels, out, low) == APPEND:
+        geometry, out = options.geometry(self), self.out_channels
+        low = self._is_low_precision(kernel)
+        given = geometry, self.coords, x, self.in_channels, out, low
+        if not self.map_only and adding.choose(*given) == APPEND:
             return convolve(adding.append(self.coords, x, self.rank, self.groups), kernel, bias)
         features, coordinates = self.layout.split(kernel)
         output = convolve(x, features, bias)
@@ -160,7 +162,8 @@ class _CoordConv(TorchCoordLayer):
 
     def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
         geometry = options.geometry(self)
-        if adding.is_product(geometry, input, weight, self._is_low_precision(weight)):
+        low = self._is_low_precision(weight)
+        if not self.map_only and adding.is_product(geometry, input, weight, low):
             features, coordinates = self.layout.split(weight)
             return adding.product(geometry, self.coords, input, features, bias, coordinates)
         return self._coord_conv(input, weight, bias, super()._conv_forward)

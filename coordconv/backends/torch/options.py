@@ -35,8 +35,8 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
 
 
 def plain_class(layer: Any) -> Any:
-    """Torch's own class of a layer."""
-    return getattr(nn, f"Conv{'Transpose' if layer.transposed else ''}{layer.rank}d")
+    """Torch's own class of a layer, or of a convolution."""
+    return getattr(nn, f"Conv{'Transpose' if layer.transposed else ''}{len(layer.kernel_size)}d")
 
 
 def geometry(layer: Any) -> ConvGeometry:
