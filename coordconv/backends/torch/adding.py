@@ -89,7 +89,21 @@ def choose(
     elif _is_exporting() and not geometry.transposed:
         _warn_of_quantizers()
     given = geometry, coords, channels, out
-    return position_bias.choose(*given, batch=batch, positions=positions, low_precision=low)
+    way = position_bias.choose(*given, batch=batch, positions=positions, low_precision=low)
+    if _is_quantizing(x) and (way != position_bias.APPEND or geometry.transposed):
+        # Its operators take no convolution of a constant grid, and those of its engine x86 get
+        # transposed convolutions of other numbers of channels in and out wrong, plain ones too.
+        raise NotImplementedError(
+            "prepare_fx quantizes no CoordConv that is transposed, grouped, in 16 bits "
+            'or outside="extend": use PT2E, or list its class as "non_traceable_module_class"'
+        )
+    return way
+
+
+def _is_quantizing(x: Any) -> bool:
+    """Whether a layer is traced by FX graph mode quantization."""
+    tracer = type(x.tracer).__module__ if isinstance(x, torch.fx.Proxy) else ""
+    return tracer.startswith("torch.ao.quantization")
 
 
 def _warn_of_quantizers() -> None:
