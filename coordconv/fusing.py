@@ -1,13 +1,20 @@
-"""What ``fuse`` of each backend reports: which layers of a network it replaced, and how."""
+"""``fuse`` of each backend without a framework: what it replaces, and what it reports."""
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from coordconv.grid import Array
+from coordconv.layers import CoordLayer
+
+Named = Sequence[tuple[str, Any]]  # all modules of a network; one in two places has both names
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,76 @@ def folded(
     return {"weight": product.astype(weight.dtype), "bias": bias.astype(weight.dtype)}
 
 
+def check_forward(layer: Any) -> None:
+    """Refuse a subclass that computes something of its own, which a fused layer would not."""
+    if not type(layer).forward.__module__.startswith("coordconv."):
+        raise ValueError(
+            f"{type(layer).__name__} has a forward of its own, which would be lost: use the "
+            "CoordConv inside a module instead"
+        )
+
+
+def layers_to_fuse(named: Named, batch_norms: tuple[type, ...]) -> dict[str, Any]:
+    """The CoordConvs of a network by their first names; ValueError if it is not ready for it."""
+    found = {id(each): (n, each) for n, each in reversed(named) if isinstance(each, CoordLayer)}
+    if not found:
+        raise ValueError("model has no CoordConv to fuse")
+    for name, each in named:
+        if each.training and isinstance(each, (CoordLayer, *batch_norms)):
+            raise ValueError(
+                f"model must be in evaluation mode, {name!r} is not: call model.eval()"
+            )
+    return dict(reversed(found.values()))
+
+
+def neighbours(named: Named, sequence: type, batch_norms: tuple[type, ...]) -> dict[str, str]:
+    """The batch normalization right behind each CoordConv, in modules that run one by one.
+
+    Both stand in that one place alone. What stands twice, such as one ReLU, still stands between
+    others.
+    """
+    modules, times = dict(named), Counter(id(each) for _, each in named)
+    pairs: dict[str, str] = {}
+    for prefix, each in named:
+        if type(each) is sequence:
+            start = f"{prefix}." if prefix else ""
+            inside = [n for n in modules if n.startswith(start) and "." not in n[len(start) :]]
+            pairs |= dict(pairwise(n for n in inside if n))
+    return {
+        name: after
+        for name, after in pairs.items()
+        if isinstance(modules[name], CoordLayer)
+        and type(modules[after]) in batch_norms
+        and times[id(modules[name])] == times[id(modules[after])] == 1
+    }
+
+
+def fused_copy(
+    model: Any,
+    named: Named,
+    layers: Mapping[str, Any],
+    pairs: Mapping[str, str],
+    notes: tuple[str, ...],
+    fused: Callable[[str, Any, Any], Any],
+    identity: Callable[[], Any],
+) -> Any:
+    """A copy of a network with each of ``layers`` replaced by ``fused(name, layer, norm or None)``.
+
+    An ``identity()`` stands in place of each norm. The copy is made with them in its memo, so that
+    they are wherever the network refers to what they replace, also in lists of its own.
+    """
+    modules, rows, memo = dict(named), [], {}
+    for name, layer in layers.items():
+        norm = modules[pairs[name]] if name in pairs else None
+        memo[id(layer)] = made = fused(name, layer, norm)
+        if norm is not None:
+            memo[id(norm)] = identity()
+        rows.append(FusedLayer(name, type(layer).__name__, made.size, pairs.get(name)))
+    copied = copy.deepcopy(model, memo)
+    copied.fuse_report = FuseReport(tuple(rows), notes)
+    return copied
+
+
 def followed_alone(
     pairs: Mapping[str, str], outputs: Callable[[Mapping[str, str]], Sequence[Array]]
 ) -> dict[str, str]:
@@ -91,9 +168,11 @@ def followed_alone(
     For frameworks without a graph that names a network's layers. ``outputs(poisoned)`` runs the
     network, with NaN as the output of each layer in ``poisoned`` for everything but its partner
     there, which is given what the layer computed. If NaN changes what the network returns,
-    something else saw it.
+    something else saw it. Nothing is shown by a network that returns nothing, or NaN anyway.
     """
     wanted = outputs({})
+    if not any(each.size for each in wanted) or any(np.isnan(each).any() for each in wanted):
+        return {}
 
     def unchanged(poisoned: Mapping[str, str]) -> bool:
         found = outputs(poisoned)

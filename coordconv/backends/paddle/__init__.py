@@ -7,6 +7,7 @@ with warnings.catch_warnings():  # of a compiler cache, which only builders of e
     import paddle  # noqa: F401
 
 from coordconv.backends.paddle.files import from_state, read_state
+from coordconv.backends.paddle.fusing import fuse
 from coordconv.backends.paddle.layers import (
     AddCoords,
     CoordConv1D,
@@ -39,6 +40,7 @@ __all__ = [
     "build",
     "evaluate",
     "from_state",
+    "fuse",
     "read_state",
     "recorded",
     "trainer",

@@ -6,7 +6,7 @@ of a few lines. That ``forward`` is written anew, as no step of it can be replac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paddle
@@ -14,6 +14,7 @@ from paddle import Tensor, nn
 from paddle.utils.decorator_utils import param_one_alias
 
 from coordconv.backends.paddle import adding, options
+from coordconv.backends.paddle.fusing import FusedCoordConv
 from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
@@ -80,6 +81,23 @@ class _CoordLayer(TapeLayer):
         features, coordinates = adding.split(self.layout, self.weight)
         output = adding.convolve(self, x, features, None, output_size)
         return adding.add_map(self, output, x, coordinates, output_size)
+
+    def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
+        """For inference: a plain convolution and one constant map, or the maps of the last sizes.
+
+        Args:
+            size: the spatial shape of all inputs to come; None for any.
+
+        Raises:
+            ValueError: the layer is in training mode, or ``size`` of another rank.
+
+        Example:
+            >>> layer = CoordConv2D(3, 8, 3)
+            >>> layer.eval()
+            >>> list(layer.fuse((16, 20))(paddle.zeros([2, 3, 16, 20])).shape)
+            [2, 8, 14, 18]
+        """
+        return FusedCoordConv(self, size, self.weight, self.bias)
 
     def set_state_dict(
         self, state_dict: dict[str, Any], use_structured_name: bool = True
