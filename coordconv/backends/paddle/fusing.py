@@ -44,7 +44,8 @@ class FusedCoordConv(nn.Layer):
     Made by the layer's ``fuse(size)``. The bias is in the map, as Paddle adds a bias slowly. With a
     ``size`` the map is a buffer; without, the maps of the last eight sizes are kept, each made when
     its first input comes, and a traced program makes its map in the graph. No parameter of it takes
-    a gradient. Hooks of the layer are not carried over.
+    a gradient. Hooks of the layer are not carried over. Fuse a layer in the type that it is to run
+    in: a map is made in float32 at least, but moves to 16 bits with what it is a buffer of.
 
     Shape:
         as the layer, with inputs of ``size`` alone if there is one.
@@ -397,7 +398,7 @@ def _inputs(model: nn.Layer, size: Any) -> tuple[Any, ...]:
         return (size,)
     if not isinstance(size, Sequence) or isinstance(size, str) or not size:
         raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
-    if not all(map(is_int, size)):
+    if not all(is_int(each) and not isinstance(each, Tensor) for each in size):
         return tuple(size)
     first = next(m for m in model.sublayers(include_self=True) if hasattr(m, "_in_channels"))
     channels, last = first._in_channels, first._data_format.endswith("C")
