@@ -101,7 +101,10 @@ def check_forward(layer: Any) -> None:
 
 def layers_to_fuse(named: Named, batch_norms: tuple[type, ...]) -> dict[str, Any]:
     """The CoordConvs of a network by their first names; ValueError if it is not ready for it."""
-    found = {id(each): (n, each) for n, each in reversed(named) if isinstance(each, CoordLayer)}
+    found: dict[int, tuple[str, Any]] = {}
+    for name, each in named:
+        if isinstance(each, CoordLayer):
+            found.setdefault(id(each), (name, each))
     if not found:
         raise ValueError("model has no CoordConv to fuse")
     for name, each in named:
@@ -109,22 +112,31 @@ def layers_to_fuse(named: Named, batch_norms: tuple[type, ...]) -> dict[str, Any
             raise ValueError(
                 f"model must be in evaluation mode, {name!r} is not: call model.eval()"
             )
-    return dict(reversed(found.values()))
+    return dict(found.values())
 
 
-def neighbours(named: Named, sequence: type, batch_norms: tuple[type, ...]) -> dict[str, str]:
-    """The batch normalization right behind each CoordConv, in modules that run one by one.
+def neighbours(named: Named, sequence: type) -> dict[str, str]:
+    """What is right behind each module, in a ``sequence`` of modules that run one by one.
 
-    Both stand in that one place alone. What stands twice, such as one ReLU, still stands between
-    others.
+    What stands twice, such as one ReLU, still stands between others.
     """
-    modules, times = dict(named), Counter(id(each) for _, each in named)
     pairs: dict[str, str] = {}
     for prefix, each in named:
         if type(each) is sequence:
             start = f"{prefix}." if prefix else ""
-            inside = [n for n in modules if n.startswith(start) and "." not in n[len(start) :]]
-            pairs |= dict(pairwise(n for n in inside if n))
+            inside = [n for n, _ in named if n.startswith(start) and "." not in n[len(start) :]]
+            pairs |= pairwise(n for n in inside if n)
+    return pairs
+
+
+def followed_once(
+    named: Named, pairs: Mapping[str, str], batch_norms: tuple[type, ...]
+) -> dict[str, str]:
+    """Of modules and what follows, CoordConvs and batch normalizations that are in one place alone.
+
+    The very classes of ``batch_norms``, as a subclass may compute anything.
+    """
+    modules, times = dict(named), Counter(id(each) for _, each in named)
     return {
         name: after
         for name, after in pairs.items()

@@ -23,6 +23,7 @@ from coordconv.fusing import (
     check_forward,
     folded,
     followed_alone,
+    followed_once,
     fused_copy,
     layers_to_fuse,
     neighbours,
@@ -33,7 +34,6 @@ from coordconv.recording import mapped
 from coordconv.tape import to_numpy
 
 _MOST_MAPS = 8  # of the last sizes
-# These classes alone, as a subclass may compute anything.
 _BATCH_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm, nn.BatchNorm)
 
 
@@ -176,6 +176,8 @@ def _add(output: Tensor, added: Tensor) -> Tensor:
     """A convolution's output and a constant map, rounded once, as :mod:`adding` adds its own."""
     with adding._no_autocast():
         if adding._is_quick(output) and output.dtype == added.dtype:
+            if len(output) == 1 and output.stop_gradient:
+                return output.add_(added)
             ones = adding._ones(len(output), added.dtype)
             return adding._add_product(output, ones, added.reshape([1, -1]))
         return (output + added).astype(output.dtype)
@@ -260,7 +262,7 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
     pairs: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
     if size is None:
-        pairs = neighbours(named, nn.Sequential, _BATCH_NORMS)
+        pairs = followed_once(named, neighbours(named, nn.Sequential), _BATCH_NORMS)
         if {name for name, each in named if type(each) in _BATCH_NORMS} - {*pairs.values()}:
             notes = ("batch normalizations outside nn.Sequential are left: no size was given",)
     else:

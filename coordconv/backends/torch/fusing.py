@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coordconv.backends.torch import adding, options
-from coordconv.fusing import FusedLayer, FuseReport, folded
+from coordconv.fusing import (
+    Named,
+    check_forward,
+    folded,
+    followed_once,
+    fused_copy,
+    layers_to_fuse,
+    neighbours,
+)
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
@@ -38,8 +45,8 @@ class FusedCoordConv(nn.Module):
         as the layer, with inputs of ``size`` alone if there is one.
 
     Raises:
-        ValueError: the layer is in training mode; at the call, an input of another size than
-            ``size``.
+        ValueError: the layer is in training mode, or has a ``forward`` of its own; at the call, an
+            input of another size than ``size``.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class FusedCoordConv(nn.Module):
         super().__init__()
         if layer.training:
             raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
+        check_forward(layer)
         self.coords, self.size = layer.coords, None if size is None else tuple(size)
         features, coordinates = layer.layout.split(weight.detach())
         self.conv = _plain(layer, features, bias)
@@ -157,45 +165,25 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = copy.deepcopy(model)
-    layers = {name: each for name, each in model.named_modules() if _is_ours(each)}
-    if not layers:
-        raise ValueError("model has no CoordConv to fuse")
-    for name, each in model.named_modules():
-        if each.training and (_is_ours(each) or isinstance(each, _BATCH_NORMS)):
-            raise ValueError(
-                f"model must be in evaluation mode, {name!r} is not: call model.eval()"
-            )
-    has_norms = any(isinstance(each, _BATCH_NORMS) for each in model.modules())
-    pairs, notes = _followers(model) if batch_norm and has_norms else ({}, ())
-    sizes = {} if size is None else _sizes(model, layers, size)
-    rows = []
-    for name, layer in layers.items():
-        weight, bias = layer.weight, layer.bias
-        if name in pairs:
-            norm: Any = model.get_submodule(pairs[name])
-            weight, bias = _folded(layer, norm)
-            _replace(model, norm, nn.Identity())
-        fused = FusedCoordConv(layer, sizes.get(name), weight, bias)
-        rows.append(FusedLayer(name, type(layer).__name__, fused.size, pairs.get(name)))
-        model = _replace(model, layer, fused)
-    model.fuse_report = FuseReport(tuple(rows), notes)  # type: ignore[assignment]  # no module
-    return model
+    run = copy.deepcopy(model)  # what is traced and run, which may change it
+    named = _named(run)
+    layers = layers_to_fuse(named, _BATCH_NORMS)
+    pairs: Mapping[str, str] = {}
+    notes: tuple[str, ...] = ()
+    if batch_norm and any(isinstance(each, _BATCH_NORMS) for _, each in named):
+        pairs, notes = _followers(run, named)
+    sizes = {} if size is None else _sizes(run, layers, size)
+
+    def fused(name: str, layer: Any, norm: Any) -> FusedCoordConv:
+        parameters = (layer.weight, layer.bias) if norm is None else _folded(layer, norm)
+        return FusedCoordConv(layer, sizes.get(name), *parameters)
+
+    return fused_copy(run, named, layers, pairs, notes, fused, nn.Identity)  # type: ignore[no-any-return]
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, CoordLayer)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The model with a module replaced wherever it is; the new one if the model is the old one."""
-    if model is old:
-        return new
-    for name, each in [*model.named_modules(remove_duplicate=False)]:
-        if each is old:
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, new)
-    return model
+def _named(model: nn.Module) -> list[tuple[str, Any]]:
+    """All modules in a network, itself included; what stands in two places has both names."""
+    return [*model.named_modules(remove_duplicate=False)]
 
 
 def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -220,45 +208,30 @@ def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph keeps a call of the module: of layers, those here too."""
-        return _is_ours(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, CoordLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _followers(model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
+def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[str, ...]]:
     """The batch normalization after each CoordConv that nothing else follows, and what to note."""
-    times = Counter(id(each) for _, each in model.named_modules(remove_duplicate=False))
+    notes: tuple[str, ...] = ()
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # noqa: BLE001  # it runs the user's code, which may raise anything
-        found = dict(_neighbours(model))
+        found = neighbours(named, nn.Sequential)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        notes: tuple[str, ...] = (
-            f"batch normalizations outside nn.Sequential are left: torch.fx fails ({reason})",
-        )
+        notes = (f"batch normalizations outside nn.Sequential are left: torch.fx fails ({reason})",)
     else:
         calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        found, notes = {}, ()
+        found = {}
         for node in graph.nodes:
             if node.op != "call_module" or len(node.users) != 1:
                 continue
             (user,) = node.users
             if user.op == "call_module" and calls[node.target] == calls[user.target] == 1:
                 found[str(node.target)] = str(user.target)
-    pairs = {}
-    for name, follower in found.items():
-        layer, norm = model.get_submodule(name), model.get_submodule(follower)
-        once = times[id(layer)] == times[id(norm)] == 1
-        if once and _is_ours(layer) and isinstance(norm, _BATCH_NORMS) and norm.track_running_stats:
-            pairs[name] = follower
-    return pairs, notes
-
-
-def _neighbours(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for prefix, each in model.named_modules():
-        if type(each) is nn.Sequential:
-            # With duplicates: what stands twice, such as one ReLU, still stands between others.
-            found = each.named_modules(remove_duplicate=False)
-            names = [name for name, _ in found if name and "." not in name]
-            yield from pairwise(f"{prefix}.{name}".removeprefix(".") for name in names)
+    modules = dict(named)
+    once = followed_once(named, found, _BATCH_NORMS)
+    return {name: norm for name, norm in once.items() if modules[norm].track_running_stats}, notes
 
 
 def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:
