@@ -136,11 +136,14 @@ def test_changes_are_a_table_and_json_and_are_undone_once():
     rows = (Change("stem", "Conv2d", "CoordConv2d('xy')", 12, 0.0316), Change("", "A", "B", 3))
     changes = Changes(rows, {"head": "it is small"}, lambda: undone.append(True))
     lines = str(changes).splitlines()
-    assert lines[0].split() == "layer from to parameters added variance share".split()
-    assert "3.16%" in lines[1] and "(itself)" in lines[2] and "not reached" in lines[2]
+    assert lines[0].split() == ["layer", "from", "to", "parameters", "added", "variance", "share"]
+    assert "3.16%" in lines[1]
+    assert "(itself)" in lines[2]
+    assert "not reached" in lines[2]
     assert lines[3] == "head: left, it is small"
     found = json.loads(changes.to_json())
-    assert found["layers"][0]["parameters"] == 12 and found["skipped"] == {"head": "it is small"}
+    assert found["layers"][0]["parameters"] == 12
+    assert found["skipped"] == {"head": "it is small"}
     changes.undo()
     assert undone == [True]
     with pytest.raises(RuntimeError, match="nothing to undo"):
