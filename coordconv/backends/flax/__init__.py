@@ -1,5 +1,6 @@
 """CoordConv for Flax NNX."""
 
+from coordconv.backends.flax.fusing import fuse
 from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose
 from coordconv.backends.flax.networks import build
 from coordconv.backends.flax.recording import recorded
@@ -14,6 +15,7 @@ __all__ = [
     "build",
     "evaluate",
     "from_state",
+    "fuse",
     "read_state",
     "recorded",
     "trainer",

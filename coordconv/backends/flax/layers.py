@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
 
+from coordconv.backends.flax.fusing import FusedCoordConv
 from coordconv.backends.jax import adding, options
 from coordconv.backends.jax.arrays import layer_arrays, layer_params
 from coordconv.backends.jax.layers import KernelInit, coord_conv, masked
@@ -40,11 +41,29 @@ class _CoordLayer(CoordLayer):
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The convolution of ``inputs (..., *S, C)`` and their coordinates."""
-        adding.check(self, inputs, self.in_features)
+        adding.check(self, self.coords, inputs, self.in_features)
         kernel = masked(self.kernel[...], self.mask)
         bias = None if self.bias is None else self.bias[...]
         arrays = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return coord_conv(self, super().__call__, arrays, *args, **kwargs)
+
+    def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
+        """For inference: a plain convolution and one constant map, or maps as inputs come.
+
+        Args:
+            size: the spatial shape of all inputs to come; None for any.
+
+        Raises:
+            ValueError: a ``size`` that does not fit the layer; a layer that cannot be split before
+                its call: with a ``__call__`` or a ``conv_general_dilated`` of its own, or that a
+                scan or vmap made.
+
+        Example:
+            >>> layer = CoordConv(3, 8, (3, 3), rngs=nnx.Rngs(0))
+            >>> layer.fuse((16, 20))(jnp.zeros((2, 16, 20, 3))).shape
+            (2, 16, 20, 8)
+        """
+        return FusedCoordConv(self, size)
 
     def _canonical(self) -> dict[str, Array]:
         params = {"kernel": self.kernel, "bias": self.bias}

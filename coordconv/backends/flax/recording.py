@@ -44,15 +44,22 @@ def recorded(
 
     def run(watch: common.Watch, *inputs: Any) -> Any:
         copied = nnx.clone(module)
-        found = [(path, m) for path, m in nnx.iter_graph(copied) if isinstance(m, nnx.Module)]
-        # But for its own, whose output is the model's.
-        paths = {id(m): ".".join(map(str, path)) for path, m in found if path}
-        with _PATCHING, ExitStack() as stack:
-            for kind in {type(m) for _, m in found if callable(m)}:
-                stack.enter_context(_watched(kind, paths, watch))
+        with watched(copied, watch):
             return copied(*inputs, **kwargs)
 
     return common.recorded(run, names, output_gradient, channels_last)
+
+
+@contextmanager
+def watched(model: nnx.Module, watch: common.Watch) -> Iterator[None]:
+    """Within it, ``watch`` calls the modules in a model, by their paths with dots."""
+    found = [(path, m) for path, m in nnx.iter_graph(model) if isinstance(m, nnx.Module)]
+    # But for its own, whose output is the model's.
+    paths = {id(m): ".".join(map(str, path)) for path, m in found if path}
+    with _PATCHING, ExitStack() as stack:
+        for kind in {type(m) for _, m in found if callable(m)}:
+            stack.enter_context(_watched(kind, paths, watch))
+        yield
 
 
 @contextmanager

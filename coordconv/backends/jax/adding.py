@@ -42,9 +42,9 @@ _CONTRACTIONS = {  # by rank: the taps of one axis after another become its posi
 }
 
 
-def check(layer: Any, inputs: Any, channels: int | None) -> None:
-    """Say what is wrong with a layer's ``inputs (..., *S, C)``."""
-    given = {"rank": len(options.kernel_size(layer)), "coords": len(layer.coords)}
+def check(conv: Any, coords: Coordinates, inputs: Any, channels: int | None) -> None:
+    """Say what is wrong with a convolution's ``inputs (..., *S, C)``."""
+    given = {"rank": len(options.kernel_size(conv)), "coords": len(coords)}
     check_input(inputs.shape, **given, channels=channels, channel_axis=-1, batched=-1)
 
 
@@ -57,15 +57,21 @@ def add_coords(inputs: jax.Array, coords: Coordinates, rank: int) -> jax.Array:
 
 
 def coord_conv(
-    layer: Any, arrays: Sequence[Any], convolve: Callable[[Any, Any, Any], jax.Array]
+    layer: Any,
+    arrays: Sequence[Any],
+    convolve: Callable[[Any, Any, Any], jax.Array],
+    made: jax.Array | None = None,
 ) -> jax.Array:
     """The output of a layer of either kind of Flax, in one of the two ways.
 
     The arrays are the inputs ``(..., *S, C)``, the kernel over features and coordinates in Flax's
     layout, and the bias or None, in the type that is computed with. Of three such arrays the
-    layer's base class makes what ``convolve`` returns.
+    layer's base class makes what ``convolve`` returns. Of a fused layer P was ``made``, and the
+    kernel is the features' part.
     """
     inputs, kernel, bias = arrays
+    if made is not None:
+        return add_made(convolve(inputs, kernel, bias), made)
     rank, axis = len(options.kernel_size(layer)), options.input_axis(layer)
     shape = inputs.shape[-1 - rank : -1]
     geometry = options.geometry(layer, shape)
@@ -73,20 +79,27 @@ def coord_conv(
         geometry.output_shape(shape)  # which says what does not fit
     if _way(layer, geometry, inputs, kernel.shape[-3 - axis]) == core.APPEND:
         return convolve(append(layer.coords, inputs, rank, options.groups(layer)), kernel, bias)
+    of_features, of_coordinates = split(layer, kernel)
+    output = convolve(inputs, of_features, bias)
+    return add(output, position_bias(geometry, layer.coords, shape, of_coordinates))
+
+
+def split(layer: Any, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The features' part of a layer's kernel, and ``(*kernel, n, out)`` in the canonical order."""
+    axis = options.input_axis(layer)
     features = kernel.shape[axis] - len(layer.coords)
     of_features = lax.slice_in_dim(kernel, 0, features, axis=axis)
     of_coordinates = lax.slice_in_dim(kernel, features, kernel.shape[axis], axis=axis)
-    output = convolve(inputs, of_features, bias)
     if axis == -1:
         of_coordinates = of_coordinates.swapaxes(-1, -2)
     elif options.is_transposed(layer):
-        of_coordinates = lax.rev(of_coordinates, tuple(range(rank)))
-    return add(output, position_bias(geometry, layer.coords, shape, of_coordinates))
+        of_coordinates = lax.rev(of_coordinates, tuple(range(kernel.ndim - 2)))
+    return of_features, of_coordinates
 
 
 def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str:
     low = jnp.finfo(inputs.dtype).bits < 32
-    if _has_own_step(layer) and not low and layer.coords.outside == "zero":
+    if has_own_step(layer) and not low and layer.coords.outside == "zero":
         return core.APPEND  # whatever that function computes, it has features and coordinates
     rank = geometry.rank
     return core.choose(
@@ -101,7 +114,7 @@ def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str
     )
 
 
-def _has_own_step(layer: Any) -> bool:
+def has_own_step(layer: Any) -> bool:
     """Whether the user gave the layer another function in place of ``lax``'s convolution."""
     own = getattr(layer, "conv_general_dilated_cls", None)
     own = own or getattr(layer, "conv_general_dilated", None)
@@ -229,6 +242,19 @@ def add(output: jax.Array, bias: jax.Array) -> jax.Array:
         repeated = repeated.reshape(output.shape)
     wide = max(output.dtype, bias.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     return (output.astype(wide) + repeated.astype(wide)).astype(output.dtype)
+
+
+def add_made(output: jax.Array, bias: jax.Array) -> jax.Array:
+    """The ``output`` of a convolution and a P that was made before, in a type that is wide enough.
+
+    In PyTorch and Paddle a layer's input has the type of its kernel; JAX promotes the kernel.
+    """
+    if jnp.finfo(output.dtype).bits > jnp.finfo(bias.dtype).bits:
+        raise ValueError(
+            f"input must not make the output {output.dtype}, as the map that was fused is "
+            f"{bias.dtype}: fuse a layer in the type that it is to run in"
+        )
+    return add(output, bias)
 
 
 def _channels(array: jax.Array, picked: Sequence[int], axis: int = -2) -> jax.Array:

@@ -39,7 +39,9 @@ class _Seen:
         return inputs, self._kernel, self._bias
 
 
-def coord_conv(layer: Any, call: Any, arrays: Any, *args: Any, **kwargs: Any) -> jax.Array:
+def coord_conv(
+    layer: Any, call: Any, arrays: Any, *args: Any, made: jax.Array | None = None, **kwargs: Any
+) -> jax.Array:
     """The output of a layer for its promoted arrays: inputs, masked kernel, and bias or None.
 
     ``call`` is the base class's, bound to the layer. Its function is called by itself: as a method
@@ -50,7 +52,7 @@ def coord_conv(layer: Any, call: Any, arrays: Any, *args: Any, **kwargs: Any) ->
     def convolve(inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         return function(_Seen(layer, kernel, bias), inputs, *args, **kwargs)
 
-    return adding.coord_conv(layer, arrays, convolve)
+    return adding.coord_conv(layer, arrays, convolve, made)
 
 
 def masked(kernel: jax.Array, mask: Any) -> jax.Array:

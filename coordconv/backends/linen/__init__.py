@@ -3,6 +3,7 @@
 from coordconv.backends.jax.files import from_state, read_state
 from coordconv.backends.jax.files import write_variables as write_state
 from coordconv.backends.jax.networks import COMPILED, evaluate, trainer
+from coordconv.backends.linen.fusing import fuse
 from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose
 from coordconv.backends.linen.networks import build
 from coordconv.backends.linen.recording import recorded
@@ -15,6 +16,7 @@ __all__ = [
     "build",
     "evaluate",
     "from_state",
+    "fuse",
     "read_state",
     "recorded",
     "trainer",

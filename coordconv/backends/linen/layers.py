@@ -12,9 +12,10 @@ from flax import linen as nn
 from flax.core import meta
 from jax import numpy as jnp
 
-from coordconv.backends.jax import adding, options
+from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.arrays import layer_arrays, layer_params
 from coordconv.backends.jax.layers import KernelInit, coord_conv, masked
+from coordconv.backends.linen.fusing import MAPS, map_for
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
 from coordconv.layers import FixedCoords, check_arguments
@@ -41,23 +42,36 @@ class _CoordLayer(FixedCoords, nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The convolution of ``inputs (..., *S, C)`` and their coordinates."""
-        axis, groups, n = options.input_axis(self), options.groups(self), len(self.coords)
+        axis, groups = options.input_axis(self), options.groups(self)
+        maps = self.variables.get(MAPS, {})  # of a fused layer, whose kernel is the features' part
+        n = 0 if maps else len(self.coords)
         made: Any = meta.unbox(self.get_variable("params", "kernel"))
         # Before there is a kernel the features are those of the first input.
-        adding.check(self, inputs, None if made is None else (made.shape[axis] - n) * groups)
+        channels = None if made is None else (made.shape[axis] - n) * groups
+        adding.check(self, self.coords, inputs, channels)
         shape = [*options.kernel_size(self), self.features, self.features]
         shape[axis] = inputs.shape[-1] // groups + n
         init = KernelInit(self.kernel_init, n if self.coord_init == "zeros" else 0, axis)
-        kernel = masked(self.param("kernel", init, tuple(shape), self.param_dtype), self.mask)
+        kernel = self.param("kernel", init, tuple(shape), self.param_dtype)
+        kernel = kernel if maps else masked(kernel, self.mask)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         arrays = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return coord_conv(self, super().__call__, arrays)
+        made = map_for(maps, fusing.spatial_shape(self, inputs)) if maps else None
+        return coord_conv(self, super().__call__, arrays, made=made)
 
     @nn.nowrap
     def export_weights(self, variables: Mapping[str, Any]) -> Weights:
-        """The canonical weights in ``variables``: ``weight`` and, where there is one, ``bias``."""
+        """The canonical weights in ``variables``: ``weight`` and, where there is one, ``bias``.
+
+        Raises:
+            ValueError: the variables come from ``fuse``.
+        """
+        if MAPS in variables:
+            raise ValueError(
+                "variables must be those from before fuse, which left the features' part alone"
+            )
         params = meta.unbox(variables["params"])
         return Weights(layer_arrays(params, reverse=options.is_reversed(self)), {"": self.coords})
 
