@@ -34,6 +34,24 @@ from coordconv.recording import mapped
 from coordconv.tape import to_numpy
 
 _MOST_MAPS = 8  # of the last sizes
+_OPTIONS = (  # of a layer, those that options.py and adding.py read
+    "coords",
+    "rank",
+    "transposed",
+    "channels_last",
+    "output_padding",
+    "_in_channels",
+    "_groups",
+    "_kernel_size",
+    "_stride",
+    "_padding",
+    "_padding_mode",
+    "_padding_algorithm",
+    "_updated_padding",
+    "_reversed_padding_repeated_twice",
+    "_dilation",
+    "_data_format",
+)
 _BATCH_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm, nn.BatchNorm)
 
 
@@ -78,7 +96,8 @@ class FusedCoordConv(nn.Layer):
         coordinates: Any
         features, coordinates = (each.clone() for each in layer.layout.split(weight.detach()))
         self.conv = _plain(layer, features)
-        self._rank, self._transposed = layer.rank, layer.transposed
+        # Not read of conv, as quantization puts another layer in its place.
+        self._options = {name: getattr(layer, name) for name in _OPTIONS if hasattr(layer, name)}
         self._maps: dict[Any, Tensor] = {}
         self._made_of: list[Tensor] = []  # the values of coordinates and bias behind those maps
         bias = None if bias is None else bias.detach().clone()
@@ -93,19 +112,8 @@ class FusedCoordConv(nn.Layer):
         self.eval()
 
     def _like_layer(self, bias: Tensor | None) -> Any:
-        """The convolution with what ``adding`` asks of a layer beside it."""
-        ours = {
-            "coords": self.coords,
-            "rank": self._rank,
-            "transposed": self._transposed,
-            "channels_last": self._channels_last,
-            "bias": bias,
-        }
-        return SimpleNamespace(**(vars(self.conv) | ours))
-
-    @property
-    def _channels_last(self) -> bool:
-        return bool(self.conv._data_format.endswith("C"))
+        """What ``adding`` asks of a layer: its options, and the bias that its map takes."""
+        return SimpleNamespace(**self._options, bias=bias)
 
     def _made(
         self,
@@ -117,9 +125,10 @@ class FusedCoordConv(nn.Layer):
     ) -> Tensor:
         """P and the bias ``(1, out, *lengths)``, in float32 at least."""
         dtype = paddle.float64 if kernel.dtype == paddle.float64 else paddle.float32
+        last = self._options["channels_last"]
         kernel, bias = kernel.astype(dtype), None if bias is None else bias.astype(dtype)
         x, output = (
-            paddle.zeros([1, *s, c] if self._channels_last else [1, c, *s], dtype).to(kernel.place)
+            paddle.zeros([1, *s, c] if last else [1, c, *s], dtype).to(kernel.place)
             for c, s in ((1, shape), (len(kernel), lengths))
         )
         with paddle.no_grad():
@@ -128,23 +137,21 @@ class FusedCoordConv(nn.Layer):
     @paddle.jit.marker.unified
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """The layer's output."""
-        conv, last = self.conv, self._channels_last
-        options.check(x, self._rank, last, conv._in_channels, len(self.coords))
+        layer = self._like_layer(self.bias)
+        last = layer.channels_last
+        options.check(x, layer.rank, last, layer._in_channels, len(self.coords))
         shape = adding.spatial_shape(x, last)
         known = all(isinstance(n, int) for n in shape)
         if self.size is not None and (not known or shape != self.size):
             got = shape if known else "one that input_spec leaves open"
             raise ValueError(f"input must have the size that was fused, {self.size}, got {got}")
         if known:
-            options.output_shape(
-                options.geometry(self._like_layer(None), shape, output_size), shape
-            )
-        output = conv(x, output_size) if self._transposed else conv(x)
+            options.output_shape(options.geometry(layer, shape, output_size), shape)
+        output = self.conv(x, output_size) if layer.transposed else self.conv(x)
         added = self.map
         if added is None and paddle.in_dynamic_mode():
             added = self._map(shape, adding.spatial_shape(output, last), output_size)
         if added is None:
-            layer = self._like_layer(self.bias)
             return adding.add_map(layer, output, x, self.coordinates, output_size)
         if list(added.shape[1:]) != list(output.shape[1:]):
             raise ValueError(
