@@ -130,6 +130,10 @@ def add_map(
             grid = _coordinates(coords, x[:1], last, kernel.dtype)
             kernel = kernel.moveaxis(0, 1) if layer.transposed else kernel
             added = convolve(layer, grid, kernel, bias, output_size, groups=1)
+            if not paddle.in_dynamic_mode():
+                # Of a batch that is not known to be 1, paddle.inference takes P for as large as
+                # the output, with which it fuses the sum, and fails.
+                added = added[0]
         else:
             plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
             conv = _CONVOLVE[layer.rank, False]
@@ -148,7 +152,7 @@ def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any
         return grid.expand([len(x), *grid.shape])
     exact = paddle.float32 if dtype in _LOW_PRECISION else dtype
     lengths = [_scalar(n, exact) for n in shape]
-    positions = [paddle.arange(0, n, dtype=exact) for n in lengths]
+    positions = [_arange(n, exact) for n in lengths]
     zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
     values = channel_values(coords, positions, lengths, paddle.sqrt)
     parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
@@ -163,7 +167,12 @@ def _padded_coordinates(plan: MapPlan, kernel: Tensor) -> Tensor:
     # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
     shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
     plan = replace(plan, shape=shape, lengths=lengths)
-    return plan.padded_grid(lambda n: paddle.arange(0, n, dtype=dtype), paddle)
+    return plan.padded_grid(lambda n: _arange(n, dtype), paddle)
+
+
+def _arange(n: Any, dtype: Any) -> Tensor:
+    """The numbers below ``n`` in a graph, where Paddle keeps ends that are plain in float64."""
+    return paddle.arange(0, paddle.full([], n, dtype) if isinstance(n, int) else n, dtype=dtype)
 
 
 def _scalar(n: Any, dtype: Any) -> Any:
