@@ -6,6 +6,7 @@ with warnings.catch_warnings():  # of a compiler cache, which only builders of e
     warnings.filterwarnings("ignore", "No ccache found")
     import paddle  # noqa: F401
 
+from coordconv.backends.paddle import quantizing  # noqa: F401  # tells Paddle of CoordConv2D
 from coordconv.backends.paddle.files import from_state, read_state
 from coordconv.backends.paddle.fusing import fuse
 from coordconv.backends.paddle.layers import (

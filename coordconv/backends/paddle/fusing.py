@@ -97,7 +97,7 @@ class FusedCoordConv(nn.Layer):
         features, coordinates = (each.clone() for each in layer.layout.split(weight.detach()))
         self.conv = _plain(layer, features)
         # Not read of conv, as quantization puts another layer in its place.
-        self._options = {name: getattr(layer, name) for name in _OPTIONS if hasattr(layer, name)}
+        self._options = options_of(layer)
         self._maps: dict[Any, Tensor] = {}
         self._made_of: list[Tensor] = []  # the values of coordinates and bias behind those maps
         bias = None if bias is None else bias.detach().clone()
@@ -188,6 +188,11 @@ def _add(output: Tensor, added: Tensor) -> Tensor:
             ones = adding._ones(len(output), added.dtype)
             return adding._add_product(output, ones, added.reshape([1, -1]))
         return (output + added).astype(output.dtype)
+
+
+def options_of(layer: Any) -> dict[str, Any]:
+    """What else of a layer the arithmetic reads, beside its kernel and bias."""
+    return {name: getattr(layer, name) for name in _OPTIONS if hasattr(layer, name)}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
