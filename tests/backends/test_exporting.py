@@ -8,17 +8,25 @@ arithmetic may be off. Run with ``-s`` the table of docs/deployment.md is printe
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from harness import channels_first, channels_last, normal
 
-from coordconv import Coordinates, available_backends, backends, coordinate_grid, networks
-from coordconv.backends import BACKENDS
+from coordconv import (
+    Coordinates,
+    available_backends,
+    backends,
+    coordinate_grid,
+    networks,
+    position_bias,
+)
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Flatten, Network, ReLU
 from coordconv.parity.bounds import COORDINATE_ROUNDINGS, PRECISIONS, Expected, expected
@@ -279,6 +287,18 @@ def test_make_fx_of_a_real_size_takes_no_other(torch):
             with pytest.raises(RuntimeError):
                 run_torch(torch, call)(inputs(2, size))
     remark(title, "a trace of one size: a RuntimeError at every other")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_torch_export_of_a_known_size(torch, strict):
+    """Nothing asks for a size, or is in float64: coordinates are made of literal lengths."""
+    for name, case in CASES[2].items():
+        model, x = case.module("torch"), torch.tensor(inputs(2, SIZES[0]))
+        program = torch.export.export(model, (x,), strict=strict).run_decompositions()
+        values = [node.meta["val"] for node in program.graph.nodes if "val" in node.meta]
+        assert {v.dtype for v in values if isinstance(v, torch.Tensor)} == {torch.float32}, name
+        assert all(isinstance(v, torch.Tensor | None) for v in values), name
+        assert "linspace" not in program.graph_module.code
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
@@ -604,3 +624,153 @@ def test_jax_jit_traces_each_size_once(jax, backend):
     assert len(traces) == len(set(traces)) == len(SIZES)
     ROWS[title].programs = len(traces)
     remark(title, "one for each size, as of any function")
+
+
+@pytest.mark.parametrize("backend", ["flax", "linen"])
+def test_jax_keeps_no_more_than_a_grid(jax, backend):
+    """Of a large map, beside what the compiler keeps of any function."""
+    call = jax_call(backend, CASES[2]["radius"])
+    x = jax.numpy.zeros((1, 500, 608, IN))
+    position_bias.known_grid.cache_clear()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    tracemalloc.start()
+    try:
+        jax.jit(call)(x).block_until_ready()
+        ours = tracemalloc.Filter(True, str(Path(position_bias.__file__).parent / "*"))
+        kept = tracemalloc.take_snapshot().filter_traces([ours]).statistics("filename")
+    finally:
+        tracemalloc.stop()
+    assert sum(each.size for each in kept) < 1.1 * 3 * 4 * 502 * 610  # padded, in float32
+    assert sum(array.nbytes for array in jax.live_arrays()) == before
+
+
+# --- networks, by everything that deploys them ----------------------------------------------------
+
+
+def network_by_torch(network: Network, weights: Any, folder: Any, export: Any) -> Any:
+    torch = pytest.importorskip("torch")
+    torch.compiler.reset()
+    model = torch_model(torch, [backends.load("torch").build(network, weights)])
+    x = torch.zeros(2, *network.input_shape)
+    run = run_torch(torch, export(torch, model, x, (0,), folder))
+    return lambda x: run(x)[0]
+
+
+def network_by_paddle(network: Network, weights: Any, folder: Any) -> Any:
+    paddle = pytest.importorskip("paddle")
+    model = backends.load("paddle").build(network, weights)
+    model.eval()
+    path = paddle_saved(paddle, model, folder / "model", [None, *network.input_shape])
+    run = paddle_inference(paddle, path)
+    return lambda x: run(x)[0]
+
+
+def network_by_jax(network: Network, weights: Any, folder: Any) -> Any:
+    pytest.importorskip("flax")
+    import jax.export
+
+    module = backends.load("flax").build(network, weights)
+
+    @cache  # for each batch, since flattening takes it for a number
+    def exported(*shape: int) -> Any:
+        return jax_exported(jax, module, ", ".join(map(str, shape)))
+
+    def run(x: Any) -> Any:
+        x = channels_last(x)
+        return np.asarray(exported(*x.shape).call(x))
+
+    return run
+
+
+DEPLOYED = {
+    "torch.export, not strict": partial(
+        network_by_torch,
+        export=lambda torch, model, x, axes, folder: torch_export(
+            torch, model, x, axes, strict=False
+        ),
+    ),
+    "ONNX Runtime": partial(
+        network_by_torch,
+        export=lambda torch, model, x, axes, folder: onnx_program(
+            torch, model, x, axes, dynamo=True, folder=folder, outputs=1
+        ),
+    ),
+    "AOTInductor package": partial(
+        network_by_torch,
+        export=lambda torch, model, x, axes, folder: torch_aoti(
+            torch, model, x, axes, folder=folder
+        ),
+    ),
+    "paddle.inference": network_by_paddle,
+    "jax.export, flax": network_by_jax,
+}
+SLOW = "AOTInductor package"  # which is given the classifier alone
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize("title", [title for title in DEPLOYED if title != SLOW])
+def test_network(title, name, tmp_path):
+    """Within the bound, which grows with every layer, and within what rounding makes likely."""
+    network = networks.get(name)
+    weights = networks.initial_weights(network)
+    run = DEPLOYED[title](network, weights, tmp_path)
+    longest = longest_axis(shape for _, *shapes in network.shapes() for shape in shapes)
+    for batch in (1, 3):
+        x = normal(batch, *network.input_shape)
+        y, wanted = run(x), expected(network, weights, x, None)["y"]
+        assert wanted.error(y) <= 1
+        likely = likely_error(wanted.value, len(network.layers), longest, FLOAT32.unit)
+        assert np.abs(y - wanted.value).max() <= likely
+
+
+CANVAS = 64
+POINTWISE, WIDE = ConvGeometry((1, 1)), 16
+CLASSIFIER = Network(
+    "classifier",
+    (2, CANVAS, CANVAS),
+    (
+        Conv("conv1", 2, WIDE, POINTWISE, Coordinates()),
+        ReLU(),
+        Conv("conv2", WIDE, WIDE, POINTWISE),
+        ReLU(),
+        Conv("conv3", WIDE, WIDE, POINTWISE),
+        ReLU(),
+        Conv("conv4", WIDE, 1, POINTWISE),
+        Flatten(),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def positions() -> Any:
+    """The task of ``coordconv demo``: the centre of a square as two numbers, and its pixel."""
+    centres = np.arange(4, CANVAS - 4)
+    rows, columns = (index.ravel() for index in np.meshgrid(centres, centres, indexing="ij"))
+    return coordinate_grid((CANVAS, CANVAS))[:, rows, columns].T, rows * CANVAS + columns
+
+
+def canvases(centres: Any) -> Any:
+    return np.tile(centres[..., None, None], (1, 1, CANVAS, CANVAS))
+
+
+@pytest.fixture(scope="module")
+def classifier(positions) -> Any:
+    """The weights of a small network, trained in whichever framework there is."""
+    if not available_backends():
+        pytest.skip("no framework is installed")
+    load, weights = backends.load(available_backends()[0]), networks.initial_weights(CLASSIFIER)
+    step, export = load.trainer(load.build(CLASSIFIER, weights), weights)
+    (centres, labels), rng, steps = positions, np.random.default_rng(0), 300
+    for i in range(steps):
+        batch = rng.choice(len(labels), 8, replace=False)
+        step(canvases(centres[batch]), labels[batch], 0.01 * (1 - i / steps))
+    return export()
+
+
+@pytest.mark.parametrize("title", DEPLOYED)
+def test_trained_classifier(title, classifier, positions, tmp_path):
+    """It names every pixel wherever it runs."""
+    (centres, labels), run = positions, DEPLOYED[title](CLASSIFIER, classifier, tmp_path)
+    found = [run(canvases(each)).argmax(axis=1) for each in np.split(centres, 28)]
+    assert (np.concatenate(found) == labels).sum() == len(labels) == 3136
+    remark(title, "a trained classifier right at 3,136 of 3,136 positions")
