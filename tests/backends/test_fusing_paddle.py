@@ -179,13 +179,11 @@ def test_in_16_bits_the_sum_is_rounded_once(dtype):
 
     layer = CoordConv2D(1, 4, 3)
     layer.to(dtype=dtype)
-    layer.eval()
-    x, output = (
-        paddle.zeros([2, 1, 9, 7], dtype),
-        paddle.to_tensor(normal(2, 4, 7, 5)).astype(dtype),
-    )
+    exact(layer)  # of P; its sum with the output is rounded
+    x, output = paddle.zeros([2, 1, 9, 5], dtype), paddle.to_tensor(normal(2, 4, 7, 3))
+    output = output.astype(dtype)
     wanted = adding.add_map(layer, output, x, layer.weight[:, 1:].detach())
-    for fused in (layer.fuse(), layer.fuse((9, 7))):
+    for fused in (layer.fuse(), layer.fuse((9, 5))):
         fused.conv.__class__ = Given
         assert equal(fused(x), wanted)
         assert fused.map is None or fused.map.dtype == paddle.float32
@@ -628,6 +626,16 @@ def test_what_would_be_lost_is_refused():
     static.eval()
     with pytest.raises(ValueError, match="forward of '' must be .*fuse the network before"):
         fuse(paddle.jit.to_static(static))
+
+
+def test_a_network_whose_forward_paddle_flops_has_set_to_what_it_is():
+    model = nn.Sequential(CoordConv2D(8, 4, 3))
+    model.eval()
+    model.forward = model.forward
+    fused = fuse(model, (17, 9))
+    assert fused.forward.__self__ is fused
+    assert isinstance(fused[0], FusedCoordConv)
+    assert same(fused, model)
 
 
 @pytest.mark.parametrize("way", ["append", "map"])
