@@ -75,7 +75,7 @@ class _CoordLayer(TapeLayer):
         shape = adding.spatial_shape(x, self.channels_last)
         if all(isinstance(n, int) for n in shape):
             options.output_shape(options.geometry(self, shape, output_size), shape)
-        if adding.choose(self, x) == APPEND:
+        if not self.map_only and adding.choose(self, x) == APPEND:
             x = adding.append(self.coords, x, self.channels_last, self._groups)
             return adding.convolve(self, x, self.weight, self.bias, output_size)
         features, coordinates = adding.split(self.layout, self.weight)
