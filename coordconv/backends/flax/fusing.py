@@ -21,8 +21,10 @@ from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
 from coordconv.fusing import FusedLayer, FuseReport
-from coordconv.geometry import is_int
 from coordconv.layers import CoordLayer
+
+# Modules that compute the kernel of the one inside of them, where a release has them.
+_COMPUTING = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
 
 
 class Constant(nnx.Variable):  # type: ignore[type-arg]
@@ -155,11 +157,19 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
     inputs = None if size is None else _inputs(model, size)
     model = nnx.clone(model)
-    modules = {".".join(map(str, path)): m for path, m in nnx.iter_graph(model)}
+    modules: dict[str, Any] = {".".join(map(str, p)): m for p, m in nnx.iter_graph(model)}
     layers = {name: m for name, m in modules.items() if isinstance(m, CoordLayer)}
     norms = {name: m for name, m in modules.items() if isinstance(m, nnx.BatchNorm)}
     if not layers:
         raise ValueError("model has no CoordConv to fuse")
+    for name, module in modules.items():
+        if isinstance(module, _COMPUTING) and any(
+            isinstance(m, CoordLayer) for m in _inside(module)
+        ):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) computes the kernel of a CoordConv at each "
+                "call: use the CoordConv without it"
+            )
     params = {name: _params(layer, name) for name, layer in layers.items()}
     for name, norm in norms.items():
         if norm.use_running_average is False:
@@ -202,7 +212,7 @@ def _inputs(model: nnx.Module, size: Any) -> tuple[Any, ...]:
         return (size,)
     if not isinstance(size, Sequence) or isinstance(size, str):
         raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
-    if not all(map(is_int, size)):
+    if not all(isinstance(each, (int, np.integer)) for each in size):
         return tuple(size)
     first: Any = next((m for m in _in_order(model, set()) if hasattr(m, "in_features")), None)
     if first is None:
@@ -254,6 +264,10 @@ def _poisoned(
             variable[...] = jnp.full_like(variable[...], jnp.nan)
     output = _run(model, inputs, lambda name, *given: seen.poisoned(name, poisoned, given[1]))
     return output, nnx.to_pure_dict(nnx.state(model, lambda path, _: _parent(path) not in names))
+
+
+def _inside(module: nnx.Module) -> Iterator[Any]:
+    return (each for _, each in nnx.iter_graph(module))
 
 
 def _parent(path: Sequence[Any]) -> str:

@@ -43,6 +43,8 @@ def check_layer(layer: Any, kernel: jax.Array, name: str = "") -> None:
 
 def checked_size(size: Any, rank: int) -> tuple[int, ...]:
     """A spatial shape as a tuple of ints."""
+    if not isinstance(size, Sequence):
+        raise TypeError(f"size must be a spatial shape, got {size!r}")
     given = tuple(size)
     if len(given) != rank or not all(is_int(n) and n > 0 for n in given):
         raise ValueError(f"size must have {rank} lengths of at least 1, got {given}")

@@ -85,12 +85,12 @@ def fuse(
         raise ValueError(f"variables are fused: they have a collection {MAPS!r}")
     seen, found = fusing.Seen(), _Stored(variables)
 
-    def see(name: str, module: Any, *given: Any) -> Any:
+    def note(name: str, module: Any, call: Any, *_: Any) -> Any:
         found.note(name, module)
-        return seen.watch(name, module, *given)
+        return call()
 
     def poisoned(pairs: Mapping[str, str], names: set[str]) -> Any:
-        changed = found.poisoned({*pairs, *pairs.values()})
+        changed = found.changed({*pairs, *pairs.values()}, lambda a: jnp.full_like(a, jnp.nan))
         output, state = _run(
             model,
             changed,
@@ -101,10 +101,12 @@ def fuse(
         flat = traverse_util.flatten_dict(unfreeze(state))
         return output, [leaf for key, leaf in flat.items() if ".".join(key[1:-1]) not in names]
 
-    _run(model, variables, inputs, kwargs, see)
+    _run(model, variables, inputs, kwargs, seen.watch)
     sizes = seen.sizes()
     if not sizes:
         raise ValueError("model has no CoordConv to fuse, or called none")
+    found.paths = {name: calls[0][0].path for name, calls in seen.calls.items()}
+    _run(model, found.changed({*seen.calls}, _other), inputs, kwargs, note)
     modules = {name: calls[0][0] for name, calls in seen.calls.items()}
     layers = {name: modules[name] for name in sizes if found.is_plain(name)}
     for name, layer in layers.items():
@@ -145,47 +147,49 @@ def fuse(
     return found.variables(), FuseReport(tuple(rows), (*notes, *more))
 
 
+def _other(array: jax.Array) -> jax.Array:
+    """Values that are no fixed point of what computes weights, as trained ones may be."""
+    return (1.37 * array + 0.61).astype(array.dtype)
+
+
 class _Stored:
-    """The variables of a network by module, and what each module saw of them."""
+    """The variables of a network by module, and which modules use them as they are."""
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         given: Any = variables
         self._flat = traverse_util.flatten_dict(unfreeze(given), keep_empty_nodes=True)
-        self._paths: dict[str, tuple[str, ...]] = {}
-        self._seen: dict[str, dict[str, Any]] = {}
-
-    def note(self, name: str, module: Any) -> None:
-        """What a module sees at its first call."""
-        if name not in self._paths:
-            self._paths[name] = module.path
-            flat = traverse_util.flatten_dict(unfreeze(meta.unbox(module.variables)))
-            self._seen[name] = {key[-1]: leaf for key, leaf in flat.items()}
+        self._plain: dict[str, bool] = {}
+        self.paths: dict[str, tuple[str, ...]] = {}
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         """The arrays of a module, of all collections."""
         return {key[-1]: meta.unbox(self._flat[key]) for key in self._keys(name)}
 
     def _keys(self, name: str) -> list[tuple[str, ...]]:
-        return [key for key in self._flat if key[1:-1] == self._paths[name]]
+        return [key for key in self._flat if key[1:-1] == self.paths[name]]
 
-    def is_plain(self, name: str) -> bool:
-        """Whether a module saw its variables, and not what a transformation made of them."""
-        stored, seen = self[name], self._seen[name]
-        return stored.keys() == seen.keys() and all(
-            not isinstance(seen[key], jax.core.Tracer) and np.array_equal(seen[key], array)
-            for key, array in stored.items()
-        )
-
-    def poisoned(self, names: set[str]) -> Any:
-        """The variables with NaN for those of some modules."""
+    def changed(self, names: set[str], change: Callable[[jax.Array], jax.Array]) -> Any:
+        """The variables with others for those of some modules."""
         keys = {key for name in names for key in self._keys(name)}
         flat = {
-            key: jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), leaf)
-            if key in keys
-            else leaf
+            key: jax.tree.map(change, leaf) if key in keys else leaf
             for key, leaf in self._flat.items()
         }
         return traverse_util.unflatten_dict(flat)
+
+    def note(self, name: str, module: Any) -> None:
+        """Whether a module sees its variables, changed by :func:`_other`, and nothing else."""
+        flat = traverse_util.flatten_dict(unfreeze(meta.unbox(module.variables)))
+        seen, wanted = {key[-1]: leaf for key, leaf in flat.items()}, self[name]
+        self._plain[name] = seen.keys() == wanted.keys() and all(
+            not isinstance(seen[key], jax.core.Tracer)
+            and np.array_equal(seen[key], _other(jnp.asarray(array)))
+            for key, array in wanted.items()
+        )
+
+    def is_plain(self, name: str) -> bool:
+        """Whether no transformation stands between the variables and a module."""
+        return self._plain[name]
 
     def replace(self, name: str, arrays: Mapping[str, Any]) -> None:
         """Arrays for a module's own, in the boxes of those."""
@@ -193,7 +197,7 @@ class _Stored:
             self._flat[key] = meta.replace_boxed(self._flat[key], arrays[key[-1]])
 
     def add_map(self, name: str, size: tuple[int, ...], made: jax.Array) -> None:
-        self._flat[MAPS, *self._paths[name], size_name(size)] = made
+        self._flat[MAPS, *self.paths[name], size_name(size)] = made
 
     def variables(self) -> Any:
         return traverse_util.unflatten_dict(self._flat)
