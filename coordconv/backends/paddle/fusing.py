@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor, nn
+from paddle.utils.decorator_utils import param_one_alias
 
 from coordconv.backends.paddle import adding, options
 from coordconv.coordinates import Coordinates
@@ -69,9 +70,10 @@ class FusedCoordConv(nn.Layer):
         as the layer, with inputs of ``size`` alone if there is one.
 
     Raises:
-        ValueError: the layer is in training mode, has a ``forward`` of its own or a weight that is
-            computed, as by ``weight_norm``; at the call, an input of another size than ``size``, or
-            one that is not known.
+        TypeError: ``size`` is no sequence.
+        ValueError: the layer is in training mode or in a static graph, has a ``forward`` of its own
+            or a weight that is computed, as by ``weight_norm``; ``size`` of another rank; at the
+            call, an input of another size than ``size``, or one that is not known.
     """
 
     map: Any  # each a tensor or None, by size
@@ -82,6 +84,8 @@ class FusedCoordConv(nn.Layer):
         self, layer: Any, size: Sequence[int] | None, weight: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__()
+        if not paddle.in_dynamic_mode():
+            raise ValueError("a layer is fused in eager mode: call paddle.disable_static() first")
         if layer.training:
             raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
         check_forward(layer)
@@ -135,6 +139,7 @@ class FusedCoordConv(nn.Layer):
             return adding.add_map(self._like_layer(bias), output, x, kernel, output_size)
 
     @paddle.jit.marker.unified
+    @param_one_alias(["x", "input"])  # as the layers
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """The layer's output."""
         layer = self._like_layer(self.bias)
@@ -201,6 +206,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _checked(size: Sequence[int], rank: int) -> tuple[int, ...]:
+    if not isinstance(size, Sequence):
+        raise TypeError(f"size must be a spatial shape, got {size!r}")
     if len(size) != rank or not all(map(is_int, size)):
         raise ValueError(f"size must have {rank} lengths, got {tuple(size)}")
     return tuple(map(int, size))
