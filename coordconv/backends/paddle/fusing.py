@@ -259,7 +259,7 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
     Example:
         >>> from coordconv.backends.paddle import CoordConv2D
         >>> block = nn.Sequential(CoordConv2D(3, 8, 3), nn.BatchNorm2D(8), nn.ReLU())
-        >>> block.eval()
+        >>> _ = block.eval()
         >>> fused = fuse(block, size=(16, 20))
         >>> print(fused.fuse_report)
         0  CoordConv2D  one map for 16x20  folded 1

@@ -93,7 +93,7 @@ class _CoordLayer(TapeLayer):
 
         Example:
             >>> layer = CoordConv2D(3, 8, 3)
-            >>> layer.eval()
+            >>> _ = layer.eval()
             >>> list(layer.fuse((16, 20))(paddle.zeros([2, 3, 16, 20])).shape)
             [2, 8, 14, 18]
         """
