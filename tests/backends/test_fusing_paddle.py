@@ -404,6 +404,21 @@ def test_what_a_relu_in_place_is_between_is_not_folded():
     assert same(fused, model)
 
 
+def test_an_input_that_the_network_writes_to():
+    class Writes(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = CoordConv2D(8, 8, 3), nn.BatchNorm2D(8)
+
+        def forward(self, x):
+            return self.bn(self.conv(x.add_(paddle.ones([1]))))
+
+    x = paddle.to_tensor(normal(1, 8, 17, 9))
+    before = x.clone()
+    assert norms(fuse(trained(Writes()), x)) == {"conv": "bn"}
+    assert equal(x, before)
+
+
 def test_an_output_that_nothing_can_be_seen_of():
     class Hidden(nn.Layer):
         def __init__(self, hide):
@@ -638,7 +653,11 @@ def test_what_would_be_lost_is_refused():
     normed.eval()
     with pytest.raises(ValueError, match="weight must be a parameter.*remove_weight_norm"):
         fuse(nn.Sequential(normed))
-    wanted, x = normed(paddle.ones([1, 3, 5, 5])), paddle.ones([1, 3, 5, 5])
+    x = paddle.ones([1, 3, 5, 5])
+    wanted, new = normed(x), CoordConv2D(3, 4, 3)
+    new.eval()
+    new.import_weights(normed.export_weights())
+    assert paddle.allclose(new.fuse()(x), wanted, atol=1e-5)
     nn.utils.remove_weight_norm(normed)
     assert paddle.allclose(normed.fuse()(x), wanted, atol=1e-5)
     static = nn.Sequential(CoordConv2D(3, 4, 3))

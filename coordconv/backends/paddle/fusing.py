@@ -91,8 +91,8 @@ class FusedCoordConv(nn.Layer):
         check_forward(layer)
         if "weight" not in dict(layer.named_parameters(include_sublayers=False)):
             raise ValueError(
-                "weight must be a parameter to be fused, not computed by a hook: call "
-                "paddle.nn.utils.remove_weight_norm or the like first"
+                "weight must be a parameter to be fused, not computed, as weight_norm does: call "
+                "remove_weight_norm, or let a new layer import_weights(layer.export_weights())"
             )
         self.coords: Coordinates = layer.coords
         self.size = None if size is None else _checked(size, layer.rank)
@@ -365,8 +365,10 @@ class _Run:
         self.seen: dict[str, list[tuple[int, ...] | None]] = defaultdict(list)
         self.taken: dict[str, list[str | None]] = defaultdict(list)  # by norm: the layers before
         self.made: dict[int, tuple[str, Tensor, Tensor]] = {}  # by id, for which it is kept
+        # Clones, since the network may write to them.
+        inputs = mapped(lambda _, x: x.clone() if isinstance(x, Tensor) else x, "", self.inputs)
         with paddle.no_grad():
-            output = self.model(*self.inputs)
+            output = self.model(*inputs)
         found: list[Array] = []
 
         def leaf(_: str, part: Any) -> None:
