@@ -78,7 +78,7 @@ class TorchCoordLayer(TapeLayer):
 
     @classmethod
     def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:
-        return converting.from_conv(cls, conv, Coordinates.resolve(coords, cls.rank), init)
+        return converting.CONVERSION.from_conv(cls, conv, coords, init)
 
     def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
         """For inference: a plain convolution and one constant map, or the maps of the last sizes.

@@ -1,0 +1,379 @@
+"""``add_coords``, ``remove_coords`` and ``from_conv`` where layers are objects: PyTorch and Paddle.
+
+A layer stays the same object and changes its class, as torch's own parametrizations and lazy
+modules do: so its hooks, its flags, its names and all that refers to it stay. Its kernel stays the
+same parameter, too, and changes its shape: so ties and an optimizer's list of parameters stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from coordconv.changing import ALREADY, Change, Changes, Choice, Unfit, check_ties, plan
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.grid import Array
+from coordconv.tape import Tape, to_numpy, zeros
+from coordconv.weights.kernels import KernelLayout
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a framework has to say about one convolution that becomes a CoordConv, and back."""
+
+    framework: Any  # the package itself
+    unfit: Callable[[Any], Unfit | None]  # why a convolution cannot become a CoordConv, or lose it
+    layout: Callable[[Any, Coordinates], KernelLayout]  # of a convolution with these coordinates
+    plain_class: Callable[[Any], Any]  # the framework's own class of a layer
+    draw: Callable[[Any, int], Any]  # the kernel of a new convolution over that many channels
+    like: Callable[[Any, Any], Any]  # values in memory of their own, in the format of a kernel
+    # resize(parameter, values, gradient): the parameter gets values of another shape.
+    resize: Callable[[Any, Any, Any], None]
+
+    def with_coordinates(self, kernel: Any, conv: Any, layout: KernelLayout, init: str) -> Any:
+        """A plain convolution's kernel over its features and, as ``init`` says, coordinates."""
+        concatenate = self.framework.concat
+        with self.framework.no_grad():
+            kernel = kernel.detach()
+            joined = layout.fitted(kernel, concatenate, zeros)
+            if init == "fan_in":
+                drawn = self.draw(conv, layout.channels + layout.groups * len(layout.coords))
+                joined = layout.join(kernel, layout.split(drawn)[1], concatenate)
+            return self.like(joined, kernel)
+
+    def without_coordinates(self, kernel: Any, layout: KernelLayout) -> Any:
+        """The features' part of a kernel."""
+        return self.like(layout.split(kernel.detach())[0], kernel)
+
+    def from_conv(self, cls: Any, conv: Any, coords: CoordinatesLike, init: str) -> Any:
+        """A copy of a convolution as a layer of a class of ours."""
+        namespace = f"{self.framework.__name__}.nn"
+        plain = next(base for base in cls.__mro__ if base.__module__.startswith(namespace))
+        if type(conv) is not plain:
+            raise TypeError(
+                f"conv must be a {namespace}.{plain.__name__}, got a {type(conv).__name__}"
+            )
+        found, coords = self.unfit(conv), Coordinates.resolve(coords, cls.rank)
+        if found:
+            raise ValueError(f"conv cannot be given coordinates: {found.reason}")
+        conv = copy.deepcopy(conv)
+        values = self.with_coordinates(conv.weight, conv, self.layout(conv, coords), init)
+        self.resize(conv.weight, values, None)
+        become(conv, cls, coords, init)
+        return conv
+
+    def remove(self, layers: Mapping[str, Any]) -> None:
+        """Make layers plain convolutions."""
+        for name, layer in layers.items():
+            unfit = self.unfit(layer)
+            if unfit:
+                raise ValueError(
+                    f"{name or 'the layer'} cannot lose its coordinates: {unfit.reason}"
+                )
+        kernels: dict[int, Any] = {}  # by identity: several layers may have one
+        for layer in layers.values():
+            kernel, layout = layer.weight, layer.layout
+            gradient = kernel.grad
+            if gradient is not None:
+                gradient = self.without_coordinates(gradient, layout)
+            kernels[id(kernel)] = kernel, self.without_coordinates(kernel, layout), gradient
+        for resized in kernels.values():
+            self.resize(*resized)
+        for layer in layers.values():
+            appending = isinstance(layer, Appending)
+            layer.__class__ = layer.subclass if appending else self.plain_class(layer)
+            for name in ("coords", "coord_init", "map_only"):
+                vars(layer).pop(name, None)
+
+
+def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> None:
+    """Make a convolution a layer of a class of ours; its kernel is changed apart."""
+    vars(conv).pop("forward", None)  # its class's own, as to_static may leave it
+    conv.__class__ = cls
+    conv.coords = coords
+    conv.coord_init = init
+    conv.map_only = init == "zeros"
+
+
+def replaced_forward(conv: Any, *names: str) -> Unfit | None:
+    """Why a convolution whose ``forward`` is not that of its class cannot be changed."""
+    for name in ("forward", *names):
+        method = vars(conv).get(name)
+        if method is not None and getattr(method, "__func__", None) is not getattr(
+            type(conv), name
+        ):
+            return Unfit(f"its {name} was replaced on the instance", fatal=True)
+    return None
+
+
+class Appending:
+    """A user's subclass of a framework's convolution, with the coordinates appended to its input.
+
+    Of such a class no more is known than what it is called with. A framework's mixin has
+    ``_appended``, and follows this one in the bases.
+    """
+
+    subclass: type  # what it was
+    _appended: Callable[[Any], Any]  # an input that was checked, with the coordinates of the layer
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.subclass.forward(self, self._appended(input), *args, **kwargs)  # type: ignore[attr-defined]
+
+    def fuse(self, size: Any = None) -> Any:
+        raise ValueError(f"a subclass of a framework's convolution is not fused, here {type(self)}")
+
+    def __reduce__(self) -> Any:  # pickle finds no class that is made at run time
+        mixin = type(self).__mro__[1]
+        return _empty, (mixin, self.subclass, self.rank), self.__dict__  # type: ignore[attr-defined]
+
+
+def _empty(mixin: type, subclass: type, rank: int) -> Any:
+    cls = _appending(mixin, subclass, rank)
+    return cls.__new__(cls)
+
+
+@cache  # one class of ours for each of the user's
+def _appending(mixin: Any, subclass: Any, rank: int) -> Any:
+    space = {"subclass": subclass, "__module__": subclass.__module__}
+    bases, name = (mixin, subclass), f"Coord{subclass.__name__}"
+    return types.new_class(name, bases, {"rank": rank}, lambda names: names.update(space))
+
+
+@dataclass
+class TapeChanges(Changes):
+    """:class:`coordconv.changing.Changes`, and what an optimizer made before needs."""
+
+    conversion: ClassVar[Conversion]
+    _kernels: list[tuple[Any, KernelLayout]] = field(default_factory=list, repr=False)
+
+    def _states(self, optimizer: Any, kernel: Any) -> Mapping[str, Any]:
+        """What an optimizer keeps for a kernel, by name."""
+        raise NotImplementedError
+
+    def _put(self, optimizer: Any, kernel: Any, name: str, values: Any) -> None:
+        """Let the optimizer keep these values instead."""
+        raise NotImplementedError
+
+    def _update(self, optimizer: Any) -> None:
+        """Fit all that an optimizer keeps of the shapes of before; or ValueError, and nothing."""
+        updates = []
+        for kernel, layout in self._kernels:
+            shape = tuple(kernel.shape)
+            widths = {layout.width, layout.plain_width} - {shape[layout.axis]}
+            (width,) = widths
+            before = (*shape[: layout.axis], width, *shape[layout.axis + 1 :])
+            for name, state in self._states(optimizer, kernel).items():
+                if len(state.shape) < 2 or tuple(state.shape) == shape:
+                    continue
+                if tuple(state.shape) != before:
+                    raise ValueError(
+                        f"optimizer keeps {name!r} of shape {tuple(state.shape)} for a kernel of "
+                        f"shape {shape}: make a new {type(optimizer).__name__}"
+                    )
+                updates.append((kernel, name, self._fitted(state, kernel, layout)))
+        for update in updates:
+            self._put(optimizer, *update)
+
+    def _fitted(self, state: Any, kernel: Any, layout: KernelLayout) -> Any:
+        """What has the shape of a kernel of before, in the shape of the kernel as it is now.
+
+        The coordinates' part is zero, or of what is one number throughout, that number.
+        """
+        if state.shape[layout.axis] == layout.width:
+            return self.conversion.like(layout.split(state)[0], kernel)
+
+        def filled(shape: tuple[int, ...], like: Any) -> Any:
+            number = state.reshape([-1])[0]
+            return zeros(shape, like) + (number if (state == number).all() else 0)
+
+        joined = layout.fitted(state, self.conversion.framework.concat, filled)
+        return self.conversion.like(joined, kernel)
+
+
+@dataclass(frozen=True)
+class NetworkConversion:
+    """What a framework has to say about networks whose convolutions become CoordConvs, and back."""
+
+    conversion: Conversion
+    tape: Tape
+    layer: type  # what all CoordConvs of the framework are
+    classes: Mapping[type, Any]  # the class of ours for each of the framework's convolutions
+    appending: type  # the mixin for a user's subclass of one of those
+    # All modules by name, one that is used twice under each; an error if one wraps a network.
+    modules: Callable[[Any], dict[str, Any]]
+    changes: type[TapeChanges]
+
+    def add(
+        self,
+        model: Any,
+        coords: CoordinatesLike,
+        layers: Choice,
+        exclude: Choice,
+        init: str,
+        subclasses: bool,
+    ) -> Any:
+        """The framework's ``add_coords``."""
+        check_coord_init(init, "init")
+        Coordinates.resolve(coords, 3)
+        modules, conversion = self.modules(model), self.conversion
+
+        def examine(name: str, conv: Any) -> Unfit | None:
+            if isinstance(conv, self.layer):
+                return Unfit(f"{ALREADY}, {conv.coords}")  # type: ignore[attr-defined]
+            unfit = conversion.unfit(conv)
+            if unfit:
+                return unfit
+            try:
+                resolved(conv)
+            except ValueError as error:
+                return Unfit(str(error))
+            if type(conv) in self.classes:
+                return None
+            return self._unfit_subclass(conv, resolved(conv), subclasses)
+
+        def resolved(conv: Any) -> Coordinates:
+            return Coordinates.resolve(coords, self._coord_class(conv).rank)
+
+        def is_convolution(module: Any) -> bool:
+            return isinstance(module, tuple(self.classes))
+
+        chosen, skipped = plan(modules, is_convolution, examine, layers, exclude)
+        layouts = {id(conv): conversion.layout(conv, resolved(conv)) for conv in chosen.values()}
+        check_ties(chosen, modules, _parameters(model), lambda conv: layouts[id(conv)])
+        kernels: dict[int, Any] = {}
+        for conv in chosen.values():
+            kernel, layout = conv.weight, layouts[id(conv)]
+            if id(kernel) not in kernels:
+                values = conversion.with_coordinates(kernel, conv, layout, init)
+                gradient = kernel.grad
+                if gradient is not None:
+                    gradient = conversion.with_coordinates(gradient, conv, layout, "zeros")
+                kernels[id(kernel)] = kernel, layout, values, gradient
+        # All that could fail is behind us, and now all changes.
+        rows, sizes = [], {name: _size(conv.weight) for name, conv in chosen.items()}
+        for kernel, _, values, gradient in kernels.values():
+            conversion.resize(kernel, values, gradient)
+        for name, conv in chosen.items():
+            before = type(conv).__name__
+            become(conv, self._coord_class(conv), layouts[id(conv)].coords, init)
+            rows.append(Change(name, before, _shown(conv), _size(conv.weight) - sizes[name]))
+        of_kernels = [(kernel, layout) for kernel, layout, *_ in kernels.values()]
+        return self.changes(tuple(rows), skipped, lambda: conversion.remove(chosen), of_kernels)
+
+    def remove(self, model: Any, inputs: Any, layers: Choice, exclude: Choice) -> Any:
+        """The framework's ``remove_coords``."""
+        modules = self.modules(model)
+
+        def examine(name: str, layer: Any) -> Unfit | None:
+            if type(layer) not in self.classes.values() and not isinstance(layer, Appending):
+                return Unfit(f"it is a {type(layer).__name__}, a class of its own", fatal=True)
+            return self.conversion.unfit(layer)
+
+        def is_ours(module: Any) -> bool:
+            return isinstance(module, self.layer)
+
+        chosen, skipped = plan(modules, is_ours, examine, layers, exclude)
+        check_ties(chosen, modules, _parameters(model), lambda layer: layer.layout)
+        shares = {} if inputs is None else self._variance_shares(model, chosen, inputs)
+        before = {name: (_shown(layer), _size(layer.weight)) for name, layer in chosen.items()}
+        kernels = {id(layer.weight): (layer.weight, layer.layout) for layer in chosen.values()}
+        self.conversion.remove(chosen)
+        rows = []
+        for name, layer in chosen.items():
+            shown, size = before[name]
+            more = _size(layer.weight) - size
+            rows.append(Change(name, shown, type(layer).__name__, more, shares.get(name)))
+        return self.changes(tuple(rows), skipped, None, [*kernels.values()])
+
+    def _coord_class(self, conv: Any) -> Any:
+        """The class of ours that a convolution becomes."""
+        kind: Any = type(conv)
+        base = next(base for base in kind.__mro__ if base in self.classes)
+        cls = self.classes[base]
+        return cls if kind is base else _appending(self.appending, kind, cls.rank)
+
+    def _unfit_subclass(self, conv: Any, coords: Coordinates, subclasses: bool) -> Unfit | None:
+        """Why a user's subclass of a convolution does not become a CoordConv, by running it."""
+        cls: Any = type(conv)
+        kind, base = cls.__name__, next(each for each in cls.__mro__ if each in self.classes)
+        if not subclasses:
+            return Unfit(
+                f"{kind} is a subclass of {base.__name__} and may compute something else; "
+                "subclasses=True finds out whether it goes together with coordinates"
+            )
+        if not self.tape.is_array(conv.weight):
+            return Unfit(f"{kind} has a kernel without values, and cannot be run to find out")
+        framework = self.conversion.framework
+        try:
+            one = copy.deepcopy(conv).to(dtype=framework.float64)
+            ours, layout = self._coord_class(one), self.conversion.layout(one, coords)
+            shape = [8 + 2 * length for length in one.weight.shape[2:]]
+            shape = [2, *shape, layout.channels] if _is_last(one) else [2, layout.channels, *shape]
+            drawn = np.random.default_rng(0).normal(size=shape)  # the user's draws stay
+            x = self.tape.tensor(drawn, one.weight)
+            with framework.no_grad():
+                wanted = to_numpy(cls.forward(one, x))  # without hooks
+                values = self.conversion.with_coordinates(one.weight, one, layout, "zeros")
+                self.conversion.resize(one.weight, values, None)
+                become(one, ours, coords, "zeros")
+                found = to_numpy(ours.forward(one, x))
+        except Exception as error:  # noqa: BLE001  # it runs the user's code: it may raise anything
+            return Unfit(f"{kind} fails with coordinates ({type(error).__name__}: {error})")
+        # Half of the digits of float64: rounding is far below, and another computation far above.
+        largest = 2**-26 * float(abs(wanted).max())
+        if found.shape == wanted.shape and np.allclose(found, wanted, rtol=2**-26, atol=largest):
+            return None
+        return Unfit(f"{kind} computes something else once its kernel has channels for coordinates")
+
+    def _variance_shares(
+        self, model: Any, layers: Mapping[str, Any], inputs: Any
+    ) -> dict[str, float]:
+        """The coordinates' part of the variance of each layer's output, where inputs reach it."""
+        sums: dict[str, Array] = {}
+        handles = []
+        for name, layer in layers.items():
+            plain = copy.deepcopy(layer)
+            self.conversion.remove({name: plain})
+
+            def hook(
+                layer: Any, args: Any, kwargs: Any, output: Any, name: str = name, conv: Any = plain
+            ) -> None:
+                rest = to_numpy(type(conv).forward(conv, *args, **kwargs)).astype(np.float64)
+                channels = rest.ndim - 1 - (0 if _is_last(layer) else layer.rank)
+                axes = tuple(axis for axis in range(rest.ndim) if axis != channels)
+                parts = to_numpy(output).astype(np.float64) - rest, rest
+                found = np.array([part.var(axes).sum() for part in parts])
+                sums[name] = sums.get(name, np.zeros(2)) + found
+
+            register = getattr(layer, self.tape.register_hook)
+            handles.append(register(hook, with_kwargs=True))
+        try:
+            with self.conversion.framework.no_grad():
+                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: float(p / (p + rest)) if p else 0.0 for name, (p, rest) in sums.items()}
+
+
+def _is_last(conv: Any) -> bool:
+    """Whether the channels are the last axis: Paddle's layers may have them there."""
+    return str(getattr(conv, "_data_format", "")).endswith("C")
+
+
+def _size(tensor: Any) -> int:
+    return int(np.prod(tuple(tensor.shape)))
+
+
+def _shown(layer: Any) -> str:
+    return f"{type(layer).__name__}({layer.coords.channels!r})"
+
+
+def _parameters(model: Any) -> dict[str, Any]:
+    return dict(model.named_parameters(remove_duplicate=False))
