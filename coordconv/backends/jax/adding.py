@@ -98,6 +98,8 @@ def split(layer: Any, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str:
+    if layer.map_only:
+        return core.MAP
     low = jnp.finfo(inputs.dtype).bits < 32
     if has_own_step(layer) and not low and layer.coords.outside == "zero":
         return core.APPEND  # whatever that function computes, it has features and coordinates
