@@ -641,7 +641,8 @@ def test_jax_keeps_no_more_than_a_grid(jax, backend):
     finally:
         tracemalloc.stop()
     assert sum(each.size for each in kept) < 1.1 * 3 * 4 * 502 * 610  # padded, in float32
-    assert sum(array.nbytes for array in jax.live_arrays()) == before
+    on_device = sum(array.nbytes for array in jax.live_arrays()) - before
+    assert on_device < 10_000  # the parameters as constants of the function, and no coordinates
 
 
 # --- networks, by everything that deploys them ----------------------------------------------------
