@@ -693,3 +693,25 @@ def test_private_names():
         names = own if kind is nn.BatchNorm else {"_use_global_stats", "_data_format"}
         missing = ({"_mean", "_variance", "_epsilon"} | names) - found
         assert not missing, f"{kind} has no {missing}: do not fold it"
+
+
+def test_counting():
+    """As docs/deployment.md has it; a floor of tox runs it where the newest NumPy does not."""
+    from paddle.hapi.dynamic_flops import count_convNd
+
+    def count(layer, inputs, output):
+        layer.total_ops += output.size * (layer.weight[0].size + 1)
+
+    def plain(channels):
+        return paddle.flops(nn.Sequential(nn.Conv2D(channels, 8, 3)), [1, channels, 16, 20])
+
+    try:
+        plain(3)
+    except TypeError as error:
+        pytest.skip(f"paddle.flops itself fails with NumPy {np.__version__}: {error}")
+    model, shape = nn.Sequential(CoordConv2D(3, 8, 3)), [1, 3, 16, 20]
+    assert paddle.flops(model, shape, custom_ops={CoordConv2D: count}) == plain(5)
+    assert paddle.flops(model, shape, custom_ops={CoordConv2D: count_convNd}) == plain(3)
+    assert paddle.summary(model, tuple(shape))["total_params"] == 8 * 5 * 9 + 8
+    model.eval()
+    assert isinstance(fuse(model, (16, 20))[0], FusedCoordConv)  # also after a count

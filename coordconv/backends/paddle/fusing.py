@@ -132,7 +132,7 @@ class FusedCoordConv(nn.Layer):
         last = self._options["channels_last"]
         kernel, bias = kernel.astype(dtype), None if bias is None else bias.astype(dtype)
         x, output = (
-            paddle.zeros([1, *s, c] if last else [1, c, *s], dtype).to(kernel.place)
+            kernel.new_zeros([1, *s, c] if last else [1, c, *s])
             for c, s in ((1, shape), (len(kernel), lengths))
         )
         with paddle.no_grad():
@@ -230,7 +230,8 @@ def _plain(layer: Any, features: Tensor) -> Any:
         data_format=layer._data_format,
         **extra,
     )
-    conv.to(device=features.place, dtype=features.dtype)
+    place = str(features.place).removeprefix("Place(").removesuffix(")")  # as Paddle 3.2 takes it
+    conv.to(device=place, dtype=features.dtype)
     conv.weight.set_value(features)
     conv.weight.stop_gradient = True
     return conv
