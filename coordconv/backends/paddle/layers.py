@@ -13,7 +13,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.utils.decorator_utils import param_one_alias
 
-from coordconv.backends.paddle import adding, options
+from coordconv.backends.paddle import adding, converting, options
 from coordconv.backends.paddle.fusing import FusedCoordConv
 from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
@@ -81,6 +81,10 @@ class _CoordLayer(TapeLayer):
         features, coordinates = adding.split(self.layout, self.weight)
         output = adding.convolve(self, x, features, None, output_size)
         return adding.add_map(self, output, x, coordinates, output_size)
+
+    @classmethod
+    def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:
+        return converting.CONVERSION.from_conv(cls, conv, coords, init)
 
     def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
         """For inference: a plain convolution and one constant map, or the maps of the last sizes.
