@@ -130,16 +130,15 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
             each program that is compiled.
         batch_norm: whether to fold the batch normalization after a CoordConv into it. With a
             ``size`` the runs tell which one comes after it, and that nothing else takes the
-            layer's output; without, the neighbours in each
-            ``nnx.Sequential`` do.
+            layer's output; without, the neighbours in each ``nnx.Sequential`` do.
 
     Returns:
         The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
 
     Raises:
         TypeError: ``model`` is no module; another ``size``.
-        ValueError: there is no CoordConv, or one cannot be split before its call; a batch
-            normalization is in training.
+        ValueError: there is no CoordConv, or one cannot be split before its call, as in an
+            ``nnx.WeightNorm``; a batch normalization is in training.
 
     Example:
         >>> from coordconv.backends.flax import CoordConv
@@ -163,9 +162,8 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     if not layers:
         raise ValueError("model has no CoordConv to fuse")
     for name, module in modules.items():
-        if isinstance(module, _COMPUTING) and any(
-            isinstance(m, CoordLayer) for m in _inside(module)
-        ):
+        inside = nnx.iter_graph(module) if isinstance(module, _COMPUTING) else ()
+        if any(isinstance(each, CoordLayer) for _, each in inside):
             raise ValueError(
                 f"{name!r} ({type(module).__name__}) computes the kernel of a CoordConv at each "
                 "call: use the CoordConv without it"
@@ -266,10 +264,6 @@ def _poisoned(
     return output, nnx.to_pure_dict(nnx.state(model, lambda path, _: _parent(path) not in names))
 
 
-def _inside(module: nnx.Module) -> Iterator[Any]:
-    return (each for _, each in nnx.iter_graph(module))
-
-
 def _parent(path: Sequence[Any]) -> str:
     return ".".join(map(str, path[:-1]))
 
@@ -281,7 +275,7 @@ def _statistics(norm: Any) -> dict[str, jax.Array]:
 
 def _folds(layer: Any, params: Mapping[str, jax.Array], norm: Any) -> bool:
     # That class alone, as a subclass may compute anything.
-    known = type(norm) is nnx.BatchNorm and norm.use_running_average is True
+    known = type(norm) is nnx.BatchNorm
     return known and fusing.folds(layer, params["kernel"], norm, _statistics(norm).values())
 
 

@@ -140,7 +140,7 @@ def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax
         grid = jax.device_put(constant).astype(x.dtype)
     else:
         with _lenient():
-            positions = [jnp.arange(n, dtype=x.dtype) for n in shape]
+            positions = [lax.iota(x.dtype, n) for n in shape]
             values = channel_values(coords, positions, shape, jnp.sqrt)
             grid = jnp.stack([jnp.broadcast_to(v, shape) for v in values], -1)
     if groups > 1:
@@ -174,7 +174,7 @@ def _by_convolution(plan: MapPlan, kernel: jax.Array) -> jax.Array:
         grid = jax.device_put(core.known_grid(plan, _exact(kernel.dtype)))
     else:
         with _lenient():
-            grid = plan.padded_grid(lambda n: jnp.arange(n, dtype=kernel.dtype), jnp)
+            grid = plan.padded_grid(lambda n: lax.iota(kernel.dtype, n), jnp)
     if plan.geometry.transposed:
         kernel = lax.rev(kernel, tuple(range(rank)))
     space = "DHW"[-rank:]
@@ -234,16 +234,19 @@ def _sum_of_products(table: Array, terms: jax.Array) -> jax.Array:
 def add(output: jax.Array, bias: jax.Array) -> jax.Array:
     """The ``output (..., *S, out)`` of a convolution and P, rounded once."""
     batch = output.shape[: output.ndim - bias.ndim]
-    if batch in ((), (1,)) or not isinstance(bias, jax.core.Tracer):
-        repeated = bias.reshape((*(1,) * len(batch), *bias.shape))
-    else:
+    if batch not in ((), (1,)) and isinstance(bias, jax.core.Tracer):
         # As a product, since the gradient of that is one, too: XLA takes many times as long to sum
         # over the batch, on a CPU. Forward it sees through the product, and just adds.
         ones = jnp.ones((math.prod(batch), 1), bias.dtype)
-        repeated = jnp.matmul(ones, bias.reshape((1, -1)), precision=_HIGHEST)
-        repeated = repeated.reshape(output.shape)
+        bias = jnp.matmul(ones, bias.reshape((1, -1)), precision=_HIGHEST).reshape(output.shape)
+    return _sum(output, bias)
+
+
+def _sum(output: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum in the wider type of the two, rounded to the output's."""
+    bias = bias.reshape((*(1,) * (output.ndim - bias.ndim), *bias.shape))
     wide = max(output.dtype, bias.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    return (output.astype(wide) + repeated.astype(wide)).astype(output.dtype)
+    return (output.astype(wide) + bias.astype(wide)).astype(output.dtype)
 
 
 def add_made(output: jax.Array, bias: jax.Array) -> jax.Array:
@@ -256,7 +259,7 @@ def add_made(output: jax.Array, bias: jax.Array) -> jax.Array:
             f"input must not make the output {output.dtype}, as the map that was fused is "
             f"{bias.dtype}: fuse a layer in the type that it is to run in"
         )
-    return add(output, bias)
+    return _sum(output, bias)  # for which no gradient is taken
 
 
 def _channels(array: jax.Array, picked: Sequence[int], axis: int = -2) -> jax.Array:
