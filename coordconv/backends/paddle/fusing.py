@@ -135,8 +135,7 @@ class FusedCoordConv(nn.Layer):
             kernel.new_zeros([1, *s, c] if last else [1, c, *s])
             for c, s in ((1, shape), (len(kernel), lengths))
         )
-        with paddle.no_grad():
-            return adding.add_map(self._like_layer(bias), output, x, kernel, output_size)
+        return adding.add_map(self._like_layer(bias), output, x, kernel, output_size)
 
     @paddle.jit.marker.unified
     @param_one_alias(["x", "input"])  # as the layers
