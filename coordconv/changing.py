@@ -115,9 +115,9 @@ def plan(
         modules: all modules by name, one that is used twice under each of its names.
         is_convolution: whether a module is one that could be meant.
         examine: what is wrong with a convolution that is meant.
-        layers: names, whole or the end of them, of convolutions or of blocks, which are all
-            convolutions in them; a compiled regular expression that matches a whole name; a
-            function of name and module; several of these; or None for all.
+        layers: names of convolutions or of blocks, which are all convolutions in them, whole or, if
+            no name is the whole of it, the end of names; a compiled regular expression that matches
+            a whole name; a function of name and module; several of these; or None for all.
         exclude: those to leave out, in the same way.
 
     Raises:
@@ -191,6 +191,7 @@ def _matched(
         wrong = f"the whole name of no layer matches {choice.pattern!r}"
     elif isinstance(choice, str):
         of = [name for name in modules if f".{name}".endswith(f".{choice}")]
+        of = [choice] if choice in modules else of
         found = [
             name
             for name in convolutions

@@ -315,9 +315,12 @@ class NetworkConversion:
             ours, layout = self._coord_class(one), self.conversion.layout(one, coords)
             shape = [8 + 2 * length for length in one.weight.shape[2:]]
             shape = [2, *shape, layout.channels] if _is_last(one) else [2, layout.channels, *shape]
-            drawn = np.random.default_rng(0).normal(size=shape)  # the user's draws stay
-            x = self.tape.tensor(drawn, one.weight)
+            draw = np.random.default_rng(0).normal  # the user's draws stay
+            x = self.tape.tensor(draw(size=shape), one.weight)
             with framework.no_grad():
+                # Where a scale starts at zero, the output would tell nothing of the kernel.
+                for parameter in one.parameters():
+                    parameter.copy_(self.tape.tensor(draw(size=parameter.shape), parameter))
                 wanted = to_numpy(cls.forward(one, x))  # without hooks
                 values = self.conversion.with_coordinates(one.weight, one, layout, "zeros")
                 self.conversion.resize(one.weight, values, None)

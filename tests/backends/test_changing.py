@@ -43,9 +43,15 @@ class SamePadding(nn.Conv2d):
 
 
 class Standardized(nn.Conv2d):
+    """Starts with a scale of zero, so that its first outputs tell nothing of its kernel."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.zeros(()))
+
     def forward(self, x):
         mean, spread = self.weight.mean((1, 2, 3), True), self.weight.std((1, 2, 3), keepdim=True)
-        return nn.functional.conv2d(x, (self.weight - mean) / spread, self.bias)
+        return nn.functional.conv2d(x, (self.weight - mean) / spread * self.scale, self.bias)
 
 
 def network():
