@@ -8,6 +8,7 @@ the same variants of a layer:
   concatenates them to the input and runs one convolution. That is the least work concatenation can
   be; published implementations make the coordinates anew on each call.
 - ``ours``: the CoordConv layer, which chooses by itself between append and map.
+- ``fused``: the layer fused for its size; inference alone.
 - ``append`` and ``map``: the CoordConv layer, made to compute in that way.
 """
 
@@ -43,7 +44,7 @@ from coordconv.weights import join_kernel
 Array: TypeAlias = npt.NDArray[Any]
 Call: TypeAlias = Callable[[], Any]
 
-PLAIN, CONCAT, OURS = VARIANTS = "plain", "concat", "ours"
+PLAIN, CONCAT, OURS, FUSED = VARIANTS = "plain", "concat", "ours", "fused"
 WAYS = APPEND, MAP  # further variants
 INFERENCE, TRAINING = "inference", "training"
 _MODULES = {
@@ -58,7 +59,7 @@ _LEAST_ROUNDS = 9
 # What takes several times as long as another variant needs no precision: a few rounds will do.
 _SLOW, _SLOW_ROUNDS = 5, 3
 
-console = Console(width=100)  # also in a file: wide enough for every table
+console = Console(width=112)  # also in a file: wide enough for every table
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ class Shape:
             padding=self.kernel // 2,
             groups=self.groups,
         )
+
+    @property
+    def output_over_input(self) -> float:
+        """How many numbers the output has for each of the input."""
+        outputs = self.out * math.prod(self.geometry.output_shape(self.size))
+        return outputs / (self.channels * math.prod(self.size))
 
     @property
     def map_bytes(self) -> int:
@@ -337,6 +344,8 @@ def timed(
     variants: Sequence[str] = VARIANTS,
 ) -> Result:
     """Time the variants of one layer in one mode."""
+    if mode == TRAINING:
+        variants = [v for v in variants if v != FUSED]
     if shape.dtype != "float32":  # in 16 bits there is one way
         variants = [v for v in variants if v not in WAYS]
     calls = framework.calls(shape, mode, variants)

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 
 from common import (
     CONCAT,
+    FUSED,
     PLAIN,
     TRAINING,
     VARIANTS,
@@ -28,7 +29,7 @@ from common import (
     forced,
     wall_seconds,
 )
-from coordconv.backends.linen import CoordConv
+from coordconv.backends.linen import CoordConv, fuse
 from coordconv.position_bias import APPEND
 
 
@@ -96,6 +97,8 @@ class Jax:
         for name in variants:
             apply = layer(name, shape, given).apply
             variables = {"params": put(params(name, given))}
+            if name == FUSED:
+                variables, _ = fuse(layer(name, shape, given), variables, x)
             # A new function for each variant: to JAX, methods of equal layers may be the same one,
             # and what it traced for one way would then be run for the other.
             if mode == TRAINING:

@@ -10,6 +10,7 @@ import numpy as np
 
 from common import (
     CONCAT,
+    FUSED,
     PLAIN,
     TRAINING,
     VARIANTS,
@@ -61,7 +62,11 @@ def layer(variant: str, shape: Shape, given: Data) -> nn.Layer:
     arrays = given.weights(variant)
     for name, parameter in conv.named_parameters():
         parameter.set_value(arrays[name])
-    return module.to(dtype=getattr(paddle, shape.dtype))
+    module = module.to(dtype=getattr(paddle, shape.dtype))
+    if variant == FUSED:
+        module.eval()
+        return module.fuse(shape.size)
+    return module
 
 
 class Paddle:

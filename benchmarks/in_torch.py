@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import (
     CONCAT,
+    FUSED,
     PLAIN,
     TRAINING,
     VARIANTS,
@@ -59,7 +60,8 @@ def layer(variant: str, shape: Shape, given: Data, device: str) -> nn.Module:
         module = conv = cls(shape.channels, shape.out, **shape.options)
     arrays = given.weights(variant)
     conv.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
-    return module.to(**_like(shape, device))
+    module = module.to(**_like(shape, device))
+    return module.eval().fuse(shape.size) if variant == FUSED else module
 
 
 def _like(shape: Shape, device: str) -> dict[str, Any]:

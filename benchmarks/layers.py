@@ -19,6 +19,7 @@ import typer
 import common
 from common import (
     CONCAT,
+    FUSED,
     INFERENCE,
     OURS,
     PLAIN,
@@ -46,6 +47,8 @@ TARGETS = {  # (geometric mean, worst)
 # Each shape's ratio to concatenation: a layer may itself append.
 AGAINST_CONCAT = 1.03
 AGAINST = against(CONCAT)
+# Of torch's eager inference, on each shape whose output is at most so many times its input.
+FUSED_TARGET, FUSED_MOST = 1.03, 4
 _DRAWN = 0.5, 3.0  # what lies beyond is drawn there
 
 
@@ -88,6 +91,13 @@ def check(results: Iterable[Result], device: str) -> list[Check]:
             value, over = medians.get(where, math.nan), sum(v > limit for v in medians.values())
             label = f"{mode}: {which}"
             checks.append(Check(name, label, limit, value, where, over, len(of), expected))
+    small = {str(s) for s in common.shapes(device) if s.output_over_input <= FUSED_MOST}
+    of = [r for r in found.get(("torch-eager", INFERENCE), []) if r.shape in small]
+    medians = {r.shape: r.ratios[FUSED].median for r in of if FUSED in r.ratios}
+    where = max(medians, key=medians.__getitem__, default="")
+    value, over = medians.get(where, math.nan), sum(v > FUSED_TARGET for v in medians.values())
+    of_fused = FUSED_TARGET, value, where, over, len(medians), len(small)
+    checks.append(Check("torch-eager", f"{INFERENCE}: worst fused", *of_fused))
     return checks
 
 
@@ -123,8 +133,8 @@ def print_results(name: str, results: list[Result]) -> None:
         of = [r for r in results if (r.framework, r.mode) == (name, mode)]
         if not of:
             continue
-        keys = CONCAT, OURS, AGAINST
-        columns = "plain ms", "concat/plain", "ours/plain", AGAINST
+        keys = [CONCAT, OURS, *[FUSED] * (mode == INFERENCE), AGAINST]
+        columns = ["plain ms", *(key if key == AGAINST else f"{key}/plain" for key in keys)]
         table = common.table(f"{name}, {mode}: median (quartiles)", "shape", *columns)
         for r in of:
             table.add_row(r.shape, _ms(r.milliseconds[PLAIN]), *_cells(r, keys))
@@ -161,7 +171,11 @@ def print_ways(name: str, results: list[Result]) -> None:
 
 
 def _cells(result: Result, keys: Iterable[str]) -> Iterator[str]:
-    return (str(result.ratios[k]) if k in result.ratios else "minutes" for k in keys)
+    for key in keys:
+        if key not in result.ratios:
+            yield "minutes"
+        else:  # the last column has no room for quartiles
+            yield f"{_median(result, key):.2f}" if key == AGAINST else str(result.ratios[key])
 
 
 def _median(result: Result, key: str) -> float:

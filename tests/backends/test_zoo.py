@@ -311,7 +311,7 @@ def test_standardized_kernels_are_left_by_name():
 
 
 def test_from_pretrained_into_a_network_with_coordinates(tmp_path):
-    """A checkpoint without coordinates, and a class that adds them as it is constructed: refused."""
+    """A checkpoint without coordinates, and a class that adds them in its constructor: refused."""
 
     class WithCoordinates(transformers.ConvNextForImageClassification):
         def __init__(self, config):
