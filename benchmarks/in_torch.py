@@ -61,7 +61,7 @@ def layer(variant: str, shape: Shape, given: Data, device: str) -> nn.Module:
     arrays = given.weights(variant)
     conv.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
     module = module.to(**_like(shape, device))
-    return module.eval().fuse(shape.size) if variant == FUSED else module
+    return conv.eval().fuse(shape.size) if variant == FUSED else module
 
 
 def _like(shape: Shape, device: str) -> dict[str, Any]:

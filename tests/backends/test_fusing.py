@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -23,7 +22,6 @@ from coordconv.backends.torch import (
     CoordConvTranspose3d,
     fuse,
 )
-from coordconv.fusing import folded
 
 # Axis lengths of which every coordinate is a multiple of a power of two: all sums are exact.
 SIZES = ((9, 5, 3), (5, 9, 17), (3, 9, 5), (17, 3, 9), (5, 5, 5))
@@ -248,15 +246,30 @@ def test_a_layer_as_the_network():
     assert str(fused.fuse_report) == "(itself)  CoordConv2d  one map for 5x5"
 
 
-def test_folding_is_the_definition():
-    rng = np.random.default_rng(0)
-    weights = {"weight": rng.normal(size=(4, 3, 2)), "bias": rng.normal(size=4)}
-    mean, variance, scale, shift = rng.normal(size=(4, 4)) ** 2
-    found = folded(weights, (mean, variance, scale, shift), 1e-3)
-    for o in range(4):
-        factor = scale[o] / np.sqrt(variance[o] + 1e-3)
-        assert np.allclose(found["weight"][o], weights["weight"][o] * factor)
-        assert np.isclose(found["bias"][o], (weights["bias"][o] - mean[o]) * factor + shift[o])
+def test_a_layer_that_is_asked_for_another_size_keeps_no_map():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = CoordConvTranspose2d(3, 4, 3, stride=2)
+
+        def forward(self, input):
+            return self.up(input=input, output_size=(12, 12))
+
+    model, x = Up().eval(), torch.randn(2, 3, 5, 5)
+    fused = fuse(model, size=(5, 5))
+    assert str(fused.fuse_report) == "up  CoordConvTranspose2d  maps as they come"
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+def test_a_forward_of_its_own_is_refused():
+    class Mine(CoordConv2d):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match="forward"):
+        fuse(nn.Sequential(Mine(3, 4, 3)).eval())
+    with pytest.raises(ValueError, match="forward"):
+        Mine(3, 4, 3).eval().fuse()
 
 
 def test_what_cannot_be_fused():

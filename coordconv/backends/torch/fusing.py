@@ -243,18 +243,23 @@ def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tup
     else:
         first: Any = next((m for m in model.modules() if hasattr(m, "in_channels")), None)
         inputs = (first.weight.new_zeros(1, first.in_channels, *size),)
-    seen: dict[str, set[tuple[int, ...]]] = {name: set() for name in layers}
+    # None for an output of another size than is usual, which one map cannot be for.
+    seen: dict[str, set[tuple[int, ...] | None]] = {name: set() for name in layers}
     hooks = []
     for name, layer in layers.items():
 
-        def hook(module: Any, given: Any, name: str = name) -> None:
-            seen[name].add(tuple(given[0].shape[-module.rank :]))
+        def hook(module: Any, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
+            given = args[0] if args else kwargs["input"]
+            shape, lengths = (tuple(t.shape[-module.rank :]) for t in (given, output))
+            usual = options.geometry(module).lengths(shape)
+            seen[name].add(shape if lengths == tuple(usual) else None)
 
-        hooks.append(layer.register_forward_pre_hook(hook))
+        hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: found.pop() for name, found in seen.items() if len(found) == 1}
+    sizes = {name: found.pop() for name, found in seen.items() if len(found) == 1}
+    return {name: size for name, size in sizes.items() if size is not None}
