@@ -243,7 +243,6 @@ def signature_is_the_plain_ones(ours, plain):
     added = [own.pop(name) for name in ("coords", "coord_init")]
     assert [p.kind for p in added] == [inspect.Parameter.KEYWORD_ONLY] * 2
     assert [p.default for p in added] == [None, "fan_in"]
-    own.pop("map_only", None)  # of Linen, whose modules take no attributes
     _, *wanted = inspect.signature(plain.__init__).parameters.values()
     assert [(p.name, p.kind, p.default) for p in own.values()] == [
         (p.name, p.kind, p.default) for p in wanted

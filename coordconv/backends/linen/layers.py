@@ -26,9 +26,10 @@ from coordconv.weights.kernels import KernelLayout
 class _CoordLayer(FixedCoords, nn.Module):
     """What both layers share; :class:`coordconv.layers.CoordLayer` has the arguments."""
 
+    map_only = False  # no argument: a subclass may change it
+
     coords: Any = field(default=None, kw_only=True)
     coord_init: str = field(default="fan_in", kw_only=True)
-    map_only: bool = field(default=False, kw_only=True)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         check_arguments(args, kwargs)  # the __init__ of a dataclass is not to be extended
@@ -104,9 +105,9 @@ class CoordConv(_CoordLayer, nn.Conv):
 
     Takes every argument of ``flax.linen.Conv``, and inputs ``(..., *S, C)``; keyword-only
     ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
-    :class:`coordconv.layers.CoordLayer`, whose ``map_only=False`` is an argument here.
-    ``kernel_init`` draws, and ``mask`` has, the shape over features and coordinates, else there is
-    a ValueError; what a ``conv_general_dilated_cls`` of one's own makes is given both.
+    :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
+    features and coordinates, else there is a ValueError; what a ``conv_general_dilated_cls`` of
+    one's own makes is given both.
 
     Example:
         >>> layer = CoordConv(8, (3, 3), coords="xyr")
