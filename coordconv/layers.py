@@ -66,11 +66,10 @@ class CoordLayer(FixedCoords):
     coord_init: str
     map_only: bool = False
 
-    # Each adapter has these beside its layout: its parameters as canonical arrays, what takes such
-    # that have been checked, and a layer from (conv, coords, init).
+    # Each adapter has these beside its layout: its parameters as canonical arrays, and what takes
+    # such that have been checked.
     _canonical: Callable[[], dict[str, Array]]
     _assign: Callable[[Mapping[str, Array]], None]
-    _from_conv: ClassVar[Callable[[Any, CoordinatesLike, str], Any]]
 
     # What the base class calls its input channels, as an argument and as an attribute, and groups.
     CHANNELS: ClassVar[str] = "in_channels"
@@ -127,26 +126,6 @@ class CoordLayer(FixedCoords):
     def layout(self) -> KernelLayout:
         """Where features and coordinates lie in the kernel."""
         raise NotImplementedError
-
-    @classmethod
-    def from_conv(cls, conv: Any, coords: CoordinatesLike = None, *, init: str = "zeros") -> Any:
-        """A layer from a copy of its framework's own convolution, with the weights of that.
-
-        Args:
-            conv: a convolution of the class that this class is a subclass of.
-            coords: the coordinate channels: tokens, a :class:`~coordconv.Coordinates`, or None for
-                all axes.
-            init: ``"zeros"``: the layer computes what ``conv`` computes, and is ``map_only``, so
-                that in PyTorch's float32 no bit differs; ``"fan_in"``: the coordinates' part is
-                drawn as in a new layer.
-
-        Raises:
-            TypeError: ``conv`` is of another class.
-            ValueError: ``coords`` beyond the rank; another ``init``; a kernel that others compute,
-                as in pruning.
-        """
-        check_coord_init(init, "init")
-        return cls._from_conv(conv, coords, init)
 
     def export_weights(self) -> Weights:
         """The canonical weights: ``weight`` and, if the layer has one, ``bias``."""

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from coordconv.coordinates import CoordinatesLike, check_coord_init
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
@@ -47,6 +48,27 @@ class TapeLayer(CoordLayer):
     weight: Any
     bias: Any
     named_children: Any
+    _from_conv: ClassVar[Callable[[Any, CoordinatesLike, str], Any]]
+
+    @classmethod
+    def from_conv(cls, conv: Any, coords: CoordinatesLike = None, *, init: str = "zeros") -> Any:
+        """A layer from a copy of its framework's own convolution, with the weights of that.
+
+        Args:
+            conv: a convolution of the class that this class is a subclass of.
+            coords: the coordinate channels: tokens, a :class:`~coordconv.Coordinates`, or None for
+                all axes.
+            init: ``"zeros"``: the layer computes what ``conv`` computes, and is ``map_only``, so
+                that in PyTorch's float32 no bit differs; ``"fan_in"``: the coordinates' part is
+                drawn as in a new layer.
+
+        Raises:
+            TypeError: ``conv`` is of another class.
+            ValueError: ``coords`` beyond the rank; another ``init``; a kernel that others compute,
+                as in pruning.
+        """
+        check_coord_init(init, "init")
+        return cls._from_conv(conv, coords, init)
 
     def _canonical(self) -> dict[str, Array]:
         found = {"weight": self.weight, "bias": self.bias}

@@ -22,7 +22,7 @@ def blocks(page: str, kind: str = "python") -> list[str]:
 
 
 BLOCKS = blocks("README.md")
-DEPLOYMENT = blocks("docs/deployment.md")
+PAGES = blocks("docs/deployment.md") + blocks("docs/networks.md")
 
 
 def needed(block: str) -> set[str]:
@@ -37,7 +37,7 @@ def test_every_framework_has_an_example():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("block", BLOCKS + DEPLOYMENT, ids=lambda block: block.split("\n")[1])
+@pytest.mark.parametrize("block", BLOCKS + PAGES, ids=lambda block: block.split("\n")[1])
 def test_example(block, tmp_path, monkeypatch):
     for name in needed(block):
         if BACKENDS[name].missing:

@@ -393,6 +393,7 @@ def test_an_optimizer_of_before(name):
         assert not state.dim() or state.shape == model[0].weight.shape
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="torch 2.4 has no Adafactor")
 def test_an_optimizer_that_cannot_be_updated():
     model = network()
     factored = torch.optim.Adafactor(model.parameters())
