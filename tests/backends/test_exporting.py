@@ -295,6 +295,8 @@ def test_make_fx_of_a_real_size_takes_no_other(torch):
 @pytest.mark.parametrize("strict", [True, False])
 def test_torch_export_of_a_known_size(torch, strict):
     """Nothing asks for a size, or is in float64: coordinates are made of literal lengths."""
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch 2.4 counts in integers, and makes no graph for dynamic=True")
     model = torch_model(torch, [case.module("torch") for case in CASES[2].values()])
     x = torch.tensor(inputs(2, SIZES[0]))
     program = torch.export.export(model, (x,), strict=strict).run_decompositions()
@@ -337,6 +339,8 @@ def test_aot_inductor(torch, tmp_path):
 
 
 def test_torch_compile_to_reduce_overhead(torch):
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch 2.4 counts in integers, and makes no graph for dynamic=True")
     if not has_compiler():
         pytest.skip("there is no C++ compiler")
     title, cases = "torch.compile, reduce-overhead", {name: CASES[2][name] for name in FEW}
@@ -418,6 +422,8 @@ def graphs_of_plain(training: bool) -> int:
 @pytest.mark.parametrize("name", CASES[2])
 def test_torch_compiles_one_graph_if_told(torch, name, how):
     """``mark_dynamic`` is an error where a graph has one of the sizes in it."""
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch 2.4 counts in integers, and makes no graph for dynamic=True")
     case, title = CASES[2][name], f"torch.compile, {how}"
     options = {"dynamic": True} if how == "dynamic=True" else {}
     call, graphs = counted(torch, case.module("torch"), **options)
