@@ -1,4 +1,7 @@
-"""``add_coords``, ``remove_coords`` and ``from_conv`` where layers are objects: PyTorch and Paddle.
+"""``add_coords``, ``remove_coords`` and ``from_conv`` in a framework that records a tape.
+
+PyTorch has all of it. Paddle has ``from_conv``, by :class:`Conversion`, and not yet networks: some
+of its optimizers say nothing of a kernel that changed its shape, and nothing asks them so far.
 
 A layer stays the same object and changes its class, as torch's own parametrizations and lazy
 modules do: so its hooks, its flags, its names and all that refers to it stay. Its kernel stays the

@@ -6,6 +6,7 @@ An optimizer that keeps momenta of the old shape raises an error at its next ste
 from __future__ import annotations
 
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def _like(values: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
+    _watch_optimizers()
     _stale_shape[id(parameter)] = tuple(parameter.shape)
     weakref.finalize(parameter, _stale_shape.pop, id(parameter), None)
     parameter.grad = None  # torch refuses one of another shape
@@ -100,4 +102,6 @@ def _refuse_stale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             )
 
 
-register_optimizer_step_pre_hook(_refuse_stale)
+@cache  # once, and not at import: who changes no network has no step that asks
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_stale)
