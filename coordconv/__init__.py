@@ -12,6 +12,7 @@ from coordconv.backends import available_backends
 from coordconv.backends import other_coordconv as _other_coordconv
 from coordconv.backends import with_layer as _with_layer
 from coordconv.coordinates import Coordinates
+from coordconv.functions import Function, Given, fourier
 from coordconv.grid import coordinate_grid
 from coordconv.weights import load_weights, save_weights
 
@@ -19,8 +20,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Coordinates",
+    "Function",
+    "Given",
     "available_backends",
     "coordinate_grid",
+    "fourier",
     "load_weights",
     "save_weights",
 ]

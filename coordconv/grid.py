@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordconv.coordinates import Coordinates, CoordinatesLike, axis_tokens
+from coordconv.functions import AXES, Function, Given
 from coordconv.geometry import is_int
 
 Array = npt.NDArray[Any]
@@ -73,19 +74,38 @@ def channel_values(
 ) -> list[Any]:
     """Each coordinate channel at ``positions``, as an array that broadcasts to the grid.
 
-    Written with operators alone, so that the arrays may be NumPy's or a framework's. Positions are
+    Written with operators alone, so that the arrays may be NumPy's or a framework's; a function or
+    a given map takes NumPy's. Positions are
     per axis sample indices, of NumPy ints, which give float64, or of a framework's floats; the
     lengths in ``shape``, which the scale belongs to, are plain or symbolic ints.
     """
     rank = len(shape)
     ramps = {}
     for behind, token in enumerate(axis_tokens(rank)):  # the last axis first
-        axis = rank - 1 - behind
-        ramps[token] = ramp(coords, positions[axis], shape[axis]).reshape((-1,) + (1,) * behind)
+        values = ramp(coords, token, positions[rank - 1 - behind], shape, sqrt)
+        ramps[token] = values.reshape((-1,) + (1,) * behind)
     if "r" in coords.channels:
         centred = (values - coords.r_center for values in ramps.values())
         ramps["r"] = sqrt(sum(values * values for values in centred))
-    return [ramps[token] for token in coords.channels]
+    return [
+        ramps[channel]
+        if isinstance(channel, str)
+        else _own_values(channel, ramps, positions, shape)
+        for channel in coords.channels
+    ]
+
+
+def _own_values(
+    channel: Function | Given, ramps: dict[str, Any], positions: Sequence[Any], shape: Sequence[Any]
+) -> Array:
+    """A channel that NumPy alone computes."""
+    if not all(isinstance(each, np.ndarray) for each in positions):
+        raise ValueError(
+            f"{channel.name!r} is computed by NumPy, for a size that is known: fix the size"
+        )
+    if isinstance(channel, Given):
+        return channel.at(positions, shape)
+    return channel([ramps[token] for token in channel.axes])
 
 
 def stacked(values: Sequence[Any], shape: tuple[Any, ...], xp: Any) -> Any:
@@ -93,23 +113,61 @@ def stacked(values: Sequence[Any], shape: tuple[Any, ...], xp: Any) -> Any:
     return xp.stack([xp.broadcast_to(value, shape) for value in values])
 
 
-def ramp(coords: Coordinates, position: Any, length: Any) -> Any:
-    """The coordinate of sample ``position`` on an axis of ``length`` samples.
+def ramp(
+    coords: Coordinates,
+    token: str,
+    position: Any,
+    shape: Sequence[Any],
+    sqrt: Callable[[Any], Any],
+) -> Any:
+    """The coordinate of samples at ``position`` on the axis of a ``token``.
 
     On the span -1 to 1 it is one division of two integers, so that it is the same bits in every
     framework; another span takes one multiplication and one addition more.
     """
+    length = shape[-1 - AXES.index(token)]
+    if coords.units == "pixels":
+        return position * 1.0 + (0.5 if coords.align == "edges" else 0)  # of NumPy's ints a float
     single = 1 // length  # 1 for one sample and 0 for more, without a question put to a tracer
-    steps = length if coords.align == "edges" else length - 1 + single
-    quotient = (2 * position + (1 - length)) / steps
-    first, last = coords.span
-    half, middle = (last - first) / 2, (first + last) / 2
+    steps = _steps(coords, length, shape, position, sqrt)
+    quotient = (2 * position + (0 if coords.align == "start" else 1) - length) / steps
+    half, middle = scale(coords, token)
     values = quotient if half == 1 else quotient * half
     if middle:
         values = values + middle
     if coords.align == "corners" and (middle or coords.outside == "extend"):
         values = values * (1 - single)  # the formula gives 0 only inside a span around 0
     return values
+
+
+def scale(coords: Coordinates, token: str) -> tuple[float, float]:
+    """Half the span of an axis, and its middle."""
+    first, last = coords.span_of(token)
+    return (last - first) / 2, (first + last) / 2
+
+
+def _steps(
+    coords: Coordinates,
+    length: Any,
+    shape: Sequence[Any],
+    position: Any,
+    sqrt: Callable[[Any], Any],
+) -> Any:
+    """The number of steps from sample to sample that the span is long, at least 1."""
+    if coords.aspect != "each":
+        one = position[:1] * 0 + 1  # lengths become arrays, which may be compared in a graph
+        lengths = [one * n for n in shape]
+        if coords.aspect == "longer":
+            length = lengths[0]
+            for n in lengths[1:]:
+                length = (length + n + abs(length - n)) / 2  # the larger of two
+        elif coords.align == "corners":
+            length = sqrt(sum((n - 1) * (n - 1) for n in lengths)) + 1
+        else:
+            length = sqrt(sum(n * n for n in lengths))
+    if coords.align != "corners":
+        return length
+    return length - 1 + 1 // length
 
 
 def _spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -134,9 +134,9 @@ class MapPlan:
         of P is a product of a few small matrices. On a large map these take a fraction of the time
         of a convolution, which sums over all taps; on a small one their several steps cost more
         than they save: docs/performance.md has the measurements. Where ``out`` is None the size is
-        unknown, and counts as large. The radius is no such product.
+        unknown, and counts as large. The radius is no such product, nor need functions be.
         """
-        axes = self.coords.channels.replace("r", "")
+        axes = self.coords.along_axes
         if out is not None:
             work = out * math.prod(self.lengths) * len(axes) * self.geometry.taps
             if work < MANY_PRODUCTS:
@@ -145,7 +145,7 @@ class MapPlan:
             return (self, None) if axes else (None, self)
         first, second = (
             MapPlan(self.geometry, self.coords.only(tokens), self.shape, self.lengths)
-            for tokens in (axes, "r")
+            for tokens in (axes, [c for c in self.coords.channels if c not in [*axes]])
         )
         return first, second
 
@@ -162,7 +162,7 @@ class MapPlan:
         if axes is None or others is None:
             return contract(self, kernel) if axes else convolve(self, kernel)
         of_axes, of_others = (
-            pick(kernel, [self.coords.channels.index(token) for token in plan.coords.channels])
+            pick(kernel, [self.coords.names.index(name) for name in plan.coords.names])
             for plan in (axes, others)
         )
         bias = contract(axes, of_axes)
@@ -190,7 +190,7 @@ class MapPlan:
             else:
                 place = steps * s + taps * d + first
             index, mask = self._read(place, hole, n)
-            values = ramp(self.coords, index, n)
+            values = ramp(self.coords, token, index, self.shape, xp.sqrt)
             ones = values * 0 + 1  # of the same type
             if mask is not None:
                 values, ones = values * mask, ones * mask

@@ -304,8 +304,11 @@ print(time.process_time() - start)
 def test_the_public_face() -> None:
     assert set(coordconv.__all__) == {
         "Coordinates",
+        "Function",
+        "Given",
         "available_backends",
         "coordinate_grid",
+        "fourier",
         "load_weights",
         "save_weights",
     }

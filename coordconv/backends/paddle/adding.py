@@ -122,7 +122,7 @@ def add_map(
     shapes = spatial_shape(x, last), spatial_shape(output, last)
     quick = _is_quick(output) and not low
     with _no_autocast():
-        if quick and len(output) == 1 and not last and "r" not in coords.channels:
+        if quick and len(output) == 1 and not last and len(coords.along_axes) == len(coords):
             # One sample's P would take as long as the convolution, and is never made.
             plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
             return _add_product(output, *_product(plan, kernel, bias))
@@ -151,9 +151,11 @@ def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any
         grid = _grid(coords, shape, channels_last, dtype, x.place)
         return grid.expand([len(x), *grid.shape])
     exact = paddle.float32 if dtype in _LOW_PRECISION else dtype
+    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
+    if coords.own and all(isinstance(n, int) for n in shape):  # made by NumPy alone
+        return (zeros + _own_grid(coords, shape, channels_last, exact)).astype(dtype)
     lengths = [_scalar(n, exact) for n in shape]
     positions = [_arange(n, exact) for n in lengths]
-    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
     values = channel_values(coords, positions, lengths, paddle.sqrt)
     parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
     return paddle.concat(parts, -1 if channels_last else 1).astype(dtype)
@@ -164,6 +166,8 @@ def _padded_coordinates(plan: MapPlan, kernel: Tensor) -> Tensor:
     dtype = kernel.dtype
     if paddle.in_dynamic_mode():
         return _padded_grid(plan, dtype, kernel.place)
+    if plan.coords.own and all(isinstance(n, int) for n in (*plan.shape, *plan.lengths)):
+        return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)))
     # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
     shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
     plan = replace(plan, shape=shape, lengths=lengths)
@@ -183,6 +187,12 @@ def _scalar(n: Any, dtype: Any) -> Any:
 @lru_cache(maxsize=64)
 def _grid(
     coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any
+) -> Tensor:
+    return _own_grid(coords, shape, channels_last, dtype, place)
+
+
+def _own_grid(
+    coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any = None
 ) -> Tensor:
     grid = coordinate_grid(shape, coords, dtype=_exact(dtype))
     grid = np.moveaxis(grid, 0, -1) if channels_last else grid

@@ -9,9 +9,10 @@ formula, so that they follow a size that may be unknown.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from coordconv import position_bias
+from coordconv.backends.torch import options
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, channel_values, coordinate_grid
@@ -121,9 +123,37 @@ def _warn_of_quantizers() -> None:
         )
 
 
-def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
+class OwnChannels:
+    """Constants for a graph of what NumPy alone computes: functions and given maps.
+
+    A compiler calls these methods of a layer, and takes their results for constants; to functions
+    it could not pass coordinates.
+    """
+
+    coords: Coordinates
+
+    @torch.compiler.assume_constant_result
+    def own_grid(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What is appended."""
+        return _grid(self.coords, shape, dtype, device)
+
+    @torch.compiler.assume_constant_result
+    def own_padded_grid(
+        self,
+        shape: tuple[int, ...],
+        lengths: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """What is convolved for a map."""
+        conv = getattr(self, "conv", self)  # of a fused layer
+        plan = MapPlan(options.geometry(conv), self.coords, shape, lengths)
+        return _padded_grid(plan, dtype, device)
+
+
+def append(layer: Any, x: Any, rank: int, groups: int = 1) -> Any:
     """The input ``(N, C, *S)`` or ``(C, *S)`` with the coordinates behind each group's features."""
-    at = -1 - rank
+    at, coords = -1 - rank, layer.coords
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
     if is_known(x):
@@ -132,6 +162,10 @@ def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
     else:
         zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
         shape = [x.shape[axis] for axis in range(-rank, 0)]
+        if coords.own:
+            grid = layer.own_grid(_fixed(shape), x.dtype, x.device)
+            x = torch.cat([x, zeros + grid], at)
+            return x.flatten(at - 1, at) if groups > 1 else x
         positions = [_arange(n, x) for n in shape]
         parts = [zeros + v for v in channel_values(coords, positions, shape, torch.sqrt)]
     x = torch.cat([x, *parts], at)
@@ -139,8 +173,8 @@ def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
 
 
 def add_map(
+    layer: Any,
     geometry: ConvGeometry,
-    coords: Coordinates,
     output: Any,
     x: Any,
     kernel: Any,
@@ -151,7 +185,8 @@ def add_map(
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.float()
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
-    plan, known = MapPlan(geometry, coords, shape, lengths), is_known(x) and is_known(output)
+    coords, known = layer.coords, is_known(x) and is_known(output)
+    plan = MapPlan(geometry, coords, shape, lengths)
     with _no_autocast(kernel, low):
         # Every tool that programs are exported for has a convolution, and not every one an einsum.
         exported = not known and _is_exported(x)
@@ -162,6 +197,11 @@ def add_map(
             left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
+        if coords.own and not known:
+            grid = layer.own_padded_grid(
+                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
+            )
+            return add(output, plan.convolve(kernel, grid, _CONVOLVE[geometry.rank])[0], low)
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
 
 
@@ -266,6 +306,17 @@ def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bo
         return others.convolve(part, grid, _CONVOLVE[plan.geometry.rank])[0]
 
     return plan.position_bias(kernel, divided, contract, convolve)
+
+
+def _fixed(lengths: Sequence[Any]) -> tuple[int, ...]:
+    """Lengths as ints, which a graph is then made for alone: NumPy makes constants of them."""
+    # torch.jit would fix them and say nothing; torch.fx does not know them.
+    if torch.jit.is_tracing() or isinstance(lengths[0], torch.fx.Proxy):  # type: ignore[attr-defined]
+        raise ValueError(
+            "torch.jit.trace and torch.fx take no coordinates that are functions or given maps, "
+            "which NumPy computes for a size that is known: use torch.export"
+        )
+    return tuple(operator.index(n) for n in lengths)
 
 
 def _arange(n: Any, like: Any) -> Any:

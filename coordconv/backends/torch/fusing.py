@@ -32,7 +32,7 @@ _MOST_MAPS = 8  # of the last sizes
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class FusedCoordConv(nn.Module):
+class FusedCoordConv(adding.OwnChannels, nn.Module):
     """What a CoordConv computes in inference: ``conv``, a plain convolution, and P, a constant map.
 
     Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
@@ -90,7 +90,7 @@ class FusedCoordConv(nn.Module):
         output = conv(input) if output_size is None else conv(input, output_size)
         known = adding.is_known(output)
         if bias is None and not known:
-            given = self._geometry, self.coords, output, input, self.coordinates
+            given = self, self._geometry, output, input, self.coordinates
             return adding.add_map(*given, conv.out_channels, self._is_low_precision())
         bias = self._position_bias(input, output) if bias is None else bias
         if known and output.dtype == bias.dtype:

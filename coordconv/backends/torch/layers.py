@@ -24,7 +24,7 @@ from coordconv.weights.kernels import KernelLayout, Position, same_channels
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
-class TorchCoordLayer(TapeLayer):
+class TorchCoordLayer(adding.OwnChannels, TapeLayer):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -108,10 +108,10 @@ class TorchCoordLayer(TapeLayer):
         low = self._is_low_precision(kernel)
         given = geometry, self.coords, x, self.in_channels, out, low
         if not self.map_only and adding.choose(*given) == APPEND:
-            return convolve(adding.append(self.coords, x, self.rank, self.groups), kernel, bias)
+            return convolve(adding.append(self, x, self.rank, self.groups), kernel, bias)
         features, coordinates = self.layout.split(kernel)
         output = convolve(x, features, bias)
-        return adding.add_map(geometry, self.coords, output, x, coordinates, out, low)
+        return adding.add_map(self, geometry, output, x, coordinates, out, low)
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with torch.no_grad():
@@ -144,9 +144,10 @@ class TorchCoordLayer(TapeLayer):
         """Put the coordinates of a state of ours in this layer's order."""
         found, name = Coordinates.from_dict(coords), f"{prefix}weight"
         # The tensors of a parametrization have other names, and nothing tells their channels apart.
-        if not same_channels(found, self.coords) or (found != self.coords and name not in state):
+        in_order = found.names == self.coords.names
+        if not same_channels(found, self.coords) or (not in_order and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
-        if found != self.coords:
+        if not in_order:
             state[name] = self._layout_of(state[name]).reordered(state[name], found)
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
@@ -209,7 +210,7 @@ class CoordConvTranspose3d(_CoordConvTranspose, nn.ConvTranspose3d, rank=3):
     """As :class:`CoordConv3d`, of ``torch.nn.ConvTranspose3d``."""
 
 
-class AddCoords(nn.Module):
+class AddCoords(adding.OwnChannels, nn.Module):
     """Append the coordinate channels to an input, for layers that have no CoordConv.
 
     The ``coords`` are tokens, a :class:`~coordconv.Coordinates`, or None for all axes, of which
@@ -236,7 +237,7 @@ class AddCoords(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The input with the coordinates behind its channels."""
         options.check(input, self.rank)
-        return adding.append(self.coords, input, self.rank)
+        return adding.append(self, input, self.rank)
 
     def extra_repr(self) -> str:
         return f"coords={self.coords!r}, rank={self.rank}"
