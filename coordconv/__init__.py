@@ -15,6 +15,7 @@ from coordconv.coordinates import Coordinates
 from coordconv.functions import Function, Given, fourier
 from coordconv.grid import coordinate_grid
 from coordconv.weights import load_weights, save_weights
+from coordconv.windows import Window, window
 
 __version__ = "0.1.0"
 
@@ -22,11 +23,13 @@ __all__ = [
     "Coordinates",
     "Function",
     "Given",
+    "Window",
     "available_backends",
     "coordinate_grid",
     "fourier",
     "load_weights",
     "save_weights",
+    "window",
 ]
 
 if (_other := _other_coordconv()) is not None:

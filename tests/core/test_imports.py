@@ -306,11 +306,13 @@ def test_the_public_face() -> None:
         "Coordinates",
         "Function",
         "Given",
+        "Window",
         "available_backends",
         "coordinate_grid",
         "fourier",
         "load_weights",
         "save_weights",
+        "window",
     }
     assert all(hasattr(coordconv, name) for name in coordconv.__all__)
     assert (PACKAGE / "py.typed").exists()
