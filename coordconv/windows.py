@@ -252,7 +252,11 @@ _local = _Local()
 
 def current(given: Any = None) -> Window | None:
     """The window of a layer's call, or else the one that was entered."""
-    return _local.window if given is None else given
+    if given is None:
+        return _local.window
+    if not isinstance(given, Window):
+        raise TypeError(f"window must be a coordconv.Window or None, got {given!r}")
+    return given
 
 
 def _by_axis(name: str, value: Any) -> tuple[int | None, dict[str, Any]]:

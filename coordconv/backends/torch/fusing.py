@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coordconv import windows
 from coordconv.backends.torch import adding, options
 from coordconv.fusing import (
     Named,
@@ -80,6 +81,8 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         """The layer's output."""
         # A few microseconds here are a few per cent of a small convolution.
         conv, size, bias = self.conv, self.size, self.map
+        if windows.current() is not None:
+            raise ValueError("a fused layer has the maps of whole frames, and takes no window")
         if size is not None and not isinstance(input, torch.fx.Proxy):
             shape = tuple(input.shape[-len(size) :])
             if shape != size:
