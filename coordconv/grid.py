@@ -109,7 +109,7 @@ def channel_values(
         positions, shape = in_frame(coords, frame, positions, shape)
     ramps = {}
     for behind, token in enumerate(axis_tokens(rank)):  # the last axis first
-        values = ramp(coords, token, positions[rank - 1 - behind], shape, sqrt)
+        values = ramp(coords, token, positions[rank - 1 - behind], shape, sqrt, frame is not None)
         if frame is None:
             ramps[token] = values.reshape((-1,) + (1,) * behind)
         else:
@@ -180,11 +180,13 @@ def ramp(
     position: Any,
     shape: Sequence[Any],
     sqrt: Callable[[Any], Any],
+    framed: bool = False,
 ) -> Any:
     """The coordinate of samples at ``position`` on the axis of a ``token``.
 
     On the span -1 to 1 it is one division of two integers, so that it is the same bits in every
-    framework; another span takes one multiplication and one addition more.
+    framework; another span takes one multiplication and one addition more. ``framed`` says that
+    positions and lengths are those of :func:`in_frame`.
     """
     length = shape[-1 - AXES.index(token)]
     if coords.units == "pixels":
@@ -196,7 +198,6 @@ def ramp(
     values = quotient if half == 1 else quotient * half
     if middle:
         values = values + middle
-    framed = len(getattr(length, "shape", ())) > 0
     if coords.align == "corners" and (middle or coords.outside == "extend" or framed):
         values = values * (1 - single)  # the formula gives 0 only inside a span around 0
     return values

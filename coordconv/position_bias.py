@@ -296,7 +296,7 @@ class MapPlan:
         places, lengths = in_frame(self.coords, frame, ends, shape)
         rank = self.geometry.rank
         pairs = [
-            ramp(self.coords, token, places[rank - 1 - AXES.index(token)], lengths, xp.sqrt)
+            ramp(self.coords, token, places[rank - 1 - AXES.index(token)], lengths, xp.sqrt, True)
             for token in channels
         ]
         values = [pair[:, 1] - pair[:, 0] for pair in pairs] + [pair[:, 0] for pair in pairs]

@@ -153,6 +153,20 @@ class Window:
             getattr(self, f"frame_{token}"),
         )
 
+    def parts(self) -> tuple[tuple[Any, ...], int | None]:
+        """All arrays, and the number of axes: what :meth:`of_parts` takes, unlooked at."""
+        return tuple(each for token in AXES for each in self.on(token)), self.rank
+
+    @classmethod
+    def of_parts(cls, rank: int | None, parts: Sequence[Any]) -> Window:
+        """The inverse of :meth:`parts`, of other arrays maybe."""
+        made = cls.__new__(cls)
+        made.rank, made.token = rank, _Token()
+        names = ((name, token) for token in AXES for name in ("start", "stop", "frame"))
+        for (name, token), part in zip(names, parts, strict=True):
+            setattr(made, f"{name}_{token}", part)
+        return made
+
     def is_whole(self, rank: int) -> bool:
         """Whether it is known to be the whole frame, on the axes of a grid."""
         numbers = [self.on(token) for token in axis_tokens(rank)]
@@ -257,6 +271,12 @@ def current(given: Any = None) -> Window | None:
     if not isinstance(given, Window):
         raise TypeError(f"window must be a coordconv.Window or None, got {given!r}")
     return given
+
+
+def check_fused() -> None:
+    """Raise ValueError in a fused layer, if a window was entered."""
+    if current() is not None:
+        raise ValueError("a fused layer has the maps of whole frames, and takes no window")
 
 
 def _by_axis(name: str, value: Any) -> tuple[int | None, dict[str, Any]]:

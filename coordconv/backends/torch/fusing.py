@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coordconv import windows
 from coordconv.backends.torch import adding, options
 from coordconv.fusing import (
     Named,
@@ -28,6 +27,7 @@ from coordconv.fusing import (
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
+from coordconv.windows import check_fused
 
 _MOST_MAPS = 8  # of the last sizes
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -81,8 +81,7 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         """The layer's output."""
         # A few microseconds here are a few per cent of a small convolution.
         conv, size, bias = self.conv, self.size, self.map
-        if windows.current() is not None:
-            raise ValueError("a fused layer has the maps of whole frames, and takes no window")
+        check_fused()
         if size is not None and not isinstance(input, torch.fx.Proxy):
             shape = tuple(input.shape[-len(size) :])
             if shape != size:
