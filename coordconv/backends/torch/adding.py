@@ -278,7 +278,8 @@ def _own_or(
 
 def _converted(value: Any, like: Tensor) -> Tensor:
     """A number or an array of a window, in the type and on the device of a tensor."""
-    return torch.as_tensor(value, device=like.device).to(like.real.dtype)
+    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    return tensor.to(like.device, like.real.dtype)  # type: ignore[no-any-return]
 
 
 def _is_exported(x: Any) -> bool:
