@@ -192,7 +192,7 @@ def ramp(
     if coords.units == "pixels":
         return position * 1.0 + (0.5 if coords.align == "edges" else 0)  # of NumPy's ints a float
     single = 1 // length  # 1 for one sample and 0 for more, without a question put to a tracer
-    steps = _steps(coords, length, shape, position, sqrt)
+    steps = steps_of(coords, length, shape, position, sqrt)
     quotient = (2 * position + (0 if coords.align == "start" else 1) - length) / steps
     half, middle = scale(coords, token)
     values = quotient if half == 1 else quotient * half
@@ -209,7 +209,7 @@ def scale(coords: Coordinates, token: str) -> tuple[float, float]:
     return (last - first) / 2, (first + last) / 2
 
 
-def _steps(
+def steps_of(
     coords: Coordinates,
     length: Any,
     shape: Sequence[Any],

@@ -116,11 +116,13 @@ class Window:
         return cls({axis: index}, {axis: index + 1}, frame={axis: count})
 
     def __repr__(self) -> str:
-        axes = AXES[: self.rank or 3]
-        names = "start", "stop", "frame"
-        values = ({t: getattr(self, f"{name}_{t}") for t in axes} for name in names)
-        start, stop, frame = values
-        return f"Window({start}, {stop}, frame={frame})"
+        def shown(index: int) -> str:
+            arrays = {token: self.on(token)[index] for token in AXES[: self.rank or 3]}
+            return str(
+                {t: a.tolist() if isinstance(a, np.ndarray) else a for t, a in arrays.items()}
+            )
+
+        return f"Window({shown(0)}, {shown(1)}, frame={shown(2)})"
 
     def widened(self, before: Any, after: Any, axis: str, length: int) -> Window:
         """The window of an input to which samples were added at the ends of an axis, as a halo.

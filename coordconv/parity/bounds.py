@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from coordconv import windows
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array
@@ -27,6 +28,11 @@ from coordconv.weights import split_kernel
 # by which a ramp is divided, has as many as a radius without a centre.
 COORDINATE_ROUNDINGS = 8
 DIAGONAL_ROUNDINGS = 3
+# A place in a window's frame has seven: the size of the window, two for where it starts, three more
+# for the place of a sample; the frame's length has three, of which the coordinate's own formula
+# makes two uses. By a map there are further the difference of two coordinates and the product with
+# a ramp, and the sum over a ramp and a constant for each channel.
+WINDOW_ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ def expected(
 ) -> dict[str, Expected]:
     """What a network computes, and how far arithmetic of a precision may be from it.
 
+    Inside of :func:`coordconv.window` the input has that window.
+
     The output ``"y"`` for an input ``x (N, C, *S)`` and, unless the output's gradient ``dy`` is
     None, the gradients of ``"x"`` and of every weight.
 
@@ -175,7 +183,10 @@ def coordinate_roundings(coords: Coordinates | None) -> int:
     """The roundings of one coordinate, relative to its magnitude."""
     if coords is None:
         return 0
-    return COORDINATE_ROUNDINGS + DIAGONAL_ROUNDINGS * (coords.aspect == "diagonal")
+    roundings = COORDINATE_ROUNDINGS + DIAGONAL_ROUNDINGS * (coords.aspect == "diagonal")
+    if windows.current() is not None:
+        roundings += WINDOW_ROUNDINGS + 2 * len(coords)
+    return roundings
 
 
 def propagated(
@@ -215,7 +226,11 @@ def _forward(
     if isinstance(layer, Flatten):
         return x.reshape(len(x.value), -1)
     conv, weight, bias = _as_convolution(layer, weights)
-    z, g, reference = _with_places(x), conv.geometry, Reference(conv.geometry, conv.coords)
+    z, g, reference = (
+        _with_places(x),
+        conv.geometry,
+        Reference(conv.geometry, conv.coords, windows.current()),
+    )
     y = reference.forward(z.value, weight, bias)
     size = reference.forward(z.largest, weight, bias, magnitudes=True)
     terms = conv.fan_in + 1 + coordinate_roundings(conv.coords)
@@ -241,7 +256,8 @@ def _backward(
         return {}, dy.reshape(*x.value.shape)
     conv, weight, bias = _as_convolution(layer, weights)
     z, dy, g = _with_places(x), _with_places(dy), conv.geometry
-    reference, batch, shape = Reference(g, conv.coords), len(z.value), z.value.shape[2:]
+    reference = Reference(g, conv.coords, windows.current())
+    batch, shape = len(z.value), z.value.shape[2:]
 
     def input_gradient(dy: Array, magnitudes: bool) -> Array:
         return reference.input_gradient(dy, weight, shape, magnitudes=magnitudes)
