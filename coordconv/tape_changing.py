@@ -129,7 +129,6 @@ def refuse_stale(kept: Iterable[tuple[Any, Iterable[Any]]]) -> None:
 
 def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> None:
     """Make a convolution a layer of a class of ours; its kernel is changed apart."""
-    vars(conv).pop("forward", None)  # its class's own, as to_static may leave it
     conv.__class__ = cls
     conv.coords = coords
     conv.coord_init = init
@@ -137,13 +136,14 @@ def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> None:
 
 
 def replaced_forward(conv: Any, *names: str) -> Unfit | None:
-    """Why a convolution whose ``forward`` is not that of its class cannot be changed."""
+    """Why a convolution whose ``forward`` is its own, and not that of its class, is not changed.
+
+    Paddle's ``to_static`` leaves one in each layer of a program, which knows the kernel's shape.
+    """
     for name in ("forward", *names):
-        method = vars(conv).get(name)
-        if method is not None and getattr(method, "__func__", None) is not getattr(
-            type(conv), name
-        ):
-            return Unfit(f"its {name} was replaced on the instance", fatal=True)
+        if name in vars(conv):
+            by = "by hand or by to_static: change the network before that"
+            return Unfit(f"its {name} was replaced on the instance, {by}", fatal=True)
     return None
 
 

@@ -135,8 +135,8 @@ def add_coords(
     Raises:
         TypeError: ``model`` is no layer; ``layers`` or ``exclude`` of another type.
         ValueError: nothing matches; coordinates beyond the rank of a layer that was asked for;
-            static mode; a wrapper, or what is inside of one; what ``to_static`` traced with
-            ``full_graph``; a quantized layer; a kernel without values, one that others compute, as
+            static mode; a wrapper, or what is inside of one; what ``to_static`` traced; a
+            quantized layer; a kernel without values, one that others compute, as
             in ``weight_norm``, or one that is shared with another layer. All is said before
             anything changes.
 
@@ -201,7 +201,6 @@ def _modules(model: Any) -> dict[str, Any]:
             )
         if kind.startswith(_QUANTIZED):
             raise ValueError(f"model is quantized ({name} is a {kind}): change it before")
-        # Without full_graph, to_static sees that a layer has another class.
         forward: Any = module.forward
         if type(forward).__name__ == "ASTStaticFunction" and forward.get_traced_count():
             raise ValueError(
