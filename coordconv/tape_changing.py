@@ -376,34 +376,30 @@ class NetworkConversion:
     ) -> dict[str, float]:
         """The coordinates' part of the variance of each layer's output, where inputs reach it."""
         sums: dict[str, Array] = {}
-        handles = []
         plains = copy.deepcopy(dict(layers))
         self.conversion.remove(plains)
-        for name, layer in layers.items():
 
-            def hook(
-                layer: Any,
-                args: Any,
-                kwargs: Any,
-                output: Any,
-                name: str = name,
-                conv: Any = plains[name],
-            ) -> None:
-                rest = to_numpy(type(conv).forward(conv, *args, **kwargs)).astype(np.float64)
+        def measured(name: str, layer: Any, plain: Any) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = type(layer).forward(layer, *args, **kwargs)
+                rest = to_numpy(type(plain).forward(plain, *args, **kwargs)).astype(np.float64)
                 channels = rest.ndim - 1 - (0 if _is_last(layer) else layer.rank)
                 axes = tuple(axis for axis in range(rest.ndim) if axis != channels)
                 parts = to_numpy(output).astype(np.float64) - rest, rest
                 found = np.array([part.var(axes).sum() for part in parts])
                 sums[name] = sums.get(name, np.zeros(2)) + found
+                return output
 
-            register = getattr(layer, self.tape.register_hook)
-            handles.append(register(hook, with_kwargs=True))
+            return forward
+
+        for name, layer in layers.items():
+            layer.forward = measured(name, layer, plains[name])
         try:
             with self.conversion.framework.no_grad():
                 model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer in layers.values():
+                del layer.forward
         return {name: float(p / (p + rest)) if p else 0.0 for name, (p, rest) in sums.items()}
 
 

@@ -1,5 +1,7 @@
 """torch and Paddle behind the same few names, for networks that are given coordinates."""
 
+import copy
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -38,10 +40,21 @@ class Face:
     def optimizer(self, name, model):
         return self.optimizers[name](self.kinds, list(model.parameters()))
 
-    def step(self, model, optimizer, x):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
+    def step(self, model, optimizer, x, target=0):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
         optimizer.step()
+        self.forget_gradients(model)
+        return loss.item()
+
+    def copies(self, module):
+        """By copy and, where the framework can, by pickle; Paddle 3.2 cannot."""
+        yield copy.deepcopy(module)
+        try:
+            pickle.dumps(self.conv(1, 1, 1))
+        except TypeError:
+            return
+        yield pickle.loads(pickle.dumps(module))
 
     def images(self, *shape):
         return self.tensor(normal(*(shape or (4, 3, 18, 22)), seed=1))
@@ -77,6 +90,9 @@ class Torch(Face):
     def modules(self, model):
         return dict(model.named_modules())
 
+    def forget_gradients(self, model):
+        model.zero_grad()
+
     def without_gradients(self):
         return self.package.inference_mode()
 
@@ -111,6 +127,9 @@ class Paddle(Face):
 
     def modules(self, model):
         return dict(model.named_sublayers(include_self=True))
+
+    def forget_gradients(self, model):
+        model.clear_gradients()
 
     def without_gradients(self):
         return self.package.no_grad()

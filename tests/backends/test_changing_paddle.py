@@ -32,6 +32,14 @@ FACE = Paddle()
 network, images, refused = FACE.network, FACE.images, partial(changing_cases.refused, FACE)
 
 
+def test_gradients_of_an_output_of_before_are_refused_by_paddle():
+    model = network()
+    output = model(images())
+    add_coords(model)
+    with pytest.raises(RuntimeError, match="(?i)inplace"):
+        output.sum().backward()
+
+
 def test_hooks_stay():
     model, calls = network(), []
     model[0].register_forward_pre_hook(lambda *_: calls.append("before"))

@@ -5,7 +5,6 @@ What one of them alone has is in ``test_changing.py`` and ``test_changing_paddle
 
 import copy
 import json
-import pickle
 import random
 import re
 
@@ -185,7 +184,7 @@ def test_states_of_before_and_after(face):
     face.add_coords(other)
     face.load(other, model.state_dict())
     assert equal(other(x), wanted)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for copied in face.copies(model):
         assert equal(copied(x), wanted)
     face.remove_coords(model)
     face.load(model, before)
@@ -197,13 +196,7 @@ def test_training_goes_on(face):
     face.add_coords(model, "xyr")
     target = face.tensor(np.linspace(-1, 1, 22, dtype="f").reshape(1, 1, 1, 22).repeat(4, 0))
     optimizer = face.optimizer("adam", model)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = (model(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = [face.step(model, optimizer, x, target) for _ in range(10)]
     assert losses[-1] < losses[0]
     assert all(model[i].layout.split(model[i].weight)[1].abs().max() > 0 for i in (0, 3, 4, 5))
     model.eval()
@@ -336,7 +329,7 @@ def test_subclasses(face):
         plain.weight.copy_(layer.weight)
         plain.bias.copy_(layer.bias)
     assert equal(layer(x), plain(face.ours.AddCoords("xy")(x)))
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(face.nn.Sequential(layer)))[0]):
+    for copied in face.copies(layer):
         assert equal(copied(x), layer(x))
         assert type(copied) is type(layer)
     with pytest.raises(ValueError, match="input must have 3 channels"):

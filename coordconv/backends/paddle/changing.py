@@ -84,7 +84,7 @@ class PaddleChanges(TapeChanges):
         return states | {name: each for name, each in flat.items() if isinstance(each, Tensor)}
 
     def _put(self, optimizer: Any, kernel: Any, name: str, values: Any) -> None:
-        kept(optimizer, kernel)[name].data = values  # which multi-tensor optimizers have twice
+        paddle.assign(values, kept(optimizer, kernel)[name])  # in place: some have it twice
 
 
 class _Appending(Appending, PaddleCoordLayer):

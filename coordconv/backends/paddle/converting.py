@@ -1,7 +1,8 @@
 """One convolution of Paddle made a CoordConv in place, and back: :mod:`coordconv.tape_changing`.
 
-Paddle's own ``data`` of a parameter takes another shape, and checks nothing. Its optimizers have no
-hooks: those that are there when kernels change are found, and ask from then on at each step.
+``paddle.assign`` lets a parameter have another shape; name and hooks stay, and an output that was
+computed before has no gradient any more, and says so. Optimizers have no hooks: those that are
+there when kernels change are found, and ask from then on at each step.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _draw(conv: Any, channels: int) -> Tensor:
 
 def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
     parameter.clear_gradient(set_to_zero=False)  # else the next one would be added to it
-    parameter.data = values
+    with paddle.no_grad():
+        paddle.assign(values, parameter)
     if gradient is not None:
         parameter.grad = gradient
 
