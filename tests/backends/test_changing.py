@@ -220,9 +220,20 @@ def test_an_optimizer_that_cannot_be_updated():
     factored = torch.optim.Adafactor(model.parameters())
     model(images()).sum().backward()
     factored.step()
+    flat = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        flat.zero_grad()
+        loss = model(images()).square().mean()
+        loss.backward()
+        return loss
+
+    flat.step(closure)
     changes = add_coords(model)
     with pytest.raises(ValueError, match="keeps 'row_var' of shape .* make a new Adafactor"):
         changes.update_optimizer(factored)
+    with pytest.raises(ValueError, match=r"of shape \(\d+,\) .* make a new LBFGS"):
+        changes.update_optimizer(flat)
     with pytest.raises(ValueError, match="none of the kernels"):
         changes.update_optimizer(torch.optim.SGD([torch.zeros(1)], 0.1))
     changes.update_optimizer(torch.optim.Adam(model.parameters()))  # which has not stepped
