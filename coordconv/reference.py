@@ -15,7 +15,7 @@ import numpy as np
 
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, evaluate
+from coordconv.grid import Array, evaluate, scale
 
 # The sample that padding copies to index ``i`` of an axis of ``n``; zeros are put where it is none.
 _COPIED: dict[str, Callable[[Array, int], Array]] = {
@@ -178,14 +178,27 @@ class Reference:
         grid = evaluate(self.coords, positions, shape)
         if not magnitudes:
             return grid
-        first, last = self.coords.span
-        half, middle = (last - first) / 2, (first + last) / 2
-        axes = replace(self.coords, channels=axis_tokens(self.geometry.rank), span=(-1.0, 1.0))
-        quotients = evaluate(axes, positions, shape)
-        sizes = np.abs(quotients * half) + abs(middle)
-        found = dict(zip(axes.channels, sizes, strict=True))
+        axes = axis_tokens(self.geometry.rank)
+        if self.coords.units == "pixels":
+            sizes = np.abs(evaluate(self.coords.only(axes), positions, shape))
+        else:
+            unscaled = replace(self.coords, channels=axes, span=(-1.0, 1.0))
+            quotients = evaluate(unscaled, positions, shape)
+            scales = [scale(self.coords, token) for token in axes]
+            sizes = np.stack(
+                [
+                    np.abs(quotient * half) + abs(middle)
+                    for quotient, (half, middle) in zip(quotients, scales, strict=True)
+                ]
+            )
+        found = dict(zip(axes, sizes, strict=True))
         found["r"] = np.sqrt(((sizes + abs(self.coords.r_center)) ** 2).sum(axis=0))
-        return np.stack([found[token] for token in self.coords.channels])
+        return np.stack(
+            [
+                found[channel] if isinstance(channel, str) else np.abs(values)  # of NumPy's own
+                for channel, values in zip(self.coords.channels, grid, strict=True)
+            ]
+        )
 
 
 def _float64(array: Array, magnitudes: bool) -> Array:

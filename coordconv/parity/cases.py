@@ -20,7 +20,8 @@ ARTICLE_NETWORKS = ("plain_cnn", "coord_cnn", "coord_classifier")
 
 # Axis lengths on which every coordinate of span (-1, 1) or (0, 1) is a small multiple of a power
 # of two, so that float32 sums of integers times coordinates have no rounding in any order.
-_EXACT_LENGTHS = {"corners": (2, 3, 5, 9, 17, 33), "edges": (2, 4, 8, 16, 32)}
+_POWERS = (2, 4, 8, 16, 32)
+_EXACT_LENGTHS = {"corners": (2, 3, 5, 9, 17, 33), "edges": _POWERS, "start": _POWERS}
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ def sample_case(rng: random.Random, seed: int, exact: bool, dtype: str = "float3
 def _sample_layer(rng: random.Random, exact: bool) -> Network | None:
     """A layer on its own, or None where the sampled options do not fit the sampled shape."""
     rank = rng.choice((1, 2, 2, 3))
-    align: Any = rng.choice(("corners", "corners", "edges"))
+    align: Any = rng.choice(("corners", "corners", "edges", "start"))
     tokens = axis_tokens(rank) + ("" if exact else "r")
     coords = Coordinates(
         "".join(rng.sample(tokens, rng.randint(1, len(tokens)))),
-        span=rng.choice(((-1, 1), (-1, 1), (0, 1))),
         align=align,
         outside=rng.choice(("zero", "zero", "extend")),
         r_center=rng.choice((0.0, 0.5)),
+        **_sample_scale(rng, exact),
     )
     longest = {1: 33, 2: 20, 3: 9}[rank]
     lengths = [n for n in (_EXACT_LENGTHS[align] if exact else range(1, 34)) if n <= longest]
@@ -147,6 +148,16 @@ def _sample_layer(rng: random.Random, exact: bool) -> Network | None:
     except ValueError:
         return None
     return Network("layer", (channels[0], *shape), (layer,))
+
+
+def _sample_scale(rng: random.Random, exact: bool) -> dict[str, Any]:
+    """Pixels, or a span with an aspect."""
+    if rng.random() < 0.1:
+        return {"units": "pixels"}
+    by_axis = {"x": (0, 4), "y": (1, -1), "z": (0, 1)}
+    span = rng.choice(((-1, 1), (-1, 1), (-1, 1), (0, 1), (0, 1), by_axis))
+    aspects = ("each", "each", "longer", "diagonal")  # only a whole number of steps is exact
+    return {"span": span, "aspect": "each" if exact else rng.choice(aspects)}
 
 
 def _sample_options(rng: random.Random, rank: int) -> dict[str, Any]:
