@@ -24,7 +24,7 @@ from coordconv.weights.kernels import KernelLayout
 from coordconv.windows import Window
 
 
-class _CoordLayer(TapeLayer):
+class PaddleCoordLayer(TapeLayer):
     """What all CoordConvs of Paddle share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``set_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -124,7 +124,7 @@ class _CoordLayer(TapeLayer):
                 tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
 
 
-class _CoordConv(_CoordLayer):
+class _CoordConv(PaddleCoordLayer):
     @paddle.jit.marker.unified  # to_static traces the method, and rewrites nothing
     @param_one_alias(["x", "input"])  # as the base class
     def forward(self, x: Tensor, *, window: Window | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class _CoordConv(_CoordLayer):
         return self._forward(x, window)
 
 
-class _CoordConvTranspose(_CoordLayer):
+class _CoordConvTranspose(PaddleCoordLayer):
     transposed = True
 
     @paddle.jit.marker.unified
