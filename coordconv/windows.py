@@ -260,7 +260,8 @@ LISTENERS: list[Callable[[Window | None], AbstractContextManager[Any]]] = []
 
 
 class _Local(threading.local):
-    window: Window | None = None
+    def __init__(self) -> None:  # in each thread
+        self.window: Window | None = None
 
 
 _local = _Local()
@@ -273,6 +274,17 @@ def current(given: Any = None) -> Window | None:
     if not isinstance(given, Window):
         raise TypeError(f"window must be a coordconv.Window or None, got {given!r}")
     return given
+
+
+def called(window: Window | None, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns within a layer's window, for one that cannot be given it."""
+    if window is None:
+        return function(*args)
+    before, _local.window = _local.window, current(window)
+    try:
+        return function(*args)
+    finally:
+        _local.window = before
 
 
 def check_fused() -> None:
