@@ -2,19 +2,18 @@
 
 The network is PaddleDetection's ``PPYOLOFPN`` as ``ppyolo_r50vd_dcn`` configures it, written anew
 from its structure: two blocks of convolutions, pooling at several sizes, coordinates. DropBlock,
-which acts in training alone, is left out. Three maps of a backbone go in, the coarsest first, and three come
-out. Every convolution is followed by batch normalization and a leaky ReLU; 12 of the 21 have
-coordinates, on the scale that PaddleDetection has used since 2.2.
+which acts in training alone, is left out. Three maps of a backbone go in, the coarsest first, and
+three come out. Every convolution is followed by batch normalization and a leaky ReLU; 12 of the 21
+have coordinates, on the scale that PaddleDetection has used since 2.2.
 
-A variant says what these 12 are: ``plain`` convolutions without coordinates, ``concat``, which
-makes the coordinates and concatenates them in every call as PaddleDetection does, or ``ours``.
+A variant says how these 12 compute: ``concat`` makes the coordinates and concatenates them in every
+call, as PaddleDetection does; ``ours`` are the layers of this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,13 +23,12 @@ from coordconv import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network
 from coordconv.parity.bounds import expected
-from coordconv.weights import split_kernel
 
 Array: TypeAlias = npt.NDArray[Any]
 Watch: TypeAlias = Callable[[str, Any], Any]
 
 COORDS = Coordinates.named("paddledetection")
-PLAIN, CONCAT, OURS = "plain", "concat", "ours"
+CONCAT, OURS = "concat", "ours"
 CHANNELS, WIDTH = (2048, 1024, 512), 512
 POOLS = (5, 9, 13)
 SLOPE, EPSILON = 0.1, 1e-5  # of the leaky ReLU, and of the normalization
@@ -53,10 +51,13 @@ class Step:
     coords: bool = False
 
 
-def steps(channels: Sequence[int] = CHANNELS, width: int = WIDTH) -> tuple[Step, ...]:
+def steps(
+    channels: Sequence[int] = CHANNELS, width: int = WIDTH, coords: bool = True
+) -> tuple[Step, ...]:
     """The neck for maps ``map0``, ``map1``, ... of so many channels; ``tip0``, ... come out.
 
     ``width`` is the number of channels inside of the first block, halved in each that follows.
+    Without ``coords`` all convolutions are plain.
     """
     made: list[Step] = []
 
@@ -78,15 +79,15 @@ def steps(channels: Sequence[int] = CHANNELS, width: int = WIDTH) -> tuple[Step,
             x_above = convolved(f"transition{i}", route, 2 * w, w, 1)
             x_above = added(f"upsample{i}", "upsample", x_above)
             x, taken = added(f"joined{i}", "concat", x_above, x), own + w
-        x = convolved(f"first{i}", x, taken, w, 1, coords=True)
+        x = convolved(f"first{i}", x, taken, w, 1, coords)
         x = convolved(f"second{i}", x, w, 2 * w, 3)
-        x = convolved(f"third{i}", x, 2 * w, w, 1, coords=True)
+        x = convolved(f"third{i}", x, 2 * w, w, 1, coords)
         if not i:
             pooled = [added(f"pool{size}", "pool", x, kernel=size) for size in POOLS]
             x = convolved("pyramid", added("pyramid_in", "concat", x, *pooled), 4 * w, w, 1)
         x = convolved(f"fourth{i}", x, w, 2 * w, 3)
-        route = convolved(f"route{i}", x, 2 * w, w, 1, coords=True)
-        convolved(f"tip{i}", route, w, 2 * w, 3, coords=True)
+        route = convolved(f"route{i}", x, 2 * w, w, 1, coords)
+        convolved(f"tip{i}", route, w, 2 * w, 3, coords)
     return tuple(made)
 
 
@@ -145,17 +146,9 @@ class Neck:
         """What goes into and out of each convolution, and the outputs, by name.
 
         Without the outputs' ``gradients``, in inference; with them in training, where there is
-        also ``gradient of NAME`` of all these, of the maps, and of each ``NAME.weight``.
+        also ``gradient of NAME`` of all these, of the maps, and of the parameters.
         """
         raise NotImplementedError
-
-    def without_coordinates(self, state: Mapping[str, Array]) -> dict[str, Array]:
-        """The state of a ``plain`` neck: each kernel's part for features."""
-        coords = {f"{step.name}.weight" for step in self.steps if step.coords}
-        return {
-            name: split_kernel(array, COORDS)[0] if name in coords else array
-            for name, array in state.items()
-        }
 
 
 class TapeNeck(Neck):
@@ -168,7 +161,6 @@ class TapeNeck(Neck):
     take: Callable[[dict[str, Any]], Any]
     train: Callable[[], Any]
     eval: Callable[[], Any]
-    parameters: Callable[[], Any]
     named_parameters: Callable[[], Any]
     state_dict: Callable[[], Mapping[str, Any]]
 
@@ -184,7 +176,11 @@ class TapeNeck(Neck):
 
     def step(self, maps: Sequence[Any], gradients: Sequence[Any]) -> Any:
         self.train()
-        return self.grad(self.run(maps), [*maps, *self.parameters()], [*gradients])
+        return self.grad(self.run(maps), [*maps, *self.trained().values()], [*gradients])
+
+    def trained(self) -> dict[str, Any]:
+        """The parameters; to Paddle a normalization's statistics are parameters as well."""
+        return {_canonical(n): p for n, p in self.named_parameters() if p.requires_grad}
 
     def evaluate(
         self, maps: Sequence[Array], gradients: Sequence[Array] | None = None
@@ -202,8 +198,7 @@ class TapeNeck(Neck):
         found = {name: tensor.detach().numpy() for name, tensor in (seen | tips).items()}
         if gradients is None:
             return found
-        of = seen | {_canonical(name): p for name, p in self.named_parameters()}
-        of = {name: tensor for name, tensor in of.items() if "_norm." not in name}
+        of = seen | self.trained()
         made = self.grad(outputs, [*of.values()], self.arrays(gradients))
         return found | {f"gradient of {n}": g.numpy() for n, g in zip(of, made, strict=True)}
 
@@ -247,19 +242,26 @@ def data(
     return maps, gradients
 
 
-def normalizations(state: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
-    """The state with drawn parameters and statistics of the normalizations, which start as 0 or 1.
+def initial_state(steps: tuple[Step, ...], seed: int = 0) -> dict[str, Array]:
+    """All arrays by canonical names, which are torch's; float32.
 
-    They are near what they start as, as those of a trained network are.
+    Kernels keep the size of what goes through them, and normalizations are near what they start as.
     """
-    rng = np.random.default_rng(seed)
-    made = dict(state)
-    for name, array in state.items():
-        around_one = name.endswith(("_norm.weight", "_norm.running_var"))
-        if around_one or name.endswith(("_norm.bias", "_norm.running_mean")):
-            spread = rng.uniform(-0.5, 0.5, array.shape)
-            made[name] = (spread + around_one).astype(np.float32)
-    return made
+    rng, state = np.random.default_rng(seed), {}
+    for step in steps:
+        if step.kind == "conv":
+            seen = step.channels + len(COORDS) * step.coords
+            kernel = rng.standard_normal((step.out, seen, step.kernel, step.kernel))
+            state[f"{step.name}.weight"] = kernel * np.sqrt(2 / kernel[0].size)
+        elif step.kind == "norm":
+            for name, start in (
+                ("weight", 1),
+                ("bias", 0),
+                ("running_mean", 0),
+                ("running_var", 1),
+            ):
+                state[f"{step.name}.{name}"] = start + rng.uniform(-0.5, 0.5, step.channels)
+    return {name: array.astype(np.float32) for name, array in state.items()}
 
 
 def errors(
@@ -324,7 +326,7 @@ def _torch() -> Any:
             k = step.kernel
             match step.kind:
                 case "conv":
-                    options = {"padding": k // 2, "bias": False}
+                    options: dict[str, Any] = {"padding": k // 2, "bias": False}
                     args = step.channels, step.out, k
                     if step.coords and self.variant == OURS:
                         return CoordConv2d(*args, coords=COORDS, **options)
@@ -387,7 +389,7 @@ def _paddle() -> Any:
             k = step.kernel
             match step.kind:
                 case "conv":
-                    options = {"padding": k // 2, "bias_attr": False}
+                    options: dict[str, Any] = {"padding": k // 2, "bias_attr": False}
                     args = step.channels, step.out, k
                     if step.coords and self.variant == OURS:
                         return CoordConv2D(*args, coords=COORDS, **options)
@@ -436,8 +438,14 @@ def _flax() -> Any:
     def first(array: Any) -> Array:
         return np.moveaxis(np.asarray(array), -1, 1)
 
-    def canonical(kernel: Any) -> Array:
-        return np.moveaxis(np.asarray(kernel), (-1, -2), (0, 1))
+    def named(state: Any) -> Iterator[tuple[str, Array]]:
+        """The arrays by canonical names, in torch's layout."""
+        for layer, arrays in nnx.to_pure_dict(state).items():
+            for name, array in arrays.items():
+                found = np.asarray(array)
+                if name == "kernel":
+                    found = np.moveaxis(found, (-1, -2), (0, 1))
+                yield _canonical(f"{layer}.{name}"), found
 
     class FlaxNeck(Neck, nnx.Module):
         def __init__(self, steps: tuple[Step, ...], variant: str) -> None:
@@ -469,12 +477,7 @@ def _flax() -> Any:
             return joined
 
         def state(self) -> dict[str, Array]:
-            found = nnx.to_pure_dict(nnx.state(self, nnx.Any(nnx.Param, nnx.BatchStat)))
-            return {
-                _canonical(f"{layer}.{own}"): canonical(a) if own == "kernel" else np.array(a)
-                for layer, arrays in found.items()
-                for own, a in arrays.items()
-            }
+            return dict(named(nnx.state(self, nnx.Any(nnx.Param, nnx.BatchStat))))
 
         def load_state(self, state: Mapping[str, Array]) -> None:
             found = nnx.state(self, nnx.Any(nnx.Param, nnx.BatchStat))
@@ -494,7 +497,7 @@ def _flax() -> Any:
             self.train() if gradients is not None else self.eval()
             graph, params, rest = nnx.split(self, nnx.Param, ...)
 
-            def run(rest: Any, params: Any, maps: list[Any], added: dict[str, Any]) -> Any:
+            def run(params: Any, maps: list[Any], added: dict[str, Any], rest: Any) -> Any:
                 seen = {f"map{i}": x for i, x in enumerate(maps)}
 
                 def watch(name: str, value: Any) -> Any:
@@ -504,27 +507,24 @@ def _flax() -> Any:
                 outputs = nnx.merge(graph, params, rest).run(maps, watch)
                 return outputs, seen | {f"tip{i}": y for i, y in enumerate(outputs)}
 
-            def back(rest: Any, given: list[Any], *of: Any) -> Any:
-                _, pull, seen = jax.vjp(partial(run, rest), *of, has_aux=True)
+            def back(given: list[Any], *of: Any) -> Any:
+                _, pull, seen = jax.vjp(run, *of, has_aux=True)
                 return seen, pull(given)
 
             inputs = [last(x) for x in maps]
             with jax.default_matmul_precision("highest"):
                 if gradients is None:
-                    _, seen = jax.jit(run)(rest, params, inputs, {})
+                    _, seen = jax.jit(run)(params, inputs, {}, rest)
                     return {name: first(array) for name, array in seen.items()}
-                shapes = jax.eval_shape(run, rest, params, inputs, {})[1]
+                shapes = jax.eval_shape(run, params, inputs, {}, rest)[1]
                 # What is added is nothing, but its gradient is that of what it is added to.
                 added = {n: jnp.zeros(a.shape) for n, a in shapes.items() if n.endswith("conv")}
                 given = [last(dy) for dy in gradients]
-                seen, of = jax.jit(back)(rest, given, params, inputs, added)
-            of_params, of_maps, of_added = of
+                seen, of = jax.jit(back)(given, params, inputs, added, rest)
+            of_params, of_maps, of_added, _ = of
             found = {name: first(array) for name, array in seen.items()}
             of_added |= {f"map{i}": array for i, array in enumerate(of_maps)}
             found |= {f"gradient of {name}": first(array) for name, array in of_added.items()}
-            for layer, own in nnx.to_pure_dict(of_params).items():
-                if "kernel" in own:
-                    found[f"gradient of {layer}.weight"] = canonical(own["kernel"])
-            return found
+            return found | {f"gradient of {name}": array for name, array in named(of_params)}
 
     return FlaxNeck
