@@ -95,9 +95,7 @@ class Neck:
     """The neck in a framework, with a module for each step under the step's name.
 
     A framework adds ``make(step)``, the module of a step; ``state()``, all arrays by canonical
-    names, and ``load_state``; ``forward(maps)``, the outputs for maps ``(N, C, H, W)``, in
-    inference; ``step(maps, gradients)``, which computes in training all gradients; ``arrays``,
-    which makes the framework's arrays of NumPy's; and ``evaluate``.
+    names, and ``load_state``; and ``evaluate``.
     """
 
     steps: tuple[Step, ...]
@@ -124,16 +122,6 @@ class Neck:
             values[step.name] = watch(step.name, getattr(self, step.name)(x))
         return [values[f"tip{i}"] for i in range(len(maps))]
 
-    def arrays(self, arrays: Sequence[Array]) -> list[Any]:
-        """The framework's own, of which gradients are taken."""
-        raise NotImplementedError
-
-    def forward(self, maps: Sequence[Any]) -> Any:
-        raise NotImplementedError
-
-    def step(self, maps: Sequence[Any], gradients: Sequence[Any]) -> Any:
-        raise NotImplementedError
-
     def state(self) -> dict[str, Array]:
         raise NotImplementedError
 
@@ -154,9 +142,12 @@ class Neck:
 class TapeNeck(Neck):
     """What torch and Paddle do alike.
 
-    ``grad`` is the framework's function of that name, ``take`` the method that loads a state.
+    ``grad`` is the framework's function of that name, ``take`` the method that loads a state,
+    ``arrays`` makes the framework's own of NumPy's, to take gradients of. These two are timed:
+    ``forward(maps)``, the outputs in inference, and ``step``, all gradients in training.
     """
 
+    arrays: Callable[[Sequence[Array]], list[Any]]
     grad: Callable[..., Sequence[Any]]
     take: Callable[[dict[str, Any]], Any]
     train: Callable[[], Any]
