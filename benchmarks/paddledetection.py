@@ -64,7 +64,7 @@ def replace(layer: Any, coords: str | Coordinates) -> None:
 def neck(necks: Any, layout: str, ours: bool) -> Any:
     """The neck of PP-YOLO. Its ``data_format`` does not reach its blocks, so they are given it."""
 
-    class Replaced(necks.CoordConv):  # type: ignore[misc,name-defined]
+    class Replaced(necks.CoordConv):
         def forward(self, x: Any) -> Any:
             return self.conv(x)
 
@@ -80,7 +80,7 @@ def neck(necks: Any, layout: str, ours: bool) -> Any:
 def mask_head(heads: Any, ours: bool) -> Any:
     """The mask head of SOLOv2, which concatenates to the maps of the last level."""
 
-    class Replaced(heads.SOLOv2MaskHead):  # type: ignore[misc,name-defined]
+    class Replaced(heads.SOLOv2MaskHead):
         def forward(self, maps: Sequence[Any]) -> Any:
             first, *others = (run(x) for run, x in zip(self.convs_all_levels, maps, strict=True))
             return functional.relu(self.conv_pred(sum(others, functional.relu(first))))
@@ -92,7 +92,7 @@ def mask_head(heads: Any, ours: bool) -> Any:
     return made
 
 
-class Flat(nn.Layer):  # type: ignore[misc]
+class Flat(nn.Layer):
     """A network that takes a list, given maps one by one; it returns a tuple."""
 
     def __init__(self, network: Any) -> None:
@@ -123,9 +123,14 @@ def evaluated(network: Flat, backward: bool, *maps: Array) -> dict[str, Array]:
 def layer_errors(network: Flat, maps: Sequence[Array]) -> Iterator[float]:
     """Of every CoordConv's output the largest error, in units of its bound."""
     seen: list[tuple[Any, ...]] = []
+
+    def hook(layer: Any, inputs: Any, output: Any) -> Any:
+        seen.append((layer, *inputs, output))
+        return output
+
     for layer in network.sublayers():
         if isinstance(layer, CoordConv2D):
-            layer.register_forward_post_hook(lambda layer, x, y: seen.append((layer, x[0], y)))
+            layer.register_forward_post_hook(hook)
     network(*map(paddle.to_tensor, maps))
     for layer, *tensors in seen:
         last = layer._data_format == "NHWC"

@@ -131,7 +131,7 @@ class Neck:
     def evaluate(
         self, maps: Sequence[Array], gradients: Sequence[Array] | None = None
     ) -> dict[str, Array]:
-        """What goes into and out of each convolution, and the outputs, by name.
+        """What goes into and out of each convolution, and the outputs, by name; nothing is changed.
 
         Without the outputs' ``gradients``, in inference; with them in training, where there is
         also ``gradient of NAME`` of all these, of the maps, and of the parameters.
@@ -183,6 +183,7 @@ class TapeNeck(Neck):
             seen[name] = value.clone()  # so that it has a gradient of its own
             return seen[name]
 
+        before = self.state()
         (self.eval if gradients is None else self.train)()
         outputs = self.run(inputs, watch)
         tips = {f"tip{i}": y for i, y in enumerate(outputs)}
@@ -191,6 +192,7 @@ class TapeNeck(Neck):
             return found
         of = seen | self.trained()
         made = self.grad(outputs, [*of.values()], self.arrays(gradients))
+        self.load_state(before)  # the statistics, of which each framework takes another mean
         return found | {f"gradient of {n}": g.numpy() for n, g in zip(of, made, strict=True)}
 
 

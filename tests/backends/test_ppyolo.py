@@ -43,7 +43,12 @@ def found(framework, size, training, variant=OURS):
     neck = ppyolo_neck.build(framework, STEPS, variant)
     neck.load_state(first.state())
     maps, gradients = ppyolo_neck.data(STEPS, [(size[0] << i, size[1] << i) for i in range(3)], 2)
-    return neck.evaluate(maps, gradients if training else None)
+    found = neck.evaluate(maps, gradients if training else None)
+    after = (
+        neck.state()
+    )  # training takes means of the statistics, which would go on into later runs
+    assert all(np.array_equal(after[name], array) for name, array in STATE.items())
+    return found
 
 
 def agree(arrays):
