@@ -470,10 +470,10 @@ def _flax() -> Any:
             return joined
 
         def state(self) -> dict[str, Array]:
-            return dict(named(nnx.state(self, nnx.Any(nnx.Param, nnx.BatchStat))))
+            return dict(named(nnx.state(self, (nnx.Param, nnx.BatchStat))))
 
         def load_state(self, state: Mapping[str, Array]) -> None:
-            found = nnx.state(self, nnx.Any(nnx.Param, nnx.BatchStat))
+            found = nnx.state(self, (nnx.Param, nnx.BatchStat))
             arrays = nnx.to_pure_dict(found)
             for layer, own in arrays.items():
                 for name in own:
