@@ -20,8 +20,9 @@ channels: among millions of numbers one is so near zero that its leaky ReLU lets
 through here and not there.
 
 The second table is about time, in Paddle and torch, eager: over that of the same network with plain
-convolutions in the place of the 12 CoordConvs, in the same round. Training is forward and backward,
-to the maps and every parameter, with the batch's own statistics.
+convolutions in the place of the 12 CoordConvs, in the same round. Inference is of one image;
+training, of two, is forward and backward, to the maps and every parameter, with the batch's own
+statistics.
 """
 
 from __future__ import annotations
@@ -222,7 +223,8 @@ def main(
         print_accuracies(found, names[0])
         for name in timed:
             necks_of: Any = Necks(name, steps, state)
-            for size, mode in product(sizes, (INFERENCE, TRAINING)):
+            # Inference first: training moves the statistics, and those of each variant elsewhere.
+            for mode, size in product((INFERENCE, TRAINING), sizes):
                 bar.update(task, description=f"{name}, {mode}: {size}")
                 shape: Any = size
                 results.append(common.timed(name, shape, mode, necks_of, seconds, VARIANTS))
