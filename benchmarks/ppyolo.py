@@ -9,11 +9,11 @@ image that PP-YOLO trains on, with Paddle's weights loaded in torch and Flax NNX
 The first table is about numbers, in units of bounds; anything up to 1 is right.
 
 - ``layers`` and ``gradients``: of the 21 convolutions, each held to the float64 reference for what
-  it was given in this run, the largest error of an output in inference, and of any gradient in
-  training, within the bound of ``coordconv.parity``, which allows for rounding and nothing else.
-- ``outputs``: the largest difference of the network's three outputs from Paddle's, in inference and
-  in training, in units of what ``coordconv.parity.compare`` allows.
-- ``replaced``: that from PaddleDetection's own way, concatenation, in the same framework.
+  it was given in this very run, the largest error of an output and of any gradient, within the
+  bound of ``coordconv.parity``, which allows for rounding and nothing else.
+- ``from paddle``: the largest difference of the network's three outputs from Paddle's, in inference
+  and in training, in units of what ``coordconv.parity.compare`` allows.
+- ``from concat``: that from PaddleDetection's way, concatenation, in the same framework.
 
 Gradients of two whole networks are compared in ``tests/backends/test_ppyolo.py``, with fewer
 channels: among millions of numbers one is so near zero that its leaky ReLU lets the gradient
