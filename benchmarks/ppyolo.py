@@ -20,9 +20,9 @@ channels: among millions of numbers one is so near zero that its leaky ReLU lets
 through here and not there.
 
 The second table is about time, in Paddle and torch, eager: over that of the same network with plain
-convolutions in the place of the 12 CoordConvs, in the same round. Inference is of one image;
-training, of two, is forward and backward, to the maps and every parameter, with the batch's own
-statistics.
+convolutions in the place of the 12 CoordConvs, in the same round. Training is forward and backward,
+to the maps and every parameter, with the batch's own statistics; the batch is of one image unless
+``--batch`` says otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from ppyolo_neck import Neck, Step
 SIZES = range(320, 609, 32)
 QUICK = (320, 448)
 STRIDES = (32, 16, 8)
-BATCH = 2  # in training
+ROUNDS = 5  # at least: a step takes seconds
 VARIANTS = (PLAIN, CONCAT, OURS)
 AGAINST = common.against(CONCAT)
 RATIOS = (CONCAT, OURS, AGAINST)
@@ -88,9 +88,11 @@ class Accuracy:
 class Necks:
     """The variants in a framework, as :func:`common.timed` takes them."""
 
-    def __init__(self, name: str, steps: tuple[Step, ...], state: Mapping[str, Array]) -> None:
+    def __init__(
+        self, name: str, steps: tuple[Step, ...], state: Mapping[str, Array], batch: int
+    ) -> None:
         without = ppyolo_neck.steps(coords=False)
-        self.steps = steps
+        self.steps, self.batch = steps, batch
         self.necks: dict[str, Any] = {
             PLAIN: loaded(name, without, ppyolo_neck.initial_state(without)),
             CONCAT: loaded(name, steps, state, CONCAT),
@@ -98,7 +100,7 @@ class Necks:
         }
 
     def calls(self, shape: Size, mode: str, variants: Sequence[str] = VARIANTS) -> dict[str, Call]:
-        given = shape.data(self.steps, batch=1 if mode == INFERENCE else BATCH)
+        given = shape.data(self.steps, self.batch)
         maps, gradients = map(self.necks[OURS].arrays, given)
         if mode == INFERENCE:
             return {v: partial(self.necks[v].forward, maps) for v in variants}
@@ -198,6 +200,7 @@ def print_times(name: str, results: Sequence[Result]) -> None:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Two sizes, and not ten.")] = False,
     times: Annotated[bool, typer.Option(help="Measure times, too.")] = True,
+    batch: Annotated[int, typer.Option(min=1, help="How many images to time at once.")] = 1,
     seconds: common.SecondsOption = 4.0,
     json_file: common.JsonOption = None,
 ) -> None:
@@ -221,17 +224,19 @@ def main(
             found += accuracies(necks, replaced, size, state)
             bar.advance(task)
         print_accuracies(found, names[0])
+        if json_file is not None:
+            common.write_json(json_file, "cpu", found)
         for name in timed:
-            necks_of: Any = Necks(name, steps, state)
+            necks_of: Any = Necks(name, steps, state, batch)
             # Inference first: training moves the statistics, and those of each variant elsewhere.
             for mode, size in product((INFERENCE, TRAINING), sizes):
                 bar.update(task, description=f"{name}, {mode}: {size}")
                 shape: Any = size
-                results.append(common.timed(name, shape, mode, necks_of, seconds, VARIANTS))
+                results.append(common.timed(name, shape, mode, necks_of, seconds, VARIANTS, ROUNDS))
                 bar.advance(task)
             print_times(name, results)
-    if json_file is not None:
-        common.write_json(json_file, "cpu", [*found, *results])
+            if json_file is not None:  # after each, so that what was measured is not lost
+                common.write_json(json_file, "cpu", [*found, *results])
     worst = max(each.worst for each in found)
     console.print(f"largest error: {worst:.3f} of its bound")
     if not worst <= 1:
