@@ -137,6 +137,19 @@ def test_compiled_and_exported(size):
         assert {name.split(".")[1] for name in targets} <= {"conv2d", "add", "add_"}
 
 
+@pytest.mark.parametrize("size", [None, (9, 5)])
+@pytest.mark.parametrize("cls", [CoordConv2d, CoordConvTranspose2d])
+def test_a_fused_network_can_be_traced_by_torch_fx(cls, size):
+    if size is None and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch.fx of this torch traces no range of unknown length")
+    layer = exact(cls(2, 3, 3))
+    fused = fuse(nn.Sequential(layer, nn.ReLU()).eval(), size)
+    traced = torch.fx.symbolic_trace(fused)
+    for shape in (9, 5), *[(3, 17)] * (size is None):
+        x = inputs(layer, shape)
+        assert torch.equal(traced(x), fused(x))
+
+
 class Block(nn.Module):
     """Its order of calls is not the order of its modules."""
 

@@ -22,6 +22,7 @@ from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
 from coordconv.fusing import FusedLayer, FuseReport
 from coordconv.layers import CoordLayer
+from coordconv.windows import check_fused
 
 # Modules that compute the kernel of the one inside of them, where a release has them.
 _COMPUTING = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
@@ -68,6 +69,7 @@ class FusedCoordConv(nnx.Module):
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The layer's output."""
+        check_fused()
         conv = self.conv
         adding.check(conv, self.coords, inputs, conv.in_features)
         shape = fusing.spatial_shape(conv, inputs)

@@ -27,12 +27,13 @@ from coordconv.fusing import (
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
+from coordconv.windows import check_fused
 
 _MOST_MAPS = 8  # of the last sizes
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class FusedCoordConv(nn.Module):
+class FusedCoordConv(adding.OwnChannels, nn.Module):
     """What a CoordConv computes in inference: ``conv``, a plain convolution, and P, a constant map.
 
     Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
@@ -59,6 +60,8 @@ class FusedCoordConv(nn.Module):
         self.coords, self.size = layer.coords, None if size is None else tuple(size)
         features, coordinates = layer.layout.split(weight.detach())
         self.conv = _plain(layer, features, bias)
+        self._geometry = options.geometry(self.conv)
+        self._pointwise = self._geometry.pointwise
         self._maps: dict[Any, Tensor] = {}
         self.register_buffer("coordinates", coordinates.clone() if size is None else None)
         self.register_buffer("map", None)
@@ -71,28 +74,44 @@ class FusedCoordConv(nn.Module):
         self.eval()
 
     def _made(self, shape: tuple[int, ...], lengths: tuple[int, ...], kernel: Tensor) -> Tensor:
-        plan = MapPlan(options.geometry(self.conv), self.coords, shape, lengths)
+        plan = MapPlan(self._geometry, self.coords, shape, lengths)
         return adding.constant_map(plan, kernel, adding.is_low_precision(kernel, kernel.dtype))
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """The layer's output."""
-        geometry, kernel = options.geometry(self.conv), self.conv.weight
-        low = adding.is_low_precision(kernel, kernel.dtype)
-        shape = tuple(input.shape[-geometry.rank :])
-        if self.size is not None and not isinstance(input, torch.fx.Proxy) and shape != self.size:
-            raise ValueError(f"input must have the size that was fused, {self.size}, got {shape}")
-        if adding.is_product(geometry, input, kernel, low):  # of which the layer itself makes use
-            return adding.multiplied(input, kernel, self.conv.bias, self._map(shape, shape))
-        output = self.conv(input) if output_size is None else self.conv(input, output_size)
-        if self.map is None and not adding.is_known(input):
-            given = geometry, self.coords, output, input, self.coordinates
-            return adding.add_map(*given, self.conv.out_channels, low)
-        return adding.add(output, self._map(shape, tuple(output.shape[-geometry.rank :])), low)
+        # A few microseconds here are a few per cent of a small convolution.
+        conv, size, bias = self.conv, self.size, self.map
+        check_fused()
+        if size is not None and not isinstance(input, torch.fx.Proxy):
+            shape = tuple(input.shape[-len(size) :])
+            if shape != size:
+                raise ValueError(f"input must have the size that was fused, {size}, got {shape}")
+        if self._pointwise and self._is_product(input):  # of which the layer itself makes use
+            kernel, constant = conv.weight, conv.bias
+            return adding.multiplied(input, kernel, constant, self._position_bias(input, input))
+        output = conv(input) if output_size is None else conv(input, output_size)
+        known = adding.is_known(output)
+        if bias is None and not known:
+            given = self, self._geometry, output, input, self.coordinates
+            return adding.add_map(*given, conv.out_channels, self._is_low_precision())
+        bias = self._position_bias(input, output) if bias is None else bias
+        if known and output.dtype == bias.dtype:
+            return output.add_(bias)
+        return adding.add(output, bias, self._is_low_precision())
 
-    def _map(self, shape: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+    def _is_low_precision(self) -> bool:
+        kernel = next(self.conv.parameters())  # self.conv.weight may be a tracer's
+        return adding.is_low_precision(kernel, kernel.dtype)
+
+    def _is_product(self, input: Any) -> bool:
+        low = self._is_low_precision()
+        return adding.is_product(self._geometry, input, self.conv.weight, low)
+
+    def _position_bias(self, input: Any, output: Any) -> Tensor:
         """P for a known shape: the one map, or one of the last few."""
         if self.map is not None:
             return self.map
+        shape, lengths = (tuple(t.shape[-self._geometry.rank :]) for t in (input, output))
         key = shape, lengths, self.coordinates.dtype, self.coordinates.device
         found = self._maps.get(key)
         if found is None:  # threads may both make one, and find another evicted
