@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,14 +17,12 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from coordconv.backends.flax import graph
 from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
 from coordconv.fusing import FusedLayer, FuseReport
 from coordconv.layers import CoordLayer
-
-# Modules that compute the kernel of the one inside of them, where a release has them.
-_COMPUTING = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
 
 
 class Constant(nnx.Variable):  # type: ignore[type-arg]
@@ -162,7 +160,7 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     if not layers:
         raise ValueError("model has no CoordConv to fuse")
     for name, module in modules.items():
-        inside = nnx.iter_graph(module) if isinstance(module, _COMPUTING) else ()
+        inside = nnx.iter_graph(module) if isinstance(module, graph.COMPUTING) else ()
         if any(isinstance(each, CoordLayer) for _, each in inside):
             raise ValueError(
                 f"{name!r} ({type(module).__name__}) computes the kernel of a CoordConv at each "
@@ -199,7 +197,9 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
         fused = FusedCoordConv(layer, seen_sizes[0] if len(seen_sizes) == 1 else None, params[name])
         new[id(layer)] = fused
         rows.append(FusedLayer(name, type(layer).__name__, fused.size, pairs.get(name)))
-    copied = _replaced(model, new)
+    copied: Any = new.get(id(model), model)
+    if copied is model:
+        graph.replace(model, new)
     copied.fuse_report = FuseReport(tuple(rows), notes)
     return copied
 
@@ -282,7 +282,7 @@ def _folds(layer: Any, params: Mapping[str, jax.Array], norm: Any) -> bool:
 def _neighbours(modules: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What stands right behind each CoordConv in an ``nnx.Sequential``, both there alone."""
     names = {id(module): name for name, module in modules.items()}
-    children = (child for m in modules.values() for _, child in _children(m))
+    children = (child for m in modules.values() for _, child in graph.children(m))
     times = Counter(map(id, children))
     for module in modules.values():
         if type(module) is nnx.Sequential:
@@ -290,32 +290,3 @@ def _neighbours(modules: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 ours = isinstance(layer, CoordLayer) and isinstance(norm, nnx.BatchNorm)
                 if ours and times[id(layer)] == times[id(norm)] == 1:
                     yield names[id(layer)], names[id(norm)]
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    """What a node of a graph holds, under its attributes, keys or places."""
-    if isinstance(node, (list, tuple, MutableSequence)):
-        return [*enumerate(node)]
-    if isinstance(node, Mapping):
-        return [*node.items()]
-    return [*vars(node).items()] if isinstance(node, nnx.Module) else []
-
-
-def _replaced(model: Any, new: Mapping[int, Any]) -> Any:
-    """The model with modules replaced, by their ids, wherever they are."""
-    if id(model) in new:
-        return new[id(model)]
-    for path, parent in [*nnx.iter_graph(model)]:
-        for key, child in _children(parent):
-            if id(child) not in new:
-                continue
-            if isinstance(parent, (MutableSequence, MutableMapping)):
-                parent[key] = new[id(child)]
-            elif isinstance(parent, nnx.Module):
-                setattr(parent, key, new[id(child)])
-            else:
-                raise ValueError(
-                    f"{'.'.join(map(str, path))} must be a list or a dict for its modules to be "
-                    f"replaced, got {type(parent).__name__}"
-                )
-    return model
