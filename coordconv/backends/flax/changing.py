@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,18 @@ from coordconv.backends.flax import converting, graph
 from coordconv.backends.flax.layers import CoordConv, CoordConvTranspose
 from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import changing, options
-from coordconv.changing import ALREADY, Change, Changes, Choice, Unfit, check_ties, plan
+from coordconv.changing import (
+    ALREADY,
+    Change,
+    Changes,
+    Choice,
+    Shares,
+    Unfit,
+    check_ties,
+    plan,
+    shown,
+)
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
-from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 
 _CLASSES: dict[type, Any] = {nnx.Conv: CoordConv, nnx.ConvTranspose: CoordConvTranspose}
@@ -30,30 +40,28 @@ _PLAIN = {ours: plain for plain, ours in _CLASSES.items()}
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel that changed."""
+    """A kernel that changed by ``n`` channels, more or fewer, on an axis."""
 
-    names: frozenset[str]  # under which the network has it
     variable: Any
     axis: int
     n: int
 
     def fitted(self, values: Any) -> Any:
         """Values of the shape of before in the shape of the kernel as it is now, or None."""
-        shape = [*converting.raw(self.variable).shape]
+        shape = list(converting.raw(self.variable).shape)
         width = shape[self.axis]
-        if np.ndim(values) != len(shape) or tuple(values.shape) == tuple(shape):
-            return None
-        shape[self.axis] = values.shape[self.axis]
-        if tuple(values.shape) != tuple(shape) or abs(width - shape[self.axis]) != self.n:
-            return None
-        return changing.fitted(values, self.axis, width, self.n)
+        for before in (width - self.n, width + self.n):
+            shape[self.axis] = before
+            if values.shape == tuple(shape):
+                return changing.fitted(values, self.axis, width)
+        return None
 
 
 @dataclass
 class FlaxChanges(Changes):
     """:class:`coordconv.changing.Changes`, and what states and optimizers of before need."""
 
-    _kernels: list[_Kernel] = field(default_factory=list, repr=False)
+    _kernels: Mapping[str, _Kernel] = field(default_factory=dict, repr=False)  # by all their names
 
     def fit(self, state: Any) -> Any:
         """A state of the network before, such as a checkpoint's, for the network as it is now.
@@ -71,8 +79,12 @@ class FlaxChanges(Changes):
             >>> state = nnx.state(model)
             >>> nnx.update(model, add_coords(model).fit(state))
         """
-        fitted = _mapped(state, self._fitted(state, "state"))
-        return nnx.State(fitted) if isinstance(state, nnx.State) else fitted
+        leaves, structure = _leaves(state)
+        new = self._fitted(leaves, "state")
+        return structure.unflatten(
+            leaf if value is None else leaf.replace(value) if _is_box(leaf) else value
+            for (_, leaf), value in zip(leaves, new, strict=True)
+        )
 
     def update_optimizer(self, optimizer: nnx.Optimizer) -> None:  # type: ignore[type-arg]
         """Fit what an optimizer that was made before keeps for the kernels that changed.
@@ -94,32 +106,30 @@ class FlaxChanges(Changes):
             >>> optimizer.opt_state[0].mu["layers"][0]["kernel"].shape
             (3, 3, 5, 8)
         """
-        states = _states(optimizer)
-        fitted = self._fitted(states, "optimizer") if states else {}
-        for _, leaf in _leaves(states):
-            if id(leaf) in fitted:
-                converting.set_raw(leaf, fitted[id(leaf)])
+        leaves = _kept(optimizer)
+        new = self._fitted(leaves, "optimizer") if leaves else []
+        for (_, leaf), value in zip(leaves, new, strict=True):
+            if value is not None:
+                converting.set_raw(leaf, value)
 
-    def _fitted(self, tree: Any, argument: str) -> dict[int, Any]:
-        """New values for the leaves of a tree that are of a kernel and of the shape of before."""
-        kernels = {name: kernel for kernel in self._kernels for name in kernel.names}
-        found, wrong, reached = dict[int, Any](), [], False
-        for name, leaf in _leaves(tree):
-            kernel, value = kernels.get(name), _value(leaf)
+    def _fitted(self, leaves: list[tuple[str, Any]], argument: str) -> list[Any]:
+        """A new value for each leaf that is of a kernel and of the shape of before, else None."""
+        found, wrong, reached = list[Any](), list[str](), False
+        for name, leaf in leaves:
+            kernel, value = self._kernels.get(name), _value(leaf)
+            found.append(None)
             if kernel is None or not hasattr(value, "shape"):
                 continue
             reached, shape = True, converting.raw(kernel.variable).shape
-            fitted = kernel.fitted(value)
-            if fitted is not None:
-                found[id(leaf)] = fitted
-            elif value.shape != shape and np.size(value) > 1:
+            found[-1] = kernel.fitted(value)
+            if found[-1] is None and value.shape != shape and np.size(value) > 1:
                 wrong.append(f"{name} of shape {value.shape} for a kernel of shape {shape}")
         if wrong:
             raise ValueError(f"{argument} has {', '.join(wrong)}: make a new one")
         if not reached:
             raise ValueError(
                 f"{argument} has none of the kernels that changed, which are "
-                f"{', '.join(sorted(kernels))} in the network"
+                f"{', '.join(sorted(self._kernels))} in the network"
             )
         return found
 
@@ -198,29 +208,22 @@ def add_coords(
         return Coordinates.resolve(coords, len(options.kernel_size(conv)))
 
     chosen, skipped = plan(nodes, _is_convolution, examine, layers, exclude)
-    names = _check_kernels(chosen, nodes, resolved)
-    new, kernels, values = dict[int, Any](), [], dict[int, Any]()
+    kernels = _kernels(chosen, nodes, resolved)
+    values = dict[int, Any]()
     for name, conv in chosen.items():
-        kernel: Any = conv.kernel
-        if id(kernel) not in values:
+        if id(conv.kernel) not in values:
             try:
-                values[id(kernel)] = converting.with_coordinates(conv, resolved(conv), init, rngs)
+                new = converting.with_coordinates(conv, resolved(conv), init, rngs)
             except ValueError as error:  # several devices may not divide more channels
                 raise ValueError(f"{name}: {error}") from error
-            axis, n = options.input_axis(conv), len(resolved(conv))
-            kernels.append(_Kernel(names[id(kernel)], kernel, axis, n))
-        new[id(conv)] = converting.become(conv, _CLASSES[type(conv)], resolved(conv), init)
+            values[id(conv.kernel)] = new
+    made = {
+        id(conv): converting.become(conv, _CLASSES[type(conv)], resolved(conv), init)
+        for conv in chosen.values()
+    }
     _warn_of_optimizers(kernels)
-    rows = [
-        Change(name, type(conv).__name__, _shown(new[id(conv)]), _added(conv, new[id(conv)]))
-        for name, conv in chosen.items()
-    ]
-    # All that could fail is behind us, and now all changes.
-    for kernel in kernels:
-        converting.set_raw(kernel.variable, values[id(kernel.variable)])
-    graph.replace(model, new)
-    made = [new[id(conv)] for conv in chosen.values()]
-    return FlaxChanges(tuple(rows), skipped, lambda: _undo(model, made), kernels)
+    rows = _changed(model, chosen, made, values)
+    return FlaxChanges(rows, skipped, lambda: _undo(model, [*made.values()]), kernels)
 
 
 def with_coords(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, FlaxChanges]:
@@ -276,22 +279,9 @@ def remove_coords(
         return computed.get(id(layer)) or converting.unfit(layer)
 
     chosen, skipped = plan(nodes, lambda m: isinstance(m, CoordLayer), examine, layers, exclude)
-    names = _check_kernels(chosen, nodes, lambda layer: layer.coords)
-    shares = {} if inputs is None else _variance_shares(model, chosen, inputs)
-    plain = {id(layer): _plain(layer) for layer in chosen.values()}
-    kernels = {
-        id(layer.kernel): _Kernel(
-            names[id(layer.kernel)], layer.kernel, options.input_axis(layer), len(layer.coords)
-        )
-        for layer in chosen.values()
-    }
-    rows = []
-    for name, layer in chosen.items():
-        conv = plain[id(layer)]
-        added = _added(layer, conv)
-        rows.append(Change(name, _shown(layer), type(conv).__name__, added, shares.get(name)))
-    _remove(model, [*chosen.values()], plain)
-    return FlaxChanges(tuple(rows), skipped, None, [*kernels.values()])
+    kernels = _kernels(chosen, nodes, lambda layer: layer.coords)
+    shares = Shares() if inputs is None else _variance_shares(model, chosen, inputs)
+    return FlaxChanges(_removed(model, chosen, shares), skipped, None, kernels)
 
 
 def _nodes(model: Any) -> dict[str, Any]:
@@ -323,133 +313,134 @@ def _computed(nodes: Mapping[str, Any]) -> dict[int, Unfit]:
     }
 
 
-def _check_kernels(
-    chosen: Mapping[str, Any], nodes: Mapping[str, Any], coords: Any
-) -> dict[int, frozenset[str]]:
-    """The names of each kernel, by id; ValueError if a layer that does not change alike has it."""
-    ids = {id(module.kernel) for module in chosen.values()}
-    kernels = {name: node for name, node in nodes.items() if id(node) in ids}
+def _kernels(
+    chosen: Mapping[str, Any], nodes: Mapping[str, Any], coords: Callable[[Any], Coordinates]
+) -> dict[str, _Kernel]:
+    """The kernels by all their names; ValueError if a layer that does not change alike has one."""
+    owners = {id(module.kernel): module for module in chosen.values()}
+    found = {name: node for name, node in nodes.items() if id(node) in owners}
 
     def layout(module: Any) -> Any:
         return options.input_axis(module), coords(module)
 
-    check_ties(chosen, nodes, kernels, layout)
-    names: dict[int, frozenset[str]] = {}
-    for name, kernel in kernels.items():
-        names[id(kernel)] = names.get(id(kernel), frozenset()) | {name}
-    return names
+    check_ties(chosen, nodes, found, layout)
+    return {
+        name: _Kernel(kernel, options.input_axis(owner), len(coords(owner)))
+        for name, kernel in found.items()
+        for owner in [owners[id(kernel)]]
+    }
 
 
-def _shown(layer: Any) -> str:
-    return f"{type(layer).__name__}({layer.coords.channels!r})"
+def _changed(
+    model: nnx.Module,
+    layers: Mapping[str, Any],
+    new: Mapping[int, Any],
+    values: Mapping[int, Any],
+    shares: Shares | None = None,
+) -> tuple[Change, ...]:
+    """Put new modules in place of layers, and new values in their kernels, both by old ids."""
+    kernels = {id(layer.kernel): layer.kernel for layer in layers.values()}
+    more = {
+        each: np.size(values[each]) - np.size(converting.raw(kernels[each])) for each in kernels
+    }
+    rows = tuple(
+        Change(
+            name,
+            shown(layer),
+            shown(new[id(layer)]),
+            more[id(layer.kernel)],
+            shares.get(name) if shares else None,
+        )
+        for name, layer in layers.items()
+    )
+    for each, kernel in kernels.items():
+        converting.set_raw(kernel, values[each])
+    graph.replace(model, new)
+    return rows
 
 
-def _added(before: Any, after: Any) -> int:
-    """How many numbers a kernel has more, of all that a vmap or a scan stacked."""
-    stacked = np.prod(converting.raw(before.kernel).shape[: -len(before.kernel_shape)] or (1,))
-    more = np.prod(after.kernel_shape) - np.prod(before.kernel_shape)
-    return int(stacked * more)
+def _removed(
+    model: nnx.Module, layers: Mapping[str, Any], shares: Shares | None = None
+) -> tuple[Change, ...]:
+    """Put plain convolutions in place of layers."""
+    plain = {id(layer): _plain(layer) for layer in layers.values()}
+    values = {id(v.kernel): converting.without_coordinates(v) for v in layers.values()}
+    return _changed(model, layers, plain, values, shares)
 
 
 def _plain(layer: Any) -> Any:
     return converting.become_plain(layer, _PLAIN[type(layer)])
 
 
-def _remove(model: nnx.Module, layers: list[Any], plain: Mapping[int, Any]) -> None:
-    """Put plain convolutions in place of layers."""
-    kernels = {id(layer.kernel): layer for layer in layers}
-    values = {each: converting.without_coordinates(layer) for each, layer in kernels.items()}
-    for each, layer in kernels.items():
-        converting.set_raw(layer.kernel, values[each])
-    graph.replace(model, plain)
-
-
 def _undo(model: nnx.Module, layers: list[Any]) -> None:
     nodes = graph.named(model)
-    here = {id(node) for node in nodes.values()}
-    layers = [layer for layer in layers if id(layer) in here]  # the user may have replaced others
-    computed = _computed(nodes)
-    for layer in layers:
+    computed, ours = _computed(nodes), {*map(id, layers)}
+    here = {name: node for name, node in nodes.items() if id(node) in ours}  # others were replaced
+    for name, layer in here.items():
         unfit = computed.get(id(layer)) or converting.unfit(layer)
         if unfit:
-            raise ValueError(f"a layer cannot lose its coordinates: {unfit.reason}")
-    _remove(model, layers, {id(layer): _plain(layer) for layer in layers})
+            raise ValueError(f"{name} cannot lose its coordinates: {unfit.reason}")
+    _removed(model, here)
 
 
-def _variance_shares(model: nnx.Module, layers: Mapping[str, Any], inputs: Any) -> dict[str, float]:
+def _variance_shares(model: nnx.Module, layers: Mapping[str, Any], inputs: Any) -> Shares:
     """The coordinates' part of the variance of each layer's output, where inputs reach it."""
     model = nnx.clone(model)  # which a run may change
-    nodes, sums = graph.named(model), dict[str, Array]()
+    nodes, shares = graph.named(model), Shares()
     names = {id(nodes[name]): name for name in layers}
 
     def watch(layer: Any, _: str, call: Any) -> Any:
         output = call()
-        if id(layer) not in names or isinstance(output, jax.core.Tracer):
-            return output
-        conv = _plain(layer)
-        conv.kernel = layer.kernel.replace(converting.without_coordinates(layer))
-        rest = np.asarray(conv(*call.args[1:], **call.keywords)).astype(np.float64)
-        parts = np.asarray(output).astype(np.float64) - rest, rest
-        axes = tuple(range(rest.ndim - 1))
-        found = np.array([part.var(axes).sum() for part in parts])
-        name = names[id(layer)]
-        sums[name] = sums.get(name, np.zeros(2)) + found
+        if id(layer) in names and not isinstance(output, jax.core.Tracer):
+            conv = _plain(layer)
+            conv.kernel = layer.kernel.replace(converting.without_coordinates(layer))
+            shares.add(names[id(layer)], output, conv(*call.args[1:], **call.keywords), -1)
         return output
 
     called: Any = model
     with jax.disable_jit(), watched(model, watch):
         called(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-    return {name: float(p / (p + rest)) if p else 0.0 for name, (p, rest) in sums.items()}
+    return shares
 
 
-def _states(optimizer: Any) -> list[Any]:
-    """What an optimizer keeps in the structure of the network's parameters."""
-    if not isinstance(optimizer, nnx.Optimizer):
-        raise TypeError(f"optimizer must be a flax.nnx.Optimizer, got {type(optimizer).__name__}")
-    leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda node: isinstance(node, nnx.State))
-    return [leaf for leaf in leaves if isinstance(leaf, nnx.State)]
-
-
-def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a state, of nested dicts, or of each in a list of such, by dotted names."""
-    if isinstance(tree, list):
-        for each in tree:
-            yield from _leaves(each)
-    elif isinstance(tree, Mapping):
-        for key, each in tree.items():
-            yield from _leaves(each, f"{name}.{key}" if name else str(key))
-    else:
-        yield name.removesuffix(".value"), tree
-
-
-def _mapped(tree: Any, new: Mapping[int, Any]) -> Any:
-    """Nested dicts with other values for leaves, by their ids."""
-    if isinstance(tree, Mapping):
-        return {key: _mapped(each, new) for key, each in tree.items()}
-    if id(tree) not in new:
-        return tree
-    return tree.replace(new[id(tree)]) if _value(tree) is not tree else new[id(tree)]
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, converting.BOXES)
 
 
 def _value(leaf: Any) -> Any:
-    return converting.raw(leaf) if isinstance(leaf, converting.BOXES) else leaf
+    return converting.raw(leaf) if _is_box(leaf) else leaf
 
 
-def _warn_of_optimizers(kernels: list[_Kernel]) -> None:
+def _leaves(state: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a state or of nested dicts with dotted names, and the structure."""
+    found, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return [(name(path).removesuffix(".value"), leaf) for path, leaf in found], structure
+
+
+def _kept(optimizer: Any) -> list[tuple[str, Any]]:
+    """What an optimizer keeps for the parameters of its network, by their names."""
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(f"optimizer must be a flax.nnx.Optimizer, got {type(optimizer).__name__}")
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, nnx.State)
+
+    states = filter(is_state, jax.tree.leaves(optimizer.opt_state, is_leaf=is_state))
+    return [leaf for state in states for leaf in _leaves(state)[0]]
+
+
+def _warn_of_optimizers(kernels: Mapping[str, _Kernel]) -> None:
     """Warn of an optimizer whose next update would be wrong, and silent.
 
     JAX repeats momenta of one input channel for more. NNX has no hooks in an update, and an
     optimizer does not know its network: so those that keep such momenta are looked for.
     """
-    alone = {
-        name: converting.raw(kernel.variable).shape
-        for kernel in kernels
-        if converting.raw(kernel.variable).shape[kernel.axis] == 1
-        for name in kernel.names
-    }
+    shapes = {name: converting.raw(kernel.variable).shape for name, kernel in kernels.items()}
+    alone = {name: s for name, s in shapes.items() if s[kernels[name].axis] == 1}
     optimizers = [o for o in gc.get_objects() if alone and issubclass(type(o), nnx.Optimizer)]
     for optimizer in optimizers:
-        for name, leaf in _leaves(_states(optimizer)):
+        for name, leaf in _kept(optimizer):
             if name in alone and np.shape(_value(leaf)) == alone[name]:
                 warnings.warn(
                     f"an optimizer keeps momenta for {name}, which has one feature in a group: its "

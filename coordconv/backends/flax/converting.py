@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from coordconv.backends.jax import adding, changing, options
-from coordconv.changing import Unfit
+from coordconv.changing import Unfit, check_class
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 
 _HAS_GET_RAW = hasattr(nnx.Variable, "get_raw_value")
@@ -34,7 +34,10 @@ def unfit(conv: Any) -> Unfit | None:
     value = raw(kernel)
     if not isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return Unfit(f"its kernel holds a {type(value).__name__}", fatal=True)
-    return changing.unfit_shape(value.shape, tuple(conv.kernel_shape))
+    wanted = tuple(conv.kernel_shape)
+    if value.shape[max(value.ndim - len(wanted), 0) :] == wanted:
+        return None
+    return Unfit(f"its kernel has shape {value.shape}, and should have {wanted}", fatal=True)
 
 
 def _is_computed(variable: Any) -> bool:
@@ -60,7 +63,7 @@ def with_coordinates(conv: Any, coords: Coordinates, init: str, rngs: nnx.Rngs |
     """A plain convolution's kernel over its features and, as ``init`` says, coordinates."""
     kernel, axis, n = raw(conv.kernel), options.input_axis(conv), len(coords)
     if init == "zeros":
-        return changing.extended(kernel, axis, n)
+        return changing.resized(kernel, axis, n)
     if rngs is None:
         raise ValueError('rngs must be given with init="fan_in"')
     if kernel.ndim != len(conv.kernel_shape) or isinstance(kernel, jax.ShapeDtypeStruct):
@@ -70,54 +73,46 @@ def with_coordinates(conv: Any, coords: Coordinates, init: str, rngs: nnx.Rngs |
 
 def without_coordinates(layer: Any) -> Any:
     """The features' part of a kernel."""
-    return changing.shortened(raw(layer.kernel), options.input_axis(layer), len(layer.coords))
+    return changing.resized(raw(layer.kernel), options.input_axis(layer), -len(layer.coords))
 
 
 def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> Any:
     """A layer of a class of ours with all that a convolution has; its kernel is changed apart."""
-    layer = _of_class(cls, conv)
+    layer = _of_class(cls, conv, len(coords))
     layer.coords = coords
     layer.coord_init = init
     layer.map_only = init == "zeros"
-    _widen(layer, len(coords))
     return layer
 
 
 def become_plain(layer: Any, cls: Any) -> Any:
     """The inverse of :func:`become`."""
-    conv, n = _of_class(cls, layer), len(layer.coords)
+    conv = _of_class(cls, layer, -len(layer.coords))
     for name in ("coords", "coord_init", "map_only"):
         if name in vars(conv):
-            delattr(conv, name)
-    _widen(conv, -n)
+            delattr(conv, name)  # which NNX takes note of
     return conv
 
 
-def _of_class(cls: Any, module: Any) -> Any:
-    """A module of another class with the same attributes, as unpickling makes one."""
-    made = cls.__new__(cls)
+def _of_class(cls: Any, module: Any, n: int) -> Any:
+    """A module of another class with the same attributes, as unpickling makes one.
+
+    It expects a kernel of ``n`` input channels more, of which a mask keeps all.
+    """
+    made, axis, shape = cls.__new__(cls), options.input_axis(module), [*module.kernel_shape]
     vars(made).update(vars(module))
-    return made
-
-
-def _widen(conv: Any, n: int) -> None:
-    """Let a module expect a kernel of ``n`` input channels more, of which a mask keeps all."""
-    axis, shape = options.input_axis(conv), [*conv.kernel_shape]
     shape[axis] += n
-    conv.kernel_shape = tuple(shape)
-    if conv.mask is not None:
-        mask = conv.mask
-        more = changing.extended(mask, axis, n, 1) if n > 0 else changing.shortened(mask, axis, -n)
-        conv.mask = more
+    made.kernel_shape = tuple(shape)
+    if made.mask is not None:
+        made.mask = changing.resized(made.mask, axis, n, 1)
+    return made
 
 
 def from_conv(
     cls: Any, conv: Any, coords: CoordinatesLike, init: str, rngs: nnx.Rngs | None = None
 ) -> Any:
     """A copy of a convolution as a layer of a class of ours."""
-    plain = next(base for base in cls.__mro__ if base.__module__.startswith("flax.nnx"))
-    if type(conv) is not plain:
-        raise TypeError(f"conv must be a flax.nnx.{plain.__name__}, got a {type(conv).__name__}")
+    check_class(cls, conv, "flax.nnx")
     check_coord_init(init, "init")
     found = unfit(conv)
     if found:

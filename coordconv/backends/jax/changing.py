@@ -13,74 +13,48 @@ import numpy as np
 from jax import numpy as jnp
 from jax.nn import initializers
 
-from coordconv.changing import Unfit
 
-
-def extended(kernel: Any, axis: int, n: int, filled: Any = 0) -> Any:
-    """A kernel, or what has its shape, with ``n`` more channels at the end of an axis.
+def resized(kernel: Any, axis: int, n: int, filled: Any = 0) -> Any:
+    """A kernel, or what has its shape, with ``n`` more channels, or fewer, at the end of an axis.
 
     Its type and sharding stay; one that is abstract stays so. ValueError if it is spread over
     devices that cannot divide the channels.
     """
+    shape = list(kernel.shape)
+    shape[axis] += n
+    abstract = jax.ShapeDtypeStruct(tuple(shape), kernel.dtype, sharding=kernel.sharding)
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        return _resized(kernel, axis, kernel.shape[axis] + n)
-    widths = [(0, 0)] * kernel.ndim
-    widths[axis] = (0, n)
-    spread = _spread(kernel)
-    if spread is not None:
-        spread.shard_shape(_resized(kernel, axis, kernel.shape[axis] + n).shape)  # which may raise
-    return _like(jnp.pad(kernel, widths, constant_values=filled), kernel)
-
-
-def shortened(kernel: Any, axis: int, n: int) -> Any:
-    """The inverse of :func:`extended`."""
-    width = kernel.shape[axis] - n
-    if isinstance(kernel, jax.ShapeDtypeStruct):
-        return _resized(kernel, axis, width)
-    return _like(
-        jax.lax.slice_in_dim(jnp.asarray(kernel), 0, width, axis=axis % kernel.ndim), kernel
-    )
+        return abstract
+    if _spread(kernel) is not None:
+        kernel.sharding.shard_shape(abstract.shape)  # which may raise
+    widths = [(0, 0, 0)] * kernel.ndim
+    widths[axis] = (0, n, 0)  # a negative number cuts off
+    return _like(jax.lax.pad(kernel, jnp.asarray(filled, kernel.dtype), widths), kernel)
 
 
 def drawn(kernel: Any, axis: int, n: int, key: jax.Array) -> Any:
     """A kernel with ``n`` channels more, these as Flax draws a new one by default."""
-    more = extended(kernel, axis, n)
+    more = resized(kernel, axis, n)
     new = initializers.lecun_normal()(key, more.shape, more.dtype)
     kept = np.arange(more.shape[axis]) < kernel.shape[axis]
     return _like(jnp.where(kept.reshape(-1, *(1,) * (-1 - axis)), more, new), kernel)
 
 
-def fitted(values: Any, axis: int, width: int, n: int) -> Any:
+def fitted(values: Any, axis: int, width: int) -> Any:
     """What has the shape of a kernel of before, such as momenta, with ``width`` channels.
 
-    That is ``n`` more, which are zero, or of what is one number throughout, that number; or ``n``
-    less.
+    More channels are zero, or of what is one number throughout, that number.
     """
-    if values.shape[axis] > width:
-        return shortened(values, axis, n)
-    if isinstance(values, jax.ShapeDtypeStruct):
-        return extended(values, axis, n)
-    first = values.reshape(-1)[0]
-    return extended(values, axis, n, jnp.where((values == first).all(), first, 0))
-
-
-def unfit_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Unfit | None:
-    """Why a kernel is not one of a convolution whose own shape is ``wanted``, if so."""
-    if shape[max(len(shape) - len(wanted), 0) :] == wanted:
-        return None
-    return Unfit(f"its kernel has shape {shape}, and should have {wanted}", fatal=True)
-
-
-def _resized(kernel: Any, axis: int, width: int) -> jax.ShapeDtypeStruct:
-    shape = list(kernel.shape)
-    shape[axis] = width
-    return jax.ShapeDtypeStruct(tuple(shape), kernel.dtype, sharding=kernel.sharding)
+    filled: Any = 0
+    if not isinstance(values, jax.ShapeDtypeStruct):
+        first = values.reshape(-1)[0]
+        filled = jnp.where((values == first).all(), first, 0)
+    return resized(values, axis, width - values.shape[axis], filled)
 
 
 def _like(values: Any, kernel: Any) -> Any:
     """Values as a kernel is spread over several devices."""
-    spread = _spread(kernel)
-    return values if spread is None else jax.device_put(values, spread)
+    return values if _spread(kernel) is None else jax.device_put(values, kernel.sharding)
 
 
 def _spread(kernel: Any) -> Any:

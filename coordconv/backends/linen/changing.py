@@ -5,20 +5,18 @@ A Linen module is code: write it with CoordConv in place of ``nn.Conv``, or pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-from flax.core import FrozenDict, meta
+import numpy as np
+from flax.core import meta
 
 from coordconv.backends.jax import changing
 from coordconv.backends.linen.fusing import MAPS
 from coordconv.changing import Choice, Unfit, plan
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
-
-
-class _Params(dict[str, Any]):
-    """The parameters of one module, by name; a module that has none of its own is empty."""
 
 
 def add_coords(
@@ -81,25 +79,14 @@ def add_coords(
     Coordinates.resolve(coords, 3)
     if init == "fan_in" and rng is None:
         raise ValueError('rng must be given with init="fan_in"')
-    axis = -1 if transpose_kernel else -2
 
-    def unfit(kernel: Any) -> Unfit | None:
-        try:
-            Coordinates.resolve(coords, kernel.ndim - 2)
-        except ValueError as error:
-            return Unfit(str(error))
-        return None
-
-    chosen = _chosen(variables, layers, unfit)
-    order = sorted(chosen)
-
-    def change(name: str, kernel: Any) -> Any:
-        n = len(Coordinates.resolve(coords, kernel.ndim - 2))
+    def change(name: str, kernel: Any, axis: int, n: int) -> Any:
         if rng is None or init == "zeros":
-            return changing.extended(kernel, axis, n)
-        return changing.drawn(kernel, axis, n, jax.random.fold_in(rng, order.index(name)))
+            return changing.resized(kernel, axis, n)
+        key = jax.random.fold_in(rng, zlib.crc32(name.encode()))
+        return changing.drawn(kernel, axis, n, key)
 
-    return _changed(variables, chosen, change)
+    return _changed(variables, layers, coords, transpose_kernel, change)
 
 
 def remove_coords(
@@ -122,52 +109,69 @@ def remove_coords(
         >>> remove_coords(variables, "layers_0")["params"]["layers_0"]["kernel"].shape
         (3, 3, 3, 8)
     """
-    axis = -1 if transpose_kernel else -2
 
-    def unfit(kernel: Any) -> Unfit | None:
-        try:
-            n = len(Coordinates.resolve(coords, kernel.ndim - 2))
-        except ValueError as error:
-            return Unfit(str(error))
-        if kernel.shape[axis] > n:
-            return None
-        return Unfit(
-            f"its kernel must have more input channels than the {n} coordinates, got shape "
-            f"{kernel.shape}"
-        )
+    def change(_: str, kernel: Any, axis: int, n: int) -> Any:
+        if kernel.shape[axis] <= n:
+            raise ValueError(
+                f"its kernel must have more input channels than the {n} coordinates, got shape "
+                f"{kernel.shape}"
+            )
+        return changing.resized(kernel, axis, -n)
 
-    def change(_: str, kernel: Any) -> Any:
-        return changing.shortened(kernel, axis, len(Coordinates.resolve(coords, kernel.ndim - 2)))
-
-    return _changed(variables, _chosen(variables, layers, unfit), change)
+    return _changed(variables, layers, coords, transpose_kernel, change)
 
 
-def _chosen(variables: Any, layers: Choice, unfit: Any) -> set[str]:
-    """The names of the modules whose kernels change."""
+def _changed(
+    variables: Any,
+    layers: Choice,
+    coords: CoordinatesLike,
+    transposed: bool,
+    change: Callable[[str, Any, int, int], Any],
+) -> Any:
+    """The variables with ``change(name, kernel, axis, n)`` for the kernels of some modules."""
     if not isinstance(variables, Mapping):
         raise TypeError(f"variables must be a mapping, got {type(variables).__name__}")
-    if not isinstance(variables.get("params"), Mapping):
+    params = variables.get("params")
+    if not isinstance(params, Mapping):
         raise ValueError(f"variables must have a collection 'params', got {[*variables]}")
     if MAPS in variables:
         raise ValueError(f"variables are fused: they have a collection {MAPS!r}")
-    modules = dict(_modules(variables["params"], ""))
+    new = dict[str, Any]()
 
-    def examine(_: str, module: Any) -> Unfit | None:
-        kernel = module["kernel"]
+    def examine(name: str, module: Any) -> Unfit | None:
+        kernel = meta.unbox(module["kernel"])
         if not 3 <= getattr(kernel, "ndim", 0) <= 5:
-            return Unfit(f"its kernel must have 3 to 5 axes, got shape {kernel.shape}")
-        return unfit(kernel)  # type: ignore[no-any-return]
+            return Unfit(f"its kernel must have 3 to 5 axes, got shape {np.shape(kernel)}")
+        try:
+            n = len(Coordinates.resolve(coords, kernel.ndim - 2))
+            new[name] = change(name, kernel, -1 if transposed else -2, n)
+        except ValueError as error:
+            return Unfit(str(error))
+        return None
 
-    chosen, _ = plan(modules, lambda module: "kernel" in module, examine, _dotted(layers))
-    return {*chosen}
+    def has_kernel(module: Any) -> bool:
+        return not isinstance(module.get("kernel", {}), Mapping)
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        full = jax.tree_util.keystr(path, simple=True, separator=".")
+        name, _, own = full.rpartition(".")
+        return meta.replace_boxed(leaf, new[name]) if own == "kernel" and name in new else leaf
+
+    def is_box(node: Any) -> bool:
+        return isinstance(node, meta.AxisMetadata)
+
+    plan(dict(_modules(params, "")), has_kernel, examine, _dotted(layers))
+    params = jax.tree_util.tree_map_with_path(replaced, params, is_leaf=is_box)
+    kind: Any = type(variables)
+    return kind({**variables, "params": params})
 
 
 def _modules(params: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
     """The parameters of all modules, by dotted names."""
-    inside = {key: each for key, each in params.items() if isinstance(each, Mapping)}
-    yield name, _Params({k: meta.unbox(v) for k, v in params.items() if k not in inside})
-    for key, each in inside.items():
-        yield from _modules(each, f"{name}.{key}" if name else key)
+    yield name, params
+    for key, each in params.items():
+        if isinstance(each, Mapping):
+            yield from _modules(each, f"{name}.{key}" if name else key)
 
 
 def _dotted(choice: Choice) -> Choice:
@@ -176,21 +180,3 @@ def _dotted(choice: Choice) -> Choice:
     if isinstance(choice, Iterable) and not isinstance(choice, bytes):
         return [_dotted(each) for each in choice]
     return choice
-
-
-def _changed(variables: Mapping[str, Any], chosen: set[str], change: Any) -> Any:
-    """The variables with other kernels for some modules."""
-
-    def changed(tree: Mapping[str, Any], name: str) -> Any:
-        new = dict[str, Any]()
-        for key, each in tree.items():
-            if isinstance(each, Mapping):
-                new[key] = changed(each, f"{name}.{key}" if name else key)
-            elif key == "kernel" and name in chosen:
-                new[key] = meta.replace_boxed(each, change(name, meta.unbox(each)))
-            else:
-                new[key] = each
-        return FrozenDict(new) if isinstance(tree, FrozenDict) else new
-
-    new = {k: changed(each, "") if k == "params" else each for k, each in variables.items()}
-    return FrozenDict(new) if isinstance(variables, FrozenDict) else new
