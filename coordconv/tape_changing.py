@@ -294,9 +294,9 @@ class NetworkConversion:
         self.conversion.remove(chosen)
         rows = []
         for name, layer in chosen.items():
-            shown, size = before[name]
+            was, size = before[name]
             more = _size(layer.weight) - size
-            rows.append(Change(name, shown, type(layer).__name__, more, shares.get(name)))
+            rows.append(Change(name, was, type(layer).__name__, more, shares.get(name)))
         return self.changes(tuple(rows), skipped, None, [*kernels.values()])
 
     def _coord_class(self, conv: Any) -> Any:

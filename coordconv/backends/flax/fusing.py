@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -152,7 +152,6 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
-    inputs = None if size is None else _inputs(model, size)
     model = nnx.clone(model)
     modules: dict[str, Any] = {".".join(map(str, p)): m for p, m in nnx.iter_graph(model)}
     layers = {name: m for name, m in modules.items() if isinstance(m, CoordLayer)}
@@ -170,6 +169,7 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     for name, norm in norms.items():
         if norm.use_running_average is False:
             raise ValueError(f"{fusing.training(name)}: call model.eval()")
+    inputs = None if size is None else _inputs(model, size)
     seen, notes = fusing.Seen(), tuple[str, ...]()
     if inputs is not None:
         _run(nnx.clone(model), inputs, seen.watch)
@@ -205,35 +205,31 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
 
 
 def _inputs(model: nnx.Module, size: Any) -> tuple[Any, ...]:
-    """All arguments of a call: those given, or noise of a spatial shape for the first layer."""
+    """All arguments of a call: those given, or noise of a spatial shape.
+
+    The noise has the features of the layer that takes the input. Which one that is, the order of
+    attributes does not tell, as a transformation such as ``nnx.jit`` sorts them: so it is tried.
+    """
     if isinstance(size, (jax.Array, np.ndarray)):
         return (size,)
     if not isinstance(size, Sequence) or isinstance(size, str):
         raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
     if not all(isinstance(each, (int, np.integer)) for each in size):
         return tuple(size)
-    first: Any = next((m for m in _in_order(model, set()) if hasattr(m, "in_features")), None)
-    if first is None:
-        raise ValueError("model has no CoordConv to fuse")
-    noise = np.random.default_rng(0).standard_normal((1, *size, first.in_features))
-    return (jnp.asarray(noise, first.kernel.dtype),)
-
-
-def _in_order(value: Any, found: set[int]) -> Iterator[nnx.Module]:
-    """The modules in the order of construction, as far as attributes have it."""
-    if id(value) in found:
-        return
-    found.add(id(value))
-    inside: Any = ()
-    if isinstance(value, (list, tuple, MutableSequence)):
-        inside = value
-    elif isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, nnx.Module):
-        yield value
-        inside = vars(value).values()
-    for each in inside:
-        yield from _in_order(each, found)
+    modules: Any = [m for _, m in nnx.iter_graph(model) if hasattr(m, "kernel")]
+    layers = [m for m in modules if isinstance(getattr(m, "in_features", None), (int, np.integer))]
+    draw, errors = np.random.default_rng(0).standard_normal, dict[int, Exception]()
+    for features, dtype in {m.in_features: m.kernel.dtype for m in layers}.items():
+        noise = jnp.asarray(draw((1, *size, features)), dtype)
+        run: Any = nnx.clone(model)
+        try:
+            run(noise)
+        except Exception as error:  # noqa: BLE001  # it runs the user's code
+            errors[features] = error
+        else:
+            return (noise,)
+    tried = "".join(f"\n  {features} features: {error}" for features, error in errors.items())
+    raise ValueError(f"size must be an example of the input: the network takes no noise of{tried}")
 
 
 def _run(model: Any, inputs: tuple[Any, ...], see: Callable[..., Any]) -> Any:
