@@ -31,7 +31,8 @@ def add_coords(
     """Variables of a network for the same network with CoordConvs in place of convolutions.
 
     With ``init="zeros"`` that network computes what the one before computed, within rounding; to
-    the bit with a subclass of CoordConv that has ``map_only = True``.
+    the bit with a subclass of CoordConv that has ``map_only = True``. Names stay: layers that have
+    none are named by Linen for their class, so let that subclass be a ``class Conv(CoordConv)``.
 
     Args:
         variables: those of the network before, with the collection ``"params"``. They are not
