@@ -559,8 +559,8 @@ def test_training_goes_on_and_the_network_is_fused_and_exported():
     assert np.allclose(fuse(model, size=x)(x), wanted, atol=1e-4)
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda x: nnx.merge(graphdef, state)(x))
-    (shape,) = export.symbolic_args_specs((x,), "b, ...")
-    assert np.allclose(export.export(run)(shape).call(x), wanted, atol=1e-4)
+    exported = export.export(run)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert np.allclose(exported.call(x), wanted, atol=1e-4)
 
 
 def test_fan_in_draws_the_coordinates_alone():
