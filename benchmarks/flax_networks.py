@@ -156,8 +156,10 @@ def exported(run: Any, x: jax.Array) -> Any:
 
 
 def equal(one: Any, other: Any) -> bool:
-    same = jax.tree.structure(one) == jax.tree.structure(other)
-    return same and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+    structure: Any = jax.tree.structure(one)
+    return structure == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(np.array_equal, one, other)
+    )
 
 
 def measured_nnx(build: Any, x: jax.Array, layers: str | None) -> tuple[Any, ...]:
@@ -189,15 +191,15 @@ def measured_nnx(build: Any, x: jax.Array, layers: str | None) -> tuple[Any, ...
     model.train()
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     losses = [float(step(model, optimizer)) for _ in range(_STEPS)]
-    kernels = [(m, m.kernel[...]) for _, m in nnx.iter_graph(model) if isinstance(m, CoordLayer)]
-    moved = sum(bool(split(layer, kernel)[1].any()) for layer, kernel in kernels)
+    coord: Any = [m for _, m in nnx.iter_graph(model) if isinstance(m, CoordLayer)]
+    moved = sum(bool(split(layer, layer.kernel[...])[1].any()) for layer in coord)
     model.eval()
     fused, (graph, state) = in_nnx.fuse(model, size=x), nnx.split(model)
     found += [
         difference(fused(x), model(x)),
         difference(exported(lambda x: nnx.merge(graph, state)(x), x), run(model, x)),
     ]
-    return len(kernels), found, loaded, back, losses, moved
+    return len(coord), found, loaded, back, losses, moved
 
 
 def measured_linen(build: Any, given: Any, x: jax.Array, layers: Any, ours: Any) -> tuple[Any, ...]:
@@ -255,11 +257,11 @@ def main(flax: Path) -> None:
     draw = np.random.default_rng(0).normal
 
     def show(name: str, scope: str, row: tuple[Any, ...]) -> None:
-        layers, (eager, jit, fused, export), loaded, back, losses, moved = row
+        layers, (eager, jit, fused, run), loaded, back, losses, moved = row
         words = [loaded, "yes" if back else "NO"]
         steps = f"{losses[0]:.3g} -> {losses[-1]:.3g}"
         cells = [name, scope, layers, f"{eager:.2g}", f"{jit:.2g}", *words, steps, moved]
-        print("|", " | ".join(map(str, [*cells, f"{fused:.1e}", f"{export:.1e}"])), "|", flush=True)
+        print("|", " | ".join(map(str, [*cells, f"{fused:.1e}", f"{run:.1e}"])), "|", flush=True)
 
     for name, network in NNX.items():
         build, shape, first, block = network(flax)
