@@ -12,17 +12,24 @@ from coordconv.backends import available_backends
 from coordconv.backends import other_coordconv as _other_coordconv
 from coordconv.backends import with_layer as _with_layer
 from coordconv.coordinates import Coordinates
+from coordconv.functions import Function, Given, fourier
 from coordconv.grid import coordinate_grid
 from coordconv.weights import load_weights, save_weights
+from coordconv.windows import Window, window
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Coordinates",
+    "Function",
+    "Given",
+    "Window",
     "available_backends",
     "coordinate_grid",
+    "fourier",
     "load_weights",
     "save_weights",
+    "window",
 ]
 
 if (_other := _other_coordconv()) is not None:

@@ -7,10 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
-AXES = "xyz"  # the last axis first
-TOKENS = frozenset(AXES + "r")
+from coordconv.functions import (
+    AXES,
+    TOKENS,
+    Channel,
+    Function,
+    Given,
+    described,
+    from_description,
+    name_of,
+)
 
-CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[str] | None"
+_SPAN = (-1.0, 1.0)
+_LATER = {"aspect": "each", "units": "span"}  # options that the first files do not have
+
+CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[Channel] | None"
 
 
 class _Convention(NamedTuple):
@@ -18,7 +29,7 @@ class _Convention(NamedTuple):
 
     channels: Mapping[int, str]  # by rank; with the radius where it has one
     r_center: float = 0.0
-    span: tuple[float, float] = (-1.0, 1.0)
+    span: tuple[float, float] = _SPAN
 
 
 _NAMED = {
@@ -42,27 +53,42 @@ class Coordinates:
             ``"xyr"`` or a sequence such as ``("x", "y", "r")``. ``x`` runs along the last axis
             (columns), ``y`` along the one before (rows), ``z`` along the one before that; ``r`` is
             the distance from the centre, ``sqrt(sum((coordinate - r_center) ** 2))`` over all the
-            axes of the grid, in coordinate units.
+            axes of the grid, in coordinate units. In a sequence a
+            :class:`~coordconv.Function` of the coordinates or a :class:`~coordconv.Given` map may
+            stand for a token.
         span: the values at the two ends of an axis, first to last. Any two different finite
-            numbers; a decreasing span turns the axis round.
+            numbers; a decreasing span turns the axis round. Or such a pair for each axis, as
+            ``{"x": (0, 4), "y": (0, 1)}``.
         align: ``"corners"`` puts the ends of ``span`` on the first and the last sample;
             ``"edges"`` on the outer edges of the first and the last sample, so that sample ``i``
-            of ``n`` on ``span=(-1, 1)`` reads ``(2 * i + 1) / n - 1``.
+            of ``n`` on ``span=(-1, 1)`` reads ``(2 * i + 1) / n - 1``; ``"start"`` on the first
+            sample and on the one that would follow the last, so that it reads ``2 * i / n - 1``.
         outside: what padding reads. ``"zero"``: what it reads in any other channel, which with
             zero padding is 0. ``"extend"``: the ramp goes on beyond the border, whatever the
             padding mode does to the features.
         r_center: the centre of ``r`` on every axis, in coordinate units.
+        aspect: ``"each"`` axis spans ``span``. With ``"longer"`` the longest axis does, with
+            ``"diagonal"`` the diagonal, and the other axes less, around the middle of their span,
+            so that a step between samples is as long on each axis.
+        units: ``"span"``, or ``"pixels"``: sample ``i`` reads ``i``, with ``align="edges"``
+            ``i + 0.5``.
 
     With ``align="corners"`` an axis of length 1 has coordinate 0.
 
     Raises:
-        TypeError: ``channels`` is neither a string nor a sequence of strings.
-        ValueError: an unknown, repeated or missing token; equal or non-finite span ends; an
-            unknown ``align`` or ``outside``; a non-finite ``r_center``.
+        TypeError: ``channels`` is neither a string nor a sequence of tokens, functions and maps;
+            ``span`` is neither a pair of numbers nor one for each axis.
+        ValueError: an unknown, repeated or missing token; two channels of one name; a given map
+            with ``outside="extend"``, as it does not go on beyond the border; equal or non-finite
+            span ends, or an axis without a span; an unknown ``align``, ``outside``, ``aspect`` or
+            ``units``; a non-finite ``r_center``; pixels with a ``span`` or an ``aspect``, which
+            they do not have.
 
     Example:
         >>> Coordinates(("y", "x"), span=(0, 1))
         Coordinates('yx', span=(0.0, 1.0))
+        >>> Coordinates("xy", span={"x": (0, 4), "y": (0, 1)}).span_of("x")
+        (0.0, 4.0)
         >>> Coordinates("xyr") == Coordinates(["x", "y", "r"])
         True
 
@@ -71,18 +97,35 @@ class Coordinates:
         Solution", NeurIPS 2018, section 3.
     """
 
-    channels: str = "xy"
-    span: tuple[float, float] = field(default=(-1.0, 1.0), kw_only=True)
-    align: Literal["corners", "edges"] = field(default="corners", kw_only=True)
+    channels: Any = "xy"  # a string, or a tuple if there are functions or maps in it
+    # That of each axis is kept as ``(("x", (0.0, 4.0)), ("y", (0.0, 1.0)))``, which can be hashed.
+    span: Any = field(default=_SPAN, kw_only=True)
+    align: Literal["corners", "edges", "start"] = field(default="corners", kw_only=True)
     outside: Literal["zero", "extend"] = field(default="zero", kw_only=True)
     r_center: float = field(default=0.0, kw_only=True)
+    aspect: Literal["each", "longer", "diagonal"] = field(default="each", kw_only=True)
+    units: Literal["span", "pixels"] = field(default="span", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", _checked_channels(self.channels))
-        object.__setattr__(self, "span", _checked_span(self.span))
-        _check_word("align", self.align, ("corners", "edges"))
+        object.__setattr__(self, "span", _checked_spans(self.span))
+        _check_word("align", self.align, ("corners", "edges", "start"))
         _check_word("outside", self.outside, ("zero", "extend"))
         object.__setattr__(self, "r_center", _finite("r_center", self.r_center))
+        _check_word("aspect", self.aspect, ("each", "longer", "diagonal"))
+        _check_word("units", self.units, ("span", "pixels"))
+        if self.units == "pixels" and (self.span != _SPAN or self.aspect != "each"):
+            raise ValueError(
+                'units="pixels" have no span and no aspect, got '
+                f"span={_shown(self.span)}, aspect={self.aspect!r}"
+            )
+        self._check_spans(self._named_axes)
+        given = [each.name for each in self.channels if isinstance(each, Given)]
+        if given and self.outside == "extend":
+            raise ValueError(
+                f'outside="extend" goes on beyond the border, where the map {given[0]!r} has no '
+                'values: want outside="zero"'
+            )
 
     def __len__(self) -> int:
         """The number of coordinate channels."""
@@ -90,10 +133,35 @@ class Coordinates:
 
     def __repr__(self) -> str:
         _, *options = fields(self)
-        given = (f", {o.name}={v!r}" for o in options if (v := getattr(self, o.name)) != o.default)
+        given = (
+            f", {o.name}={_shown(v)}" for o in options if (v := getattr(self, o.name)) != o.default
+        )
         return f"Coordinates({self.channels!r}{''.join(given)})"
 
-    def only(self, tokens: str) -> Coordinates:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The token or the name of each channel."""
+        return tuple(map(name_of, self.channels))
+
+    @property
+    def own(self) -> tuple[Any, ...]:
+        """The channels that are functions or given maps."""
+        return tuple(each for each in self.channels if not isinstance(each, str))
+
+    @property
+    def along_axes(self) -> str:
+        """The tokens of the channels that run along one axis: not the radius, nor own ones."""
+        return "".join(c for c in self.channels if isinstance(c, str) and c != "r")
+
+    @property
+    def _named_axes(self) -> str:
+        """The axes that tokens and functions name."""
+        tokens = [
+            c if isinstance(c, str) else c.axes for c in self.channels if type(c) is not Given
+        ]
+        return "".join(tokens).replace("r", "")
+
+    def only(self, tokens: str | Sequence[Channel]) -> Coordinates:
         """Some of the channels, on the same scale."""
         return Coordinates(  # the compiler of torch 2.4 cannot see into dataclasses.replace
             tokens,
@@ -101,7 +169,24 @@ class Coordinates:
             align=self.align,
             outside=self.outside,
             r_center=self.r_center,
+            aspect=self.aspect,
+            units=self.units,
         )
+
+    def span_of(self, token: str) -> tuple[float, float]:
+        """The values at the two ends of an axis: of ``"x"``, ``"y"`` or ``"z"``."""
+        by_axis = _is_by_axis(self.span)
+        return dict(self.span)[token] if by_axis else self.span  # type: ignore[no-any-return]
+
+    def _check_spans(self, tokens: str) -> None:
+        """Raise ValueError if one of these axes has no span."""
+        if _is_by_axis(self.span):
+            for token in tokens:
+                if token not in dict(self.span):
+                    raise ValueError(
+                        f"span must have a pair of numbers for axis {token!r}, "
+                        f"got {dict(self.span)}"
+                    )
 
     @classmethod
     def resolve(cls, coords: CoordinatesLike, rank: int) -> Coordinates:
@@ -125,13 +210,22 @@ class Coordinates:
         """
         axes = axis_tokens(rank)
         if not isinstance(coords, cls):
-            coords = cls(axes if coords is None else coords)  # type: ignore[arg-type]
-        beyond = [token for token in coords.channels if token not in axes + "r"]
+            coords = cls(axes if coords is None else coords)
+        used = "".join(c if isinstance(c, str) else c.axes or "" for c in coords.channels)
+        beyond = [token for token in dict.fromkeys(used) if token not in axes + "r"]
         if beyond:
             raise ValueError(
                 f"coords {coords.channels!r} name axis {', '.join(map(repr, beyond))}, which a "
                 f"{rank}-D grid does not have: want {axes}r"
             )
+        if "r" in coords.channels:
+            coords._check_spans(axes)
+        for each in coords.own:
+            if each.axes is None and each.array is not None and each.array.ndim != rank:
+                raise ValueError(
+                    f"the map {each.name!r} must have the {rank} axes of the grid, got shape "
+                    f'{each.array.shape}: say which of them it has, as axes="y"'
+                )
         return coords
 
     @classmethod
@@ -180,12 +274,24 @@ class Coordinates:
             >>> Coordinates.from_dict(Coordinates("yx").to_dict())
             Coordinates('yx')
         """
-        return {**vars(self), "span": list(self.span)}
+        span = dict(self.span) if _is_by_axis(self.span) else list(self.span)
+        channels = [described(c) for c in self.channels] if self.own else self.channels
+        found = {**vars(self), "channels": channels, "span": span}
+        for name, usual in _LATER.items():  # so that files say what they always said
+            if found[name] == usual:
+                del found[name]
+        return found
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> Coordinates:
-        """Read what ``to_dict`` made; errors are the constructor's."""
-        return cls(**description)
+        """Read what ``to_dict`` made; errors are the constructor's.
+
+        Functions and maps have their names alone, but for those of :func:`~coordconv.fourier`.
+        """
+        channels = description.get("channels", "xy")
+        if isinstance(channels, list):
+            channels = [from_description(each) for each in channels]
+        return cls(**{**description, "channels": channels})
 
 
 def axis_tokens(rank: int) -> str:
@@ -206,8 +312,9 @@ def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {words}, got {value!r}")
 
 
-def _checked_channels(channels: object) -> str:
-    if not isinstance(channels, Sequence) or not all(isinstance(t, str) for t in channels):
+def _checked_channels(channels: object) -> Any:
+    kinds = (str, Function, Given)
+    if not isinstance(channels, Sequence) or not all(isinstance(t, kinds) for t in channels):
         raise TypeError(
             f"coords must be a string or a sequence of the tokens x, y, z, r, got {channels!r}"
         )
@@ -216,14 +323,37 @@ def _checked_channels(channels: object) -> str:
             f"coords must be tokens, got the name {channels!r}: "
             f'write coords=Coordinates.named("{channels}")'
         )
-    for token in channels:
-        if token not in TOKENS:
-            raise ValueError(f"coords {channels!r}: unknown token {token!r}, want x, y, z or r")
-        if channels.count(token) > 1:
-            raise ValueError(f"coords {channels!r}: repeated token {token!r}")
+    names = [*map(name_of, channels)]
+    for channel, name in zip(channels, names, strict=True):
+        if isinstance(channel, str) and channel not in TOKENS:
+            raise ValueError(f"coords {channels!r}: unknown token {channel!r}, want x, y, z or r")
+        if names.count(name) > 1:
+            what = "token" if isinstance(channel, str) else "name"
+            raise ValueError(f"coords {channels!r}: repeated {what} {name!r}")
     if not channels:
         raise ValueError("coords must name at least one of x, y, z, r, got none")
-    return "".join(channels)
+    return "".join(names) if all(isinstance(c, str) for c in channels) else tuple(channels)
+
+
+def _is_by_axis(span: Any) -> bool:
+    """Whether a span that was checked is one for each axis."""
+    return isinstance(span, tuple) and isinstance(span[0], tuple)
+
+
+def _shown(value: Any) -> str:
+    return repr(dict(value) if _is_by_axis(value) else value)
+
+
+def _checked_spans(span: Any) -> Any:
+    """A pair of floats, or pairs of an axis and such a pair, in the order x, y, z."""
+    if isinstance(span, tuple) and span and isinstance(span[0], tuple):  # as it was checked
+        span = dict(span)
+    if not isinstance(span, Mapping):
+        return _checked_span(span)
+    unknown = [token for token in span if token not in tuple(AXES)]
+    if unknown or not span:
+        raise ValueError(f"span must be for the axes x, y and z, got {dict(span)!r}")
+    return tuple((token, _checked_span(span[token])) for token in AXES if token in span)
 
 
 def _checked_span(span: object) -> tuple[float, float]:

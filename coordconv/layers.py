@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from coordconv.coordinates import TOKENS, Coordinates, CoordinatesLike, check_coord_init
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
+from coordconv.functions import TOKENS
 from coordconv.grid import Array
 from coordconv.weights.canonical import Weights, checked
 from coordconv.weights.kernels import KernelLayout

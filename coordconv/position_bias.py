@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from coordconv.coordinates import Coordinates, axis_tokens
+from coordconv.functions import AXES
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, channel_values, frozen, ramp, stacked
+from coordconv.grid import Array, Frame, channel_values, frozen, in_frame, ramp, stacked
 
 APPEND, MAP = "append", "map"
 
@@ -134,9 +135,9 @@ class MapPlan:
         of P is a product of a few small matrices. On a large map these take a fraction of the time
         of a convolution, which sums over all taps; on a small one their several steps cost more
         than they save: docs/performance.md has the measurements. Where ``out`` is None the size is
-        unknown, and counts as large. The radius is no such product.
+        unknown, and counts as large. The radius is no such product, nor need functions be.
         """
-        axes = self.coords.channels.replace("r", "")
+        axes = self.coords.along_axes
         if out is not None:
             work = out * math.prod(self.lengths) * len(axes) * self.geometry.taps
             if work < MANY_PRODUCTS:
@@ -145,7 +146,7 @@ class MapPlan:
             return (self, None) if axes else (None, self)
         first, second = (
             MapPlan(self.geometry, self.coords.only(tokens), self.shape, self.lengths)
-            for tokens in (axes, "r")
+            for tokens in (axes, [c for c in self.coords.channels if c not in [*axes]])
         )
         return first, second
 
@@ -162,7 +163,7 @@ class MapPlan:
         if axes is None or others is None:
             return contract(self, kernel) if axes else convolve(self, kernel)
         of_axes, of_others = (
-            pick(kernel, [self.coords.channels.index(token) for token in plan.coords.channels])
+            pick(kernel, [self.coords.names.index(name) for name in plan.coords.names])
             for plan in (axes, others)
         )
         bias = contract(axes, of_axes)
@@ -190,7 +191,7 @@ class MapPlan:
             else:
                 place = steps * s + taps * d + first
             index, mask = self._read(place, hole, n)
-            values = ramp(self.coords, index, n)
+            values = ramp(self.coords, token, index, self.shape, xp.sqrt)
             ones = values * 0 + 1  # of the same type
             if mask is not None:
                 values, ones = values * mask, ones * mask
@@ -227,29 +228,82 @@ class MapPlan:
         return (1,) * geometry.rank if geometry.transposed else geometry.per_axis.stride
 
     def convolve(
-        self, kernel: Any, grid: Any, conv: Callable[..., Any], bias: Any | None = None
+        self, kernel: Any, grids: Any, conv: Callable[..., Any], bias: Any | None = None
     ) -> Any:
-        """P of a batch of one, as the framework's convolution of :meth:`padded_grid`."""
+        """P of each of several :meth:`padded_grid`, as the framework's convolution of them."""
         if self.geometry.transposed:
             kernel = kernel.flip([*range(2, 2 + self.geometry.rank)])
-        return conv(grid[None], kernel, bias, self.stride, 0, self.geometry.per_axis.dilation)
+        return conv(grids, kernel, bias, self.stride, 0, self.geometry.per_axis.dilation)
 
-    def padded_grid(self, arange: Callable[[Any], Any], xp: Any) -> Any:
+    def padded_grid(self, arange: Callable[[Any], Any], xp: Any, frame: Frame | None = None) -> Any:
         """The coordinates as the kernel slides over them, ``(n, *padded shape)``.
 
         Its convolution without padding, with :attr:`stride` and the geometry's dilation, is P. For
-        a transposed convolution the taps of the kernel have to be reversed.
+        a transposed convolution the taps of the kernel have to be reversed. With the ``frame`` of a
+        window ``(N, n, *padded shape)``.
         """
-        indices, masks, places = [], [], self._places()
-        for axis, (first, count, hole) in enumerate(places):
+        indices, masks = self._padded(arange)
+        values = channel_values(self.coords, indices, self.shape, xp.sqrt, frame)
+        return self._masked(values, masks, xp, frame)
+
+    def _padded(self, arange: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
+        """Per axis the samples that are read at the places of the padded grid, and the masks."""
+        indices, masks = [], []
+        for axis, (first, count, hole) in enumerate(self._places()):
             index, mask = self._read(arange(count) + first, hole, self.shape[axis])
             indices.append(index)
             if mask is not None:
                 masks.append(mask.reshape((-1,) + (1,) * (self.geometry.rank - 1 - axis)))
-        values = channel_values(self.coords, indices, self.shape, xp.sqrt)
+        return indices, masks
+
+    def _masked(
+        self, values: Sequence[Any], masks: Sequence[Any], xp: Any, frame: Frame | None = None
+    ) -> Any:
+        """The channels as one array, 0 where padding reads 0."""
         for mask in masks:
             values = [value * mask for value in values]
-        return stacked(values, tuple(count for _, count, _ in places), xp)
+        return stacked(values, tuple(count for _, count, _ in self._places()), xp, frame)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether P of a window is a sum of the maps of :meth:`basis`."""
+        return len(self.coords.along_axes) == len(self.coords)
+
+    def basis(self, arange: Callable[[Any], Any], xp: Any) -> Any:
+        """Grids of which those of every window are sums, ``(2n, n, *padded shape)``.
+
+        A coordinate that runs along an axis is ``a * ramp + b`` in every window, with a ramp that
+        all windows have. So P is a sum of the maps of as many ramps and constants, each in one
+        channel alone; :meth:`coefficients` has the factors.
+        """
+        coords = Coordinates(
+            self.coords.channels, span=(0, 1), align="start", outside=self.coords.outside
+        )
+        indices, masks = self._padded(arange)
+        ramps = channel_values(coords, indices, self.shape, xp.sqrt)
+        ones, zeros = ([ramp * 0 + number for ramp in ramps] for number in (1, 0))
+        grids = [
+            [*zeros[:channel], each[channel], *zeros[channel + 1 :]]
+            for each in (ramps, ones)
+            for channel in range(len(coords))
+        ]
+        return xp.stack([self._masked(grid, masks, xp) for grid in grids])
+
+    def coefficients(self, frame: Frame, arange: Callable[[Any], Any], xp: Any) -> Any:
+        """How much of each map of :meth:`basis` is in P of each sample, ``(N, 2n)``."""
+        shape, channels = self.shape, self.coords.channels
+        ends = [arange(2) * n for n in shape]  # of the ramp: 0 at the first, and 1 at the second
+        places, lengths = in_frame(self.coords, frame, ends, shape)
+        rank = self.geometry.rank
+        pairs = [
+            ramp(self.coords, token, places[rank - 1 - AXES.index(token)], lengths, xp.sqrt, True)
+            for token in channels
+        ]
+        values = [pair[:, 1] - pair[:, 0] for pair in pairs] + [pair[:, 0] for pair in pairs]
+        zero = sum(value[-1:] * 0 for value in values)
+        for value in values:  # one axis may have a window for each sample, and another for all
+            zero = zero + value * 0
+        return xp.stack([value + zero for value in values], 1)
 
     def _places(self) -> list[tuple[Any, Any, int]]:
         """Per axis, the first place that a tap reaches, the number of places, and the hole.
@@ -291,6 +345,12 @@ class MapPlan:
             return clipped, mask
         inside = 1 - abs(clipped - index).clip(0, 1)
         return clipped, inside if mask is None else inside * mask
+
+
+@lru_cache(maxsize=64)
+def known_basis(plan: MapPlan, dtype: type[np.floating[Any]] = np.float32) -> Array:
+    """:meth:`MapPlan.basis` of a known shape, in float64 and rounded once; read-only."""
+    return frozen((plan.basis(np.arange, np) + 0.0).astype(dtype))
 
 
 def known_tables(plan: MapPlan, dtype: type[np.floating[Any]] = np.float32) -> list[Array]:

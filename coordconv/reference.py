@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, evaluate
+from coordconv.grid import Array, evaluate, in_frame, scale, steps_of
+from coordconv.windows import Window
 
 # The sample that padding copies to index ``i`` of an axis of ``n``; zeros are put where it is none.
 _COPIED: dict[str, Callable[[Array, int], Array]] = {
@@ -34,7 +36,8 @@ class Reference:
     transposed convolution ``(C + groups * n, out / groups, *kernel)``, ``bias (out,)``. In each
     group the coordinates come after the features.
 
-    Without ``coords`` it is a plain convolution.
+    Without ``coords`` it is a plain convolution. The ``window`` says what part of its frame ``x``
+    shows.
 
     Example:
         >>> layer = Reference(ConvGeometry((1,)), Coordinates("x"))
@@ -47,6 +50,7 @@ class Reference:
 
     geometry: ConvGeometry
     coords: Coordinates | None = None
+    window: Window | None = None
 
     def forward(
         self, x: Array, weight: Array, bias: Array | None = None, *, magnitudes: bool = False
@@ -112,8 +116,8 @@ class Reference:
         if self.coords.outside == "extend":  # the ramp itself, at every place but the holes
             positions, holes = zip(*self._samples(shape), strict=True)
             matrices = [np.diag(~hole).astype(np.float64) for hole in holes]
-        grid = _multiplied(self._grid(positions, shape, magnitudes), matrices, 1)
-        return np.concatenate([z, np.broadcast_to(grid, (batch, groups, *grid.shape))], axis=2)
+        grid = _multiplied(self._grid(positions, shape, magnitudes), matrices, 2)[:, None]
+        return np.concatenate([z, np.broadcast_to(grid, (batch, groups, *grid.shape[2:]))], axis=2)
 
     def _by_group(self, weight: Array, magnitudes: bool) -> Array:
         """``(groups, out / groups, C / groups + n, *kernel)``, a transposed kernel turned."""
@@ -171,21 +175,75 @@ class Reference:
     def _grid(self, positions: Sequence[Array], shape: tuple[int, ...], magnitudes: bool) -> Array:
         """The coordinates at some positions; or the magnitudes of what they are computed from.
 
-        An axis coordinate is a quotient within the span -1 to 1, times the half of the span, plus
-        the middle: where these two cancel, the rounding of each remains.
+        Shape ``(N, n, *positions)``, ``N`` being 1 where all samples have the same. An axis
+        coordinate is a quotient within the span -1 to 1, times the half of the span, plus the
+        middle: where these two cancel, the rounding of each remains.
         """
         assert self.coords is not None
-        grid = evaluate(self.coords, positions, shape)
+        coords, frame = self.coords, None
+        if self.window is not None:
+            frame = partial(self.window.in_frame, convert=np.float64)
+        grid = evaluate(coords, positions, shape, frame)
+        grid = grid if frame else grid[None]
         if not magnitudes:
             return grid
-        first, last = self.coords.span
-        half, middle = (last - first) / 2, (first + last) / 2
-        axes = replace(self.coords, channels=axis_tokens(self.geometry.rank), span=(-1.0, 1.0))
-        quotients = evaluate(axes, positions, shape)
-        sizes = np.abs(quotients * half) + abs(middle)
-        found = dict(zip(axes.channels, sizes, strict=True))
-        found["r"] = np.sqrt(((sizes + abs(self.coords.r_center)) ** 2).sum(axis=0))
-        return np.stack([found[token] for token in self.coords.channels])
+        axes = axis_tokens(self.geometry.rank)
+        sizes = self._sizes_in_frame(positions, shape) if frame else self._sizes(positions, shape)
+        found = dict(zip(axes, sizes, strict=True))
+        found["r"] = np.sqrt(sum((size + abs(coords.r_center)) ** 2 for size in sizes))
+        return np.stack(
+            [
+                np.broadcast_to(found[channel], grid[:, 0].shape)
+                if isinstance(channel, str)
+                else np.abs(grid[:, place])  # of NumPy's own
+                for place, channel in enumerate(coords.channels)
+            ],
+            1,
+        )
+
+    def _sizes(self, positions: Sequence[Array], shape: tuple[int, ...]) -> list[Array]:
+        """The magnitude of each axis coordinate, ``(1, *positions)``."""
+        assert self.coords is not None
+        axes = axis_tokens(self.geometry.rank)
+        if self.coords.units == "pixels":
+            return [
+                np.abs(each)[None] for each in evaluate(self.coords.only(axes), positions, shape)
+            ]
+        unscaled = replace(self.coords, channels=axes, span=(-1.0, 1.0))
+        scales = [scale(self.coords, token) for token in axes]
+        return [
+            np.abs(quotient * half)[None] + abs(middle)
+            for quotient, (half, middle) in zip(
+                evaluate(unscaled, positions, shape), scales, strict=True
+            )
+        ]
+
+    def _sizes_in_frame(self, positions: Sequence[Array], shape: tuple[int, ...]) -> list[Array]:
+        """The magnitude of each axis coordinate of a window, as an array that broadcasts.
+
+        By a map it is ``(c(n) - c(0)) * (i / n) + c(0)``, of the coordinates ``c`` at both ends;
+        each is the quotient of a place and of the frame's length, which may cancel. That is no less
+        than the magnitude of the coordinate at ``i`` itself.
+        """
+        assert self.coords is not None
+        assert self.window is not None
+        coords, rank, sizes = self.coords, len(shape), []
+        ends = [np.array([0, n]) for n in shape]
+        places, lengths = in_frame(
+            coords, partial(self.window.in_frame, convert=np.float64), ends, shape
+        )
+        for behind, token in enumerate(axis_tokens(rank)):
+            axis = rank - 1 - behind
+            half, middle = 1.0, 0.0
+            steps = np.ones_like(lengths[axis])
+            if coords.units == "span":
+                half, middle = scale(coords, token)
+                steps = steps_of(coords, lengths[axis], lengths, places[axis], np.sqrt)
+            size = (2 * np.abs(places[axis]) + 1 + lengths[axis]) / steps * abs(half) + abs(middle)
+            first, last = size[:, :1], size[:, 1:]
+            along = (last + first) * np.abs(positions[axis] / shape[axis]) + first
+            sizes.append(along.reshape(len(along), *(1,) * axis, -1, *(1,) * behind))
+        return sizes
 
 
 def _float64(array: Array, magnitudes: bool) -> Array:

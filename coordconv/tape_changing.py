@@ -1,18 +1,18 @@
 """``add_coords``, ``remove_coords`` and ``from_conv`` in a framework that records a tape.
 
-PyTorch has all of it. Paddle has ``from_conv``, by :class:`Conversion`, and not yet networks: some
-of its optimizers say nothing of a kernel that changed its shape, and nothing asks them so far.
-
 A layer stays the same object and changes its class, as torch's own parametrizations and lazy
 modules do: so its hooks, its flags, its names and all that refers to it stay. Its kernel stays the
-same parameter, too, and changes its shape: so ties and an optimizer's list of parameters stay.
+same parameter, too, and changes its shape: so ties and an optimizer's list of parameters stay. What
+an optimizer keeps for a kernel has the old shape, and some optimizers would read beyond it without
+a word: so each is asked at its step.
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
@@ -48,6 +48,8 @@ class Conversion:
     like: Callable[[Any, Any], Any]  # values in memory of their own, in the format of a kernel
     # resize(parameter, values, gradient): the parameter gets values of another shape.
     resize: Callable[[Any, Any, Any], None]
+    # From now on, let :func:`refuse_stale` see what an optimizer keeps for these parameters.
+    watch: Callable[[list[Any]], None]
 
     def with_coordinates(self, kernel: Any, conv: Any, layout: KernelLayout, init: str) -> Any:
         """A plain convolution's kernel over its features and, as ``init`` says, coordinates."""
@@ -59,6 +61,16 @@ class Conversion:
                 drawn = self.draw(conv, layout.channels + layout.groups * len(layout.coords))
                 joined = layout.join(kernel, layout.split(drawn)[1], concatenate)
             return self.like(joined, kernel)
+
+    def resize_all(self, kernels: list[tuple[Any, Any, Any]]) -> None:
+        """Resize the kernels of a network, for which there may be optimizers."""
+        self.watch([kernel for kernel, *_ in kernels])
+        for kernel, values, gradient in kernels:
+            if id(kernel) not in _former_shapes:
+                _former_shapes[id(kernel)] = set()
+                weakref.finalize(kernel, _former_shapes.pop, id(kernel), None)
+            _former_shapes[id(kernel)].add(tuple(kernel.shape))
+            self.resize(kernel, values, gradient)
 
     def without_coordinates(self, kernel: Any, layout: KernelLayout) -> Any:
         """The features' part of a kernel."""
@@ -91,8 +103,7 @@ class Conversion:
             if gradient is not None:
                 gradient = self.without_coordinates(gradient, layout)
             kernels[id(kernel)] = kernel, self.without_coordinates(kernel, layout), gradient
-        for resized in kernels.values():
-            self.resize(*resized)
+        self.resize_all([*kernels.values()])
         for layer in layers.values():
             appending = isinstance(layer, Appending)
             layer.__class__ = layer.subclass if appending else self.plain_class(layer)
@@ -100,9 +111,29 @@ class Conversion:
                 vars(layer).pop(name, None)
 
 
+# The shapes that each resized parameter had, by identity.
+_former_shapes: dict[int, set[tuple[int, ...]]] = {}
+
+
+def refuse_stale(kept: Iterable[tuple[Any, Iterable[Any]]]) -> None:
+    """Raise RuntimeError if an optimizer keeps, for a resized parameter, what has a former shape.
+
+    ``kept`` has parameters, and what the optimizer keeps for each: tensors, of which some may be
+    several of the parameter's shape in one, and anything else.
+    """
+    for parameter, states in kept:
+        former = _former_shapes.get(id(parameter), set()) - {tuple(parameter.shape)}
+        axes = len(parameter.shape)
+        if former and any(tuple(getattr(state, "shape", ()))[-axes:] in former for state in states):
+            raise RuntimeError(
+                "the optimizer keeps momenta for kernels as they were before their layers were "
+                "given coordinates, or lost them: call update_optimizer(optimizer) of the Changes "
+                "that add_coords returned, or make a new optimizer"
+            )
+
+
 def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> None:
     """Make a convolution a layer of a class of ours; its kernel is changed apart."""
-    vars(conv).pop("forward", None)  # its class's own, as to_static may leave it
     conv.__class__ = cls
     conv.coords = coords
     conv.coord_init = init
@@ -110,13 +141,14 @@ def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> None:
 
 
 def replaced_forward(conv: Any, *names: str) -> Unfit | None:
-    """Why a convolution whose ``forward`` is not that of its class cannot be changed."""
+    """Why a convolution whose ``forward`` is its own, and not that of its class, is not changed.
+
+    Paddle's ``to_static`` leaves one in each layer of a program, which knows the kernel's shape.
+    """
     for name in ("forward", *names):
-        method = vars(conv).get(name)
-        if method is not None and getattr(method, "__func__", None) is not getattr(
-            type(conv), name
-        ):
-            return Unfit(f"its {name} was replaced on the instance", fatal=True)
+        if name in vars(conv):
+            by = "by hand or by to_static: change the network before that"
+            return Unfit(f"its {name} was replaced on the instance, {by}", fatal=True)
     return None
 
 
@@ -177,7 +209,8 @@ class TapeChanges(Changes):
             (width,) = widths
             before = (*shape[: layout.axis], width, *shape[layout.axis + 1 :])
             for name, state in self._states(optimizer, kernel).items():
-                if len(state.shape) < 2 or tuple(state.shape) == shape:
+                number = len(state.shape) < 2 and _size(state) == 1
+                if number or tuple(state.shape) == shape:
                     continue
                 if tuple(state.shape) != before:
                     raise ValueError(
@@ -265,8 +298,9 @@ class NetworkConversion:
                 kernels[id(kernel)] = kernel, layout, values, gradient
         # All that could fail is behind us, and now all changes.
         rows, sizes = [], {name: _size(conv.weight) for name, conv in chosen.items()}
-        for kernel, _, values, gradient in kernels.values():
-            conversion.resize(kernel, values, gradient)
+        conversion.resize_all(
+            [(kernel, values, gradient) for kernel, _, values, gradient in kernels.values()]
+        )
         for name, conv in chosen.items():
             before = type(conv).__name__
             become(conv, self._coord_class(conv), layouts[id(conv)].coords, init)
@@ -344,26 +378,28 @@ class NetworkConversion:
 
     def _variance_shares(self, model: Any, layers: Mapping[str, Any], inputs: Any) -> Shares:
         """The coordinates' part of the variance of each layer's output, where inputs reach it."""
-        shares, handles = Shares(), []
-        for name, layer in layers.items():
-            plain = copy.deepcopy(layer)
-            self.conversion.remove({name: plain})
+        shares = Shares()
+        plains = copy.deepcopy(dict(layers))
+        self.conversion.remove(plains)
 
-            def hook(
-                layer: Any, args: Any, kwargs: Any, output: Any, name: str = name, conv: Any = plain
-            ) -> None:
-                rest = to_numpy(type(conv).forward(conv, *args, **kwargs))
+        def measured(name: str, layer: Any, plain: Any) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = type(layer).forward(layer, *args, **kwargs)
+                rest = to_numpy(type(plain).forward(plain, *args, **kwargs))
                 channels = -1 if _is_last(layer) else -1 - layer.rank
                 shares.add(name, to_numpy(output), rest, channels)
+                return output
 
-            register = getattr(layer, self.tape.register_hook)
-            handles.append(register(hook, with_kwargs=True))
+            return forward
+
+        for name, layer in layers.items():
+            layer.forward = measured(name, layer, plains[name])
         try:
             with self.conversion.framework.no_grad():
                 model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer in layers.values():
+                del layer.forward
         return shares
 
 

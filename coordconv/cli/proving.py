@@ -48,6 +48,9 @@ def parity(
     way: Annotated[
         Way | None, typer.Option(hidden=True, help="Compute all layers in this way.")
     ] = None,
+    windows: Annotated[
+        bool, typer.Option("--windows", help="Inputs show random parts of their frames.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one a core by default.")
     ] = None,
@@ -61,7 +64,7 @@ def parity(
     names = installed_backends(wanted)
     output = Output(json_to)
     with failures_shown():
-        generated = proofs.generate(cases, seed, dtype=dtype)
+        generated = proofs.generate(cases, seed, dtype=dtype, windows=windows)
     if workers is None:
         workers = (os.cpu_count() or 1) if cases > FEW_CASES else 1
     title = f"cases through {', '.join(names)}"

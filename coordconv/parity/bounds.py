@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from coordconv import windows
+from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array
 from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
@@ -22,8 +24,15 @@ from coordconv.weights import split_kernel
 # NumPy's there is one. A ramp that a graph computes in the layer's own type has four: the quotient
 # of two exact integers, the product with half the span (a constant that is itself rounded), and the
 # sum with the middle. A radius has four more at most: subtracting the centre, a square and two
-# additions of squares, which the square root halves, and the square root.
+# additions of squares, which the square root halves, and the square root. The length of a diagonal,
+# by which a ramp is divided, has as many as a radius without a centre.
 COORDINATE_ROUNDINGS = 8
+DIAGONAL_ROUNDINGS = 3
+# A place in a window's frame has seven: the size of the window, two for where it starts, three more
+# for the place of a sample; the frame's length has three, of which the coordinate's own formula
+# makes two uses. By a map there are further the difference of two coordinates and the product with
+# a ramp, and the sum over a ramp and a constant for each channel.
+WINDOW_ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,8 @@ def expected(
 ) -> dict[str, Expected]:
     """What a network computes, and how far arithmetic of a precision may be from it.
 
+    Inside of :func:`coordconv.window` the input has that window.
+
     The output ``"y"`` for an input ``x (N, C, *S)`` and, unless the output's gradient ``dy`` is
     None, the gradients of ``"x"`` and of every weight.
 
@@ -148,7 +159,7 @@ def expected(
     - with a map: a feature's term passes one for the product, ``c * taps - 1`` for additions, one
       for the bias and one for adding the map, a coordinate's term ``n * taps`` and the same two:
       at most ``fan_in + 1``, since both ``c`` and ``n`` are at least 1;
-    - either way, a coordinate's term passes the ``COORDINATE_ROUNDINGS`` of the coordinate itself.
+    - either way, a coordinate's term passes the :func:`coordinate_roundings` of itself.
 
     An element of the kernel's gradient sums one product for each sample and output position,
     ``N * positions``. With a map the coordinates' part sums over the samples first and over the
@@ -166,6 +177,16 @@ def expected(
     """
     gradient = None if dy is None else Expected.exact(dy)
     return propagated(network, weights, x, lambda _: gradient, precision, lambda value: value)
+
+
+def coordinate_roundings(coords: Coordinates | None) -> int:
+    """The roundings of one coordinate, relative to its magnitude."""
+    if coords is None:
+        return 0
+    roundings = COORDINATE_ROUNDINGS + DIAGONAL_ROUNDINGS * (coords.aspect == "diagonal")
+    if windows.current() is not None:
+        roundings += WINDOW_ROUNDINGS + 2 * len(coords)
+    return roundings
 
 
 def propagated(
@@ -205,10 +226,14 @@ def _forward(
     if isinstance(layer, Flatten):
         return x.reshape(len(x.value), -1)
     conv, weight, bias = _as_convolution(layer, weights)
-    z, g, reference = _with_places(x), conv.geometry, Reference(conv.geometry, conv.coords)
+    z, g, reference = (
+        _with_places(x),
+        conv.geometry,
+        Reference(conv.geometry, conv.coords, windows.current()),
+    )
     y = reference.forward(z.value, weight, bias)
     size = reference.forward(z.largest, weight, bias, magnitudes=True)
-    terms = conv.fan_in + 1 + (COORDINATE_ROUNDINGS if conv.coords else 0)
+    terms = conv.fan_in + 1 + coordinate_roundings(conv.coords)
     # A product of matrices is rounded with its bias; a layer in parts, and with a map, more often.
     roundings = 2 if isinstance(layer, Linear) else 4 + (g.taps - 1 if g.transposed else 0)
     error = precision.error(size, terms, roundings)
@@ -231,7 +256,8 @@ def _backward(
         return {}, dy.reshape(*x.value.shape)
     conv, weight, bias = _as_convolution(layer, weights)
     z, dy, g = _with_places(x), _with_places(dy), conv.geometry
-    reference, batch, shape = Reference(g, conv.coords), len(z.value), z.value.shape[2:]
+    reference = Reference(g, conv.coords, windows.current())
+    batch, shape = len(z.value), z.value.shape[2:]
 
     def input_gradient(dy: Array, magnitudes: bool) -> Array:
         return reference.input_gradient(dy, weight, shape, magnitudes=magnitudes)
@@ -250,7 +276,7 @@ def _backward(
     terms = batch * math.prod(dy.value.shape[2:])
     own_errors = {
         "weight": precision.error(
-            sizes["weight"], terms + (COORDINATE_ROUNDINGS if conv.coords else 0), batch
+            sizes["weight"], terms + coordinate_roundings(conv.coords), batch
         ),
         "bias": precision.error(sizes["bias"], terms, terms),
     }

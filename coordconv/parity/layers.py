@@ -24,6 +24,7 @@ from coordconv.grid import Array
 from coordconv.parity.bounds import PRECISIONS, Expected, expected
 from coordconv.parity.cases import Case
 from coordconv.weights import Weights
+from coordconv.windows import window
 
 if TYPE_CHECKING:
     from coordconv.backends.protocols import Backend
@@ -208,9 +209,10 @@ def _tallies(
     try:
         used = {name: backends.load(name) for name in names}
         weights, x, dy = data = case.data()
-        wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
-        wanted = {_WITHOUT_GRADIENTS: wanted["y"], **wanted}
-        return [_tally(*item, case, data, wanted, compiled) for item in used.items()]
+        with window(case.window):
+            wanted = expected(case.network, weights, x, dy, PRECISIONS[case.dtype])
+            wanted = {_WITHOUT_GRADIENTS: wanted["y"], **wanted}
+            return [_tally(*item, case, data, wanted, compiled) for item in used.items()]
     finally:
         position_bias.FORCED = before
 

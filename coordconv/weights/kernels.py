@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from coordconv.coordinates import TOKENS, Coordinates, CoordinatesLike
+from coordconv.coordinates import Coordinates, CoordinatesLike
+from coordconv.functions import Function
 from coordconv.geometry import is_int
 from coordconv.grid import Array
 
@@ -82,9 +83,9 @@ class KernelLayout:
 
     def reordered(self, kernel: Any, found: Coordinates) -> Any:
         """A kernel made for the same coordinates in another order, in this order."""
-        if found == self.coords:
+        if found.names == self.coords.names:
             return kernel
-        order = [self.features + found.channels.index(token) for token in self.coords.channels]
+        order = [self.features + found.names.index(name) for name in self.coords.names]
         return self._picked(kernel, np.array([*range(self.features), *order]))
 
     def moved(self, kernel: Any, position: Position) -> Any:
@@ -122,8 +123,11 @@ class KernelLayout:
 
 
 def same_channels(one: Coordinates, other: Coordinates) -> bool:
-    """Whether two Coordinates differ at most in the order of their channels."""
-    return {*one.channels} == {*other.channels} and replace(one, channels=other.channels) == other
+    """Whether two Coordinates differ at most in the order of their channels.
+
+    Functions and maps are the same if their names are, as a file keeps no more.
+    """
+    return {*one.names} == {*other.names} and replace(one, channels=other.channels) == other
 
 
 def check_position(position: str) -> None:
@@ -240,10 +244,9 @@ def join_kernel(
     if not n or coordinates.shape != (out, n, *size):
         wanted = ", ".join(map(str, (out, "n", *size)))
         raise ValueError(f"coordinates must have shape ({wanted}), got {coordinates.shape}")
-    if n > len(TOKENS):
-        raise ValueError(f"coordinates must have at most {len(TOKENS)} channels, got {n}")
     # Which coordinates they are does not matter here, but how many.
-    layout = KernelLayout(Coordinates("xyzr"[:n]), channels, groups, transposed)
+    coords = Coordinates([Function(f"channel {i}", "x") for i in range(n)])
+    layout = KernelLayout(coords, channels, groups, transposed)
     joined: Array = layout.join(features, coordinates, np.concatenate)
     return joined if position == "last" else layout.moved(joined, "first")
 

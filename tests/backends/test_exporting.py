@@ -90,7 +90,14 @@ def described(rank: int) -> dict[str, Case]:
         "AddCoords": (None, f"{axes}r"),
     }
     if rank == 2:
+        by_axis = {"x": (0, 4), "y": (1, -1)}
         given["paddledetection"] = (conv(), Coordinates.named("paddledetection"))
+        given["longer"] = (
+            conv(stride=2),
+            Coordinates("xr", span=by_axis, align="start", aspect="longer"),
+        )
+        given["diagonal"] = (conv(), Coordinates("yx", aspect="diagonal"))
+        given["pixels"] = (conv(), Coordinates("xr", units="pixels"))
     return {
         name: Case(geometry, Coordinates.resolve(coords, rank), rank)
         for name, (geometry, coords) in given.items()

@@ -56,6 +56,15 @@ def test_paddle() -> None:
     assert not missing, f"paddle's convolutions have no {missing}: keep them in _prepare, as given"
 
 
+@pytest.mark.parametrize("name", ["_param_groups", "_accumulators", "_master_weights"])
+def test_paddle_optimizers(name: str) -> None:
+    """Their state_dict has parameters by the beginnings of names, of which one begins another."""
+    paddle = module("paddle")
+    weight = paddle.nn.Linear(1, 1).weight  # type: ignore[attr-defined]
+    adam = paddle.optimizer.Adam(parameters=[weight])  # type: ignore[attr-defined]
+    assert hasattr(adam, name), f"an optimizer has no {name}: take names apart in converting.py"
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "otherwise"),
     [

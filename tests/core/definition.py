@@ -111,25 +111,54 @@ def magnitude(
 
     An axis coordinate is a share of half the span, plus the middle of the span.
     """
-    first, last = map(Fraction, coords.span)
-    unit = axis_coordinates(replace(coords, span=(-1, 1)), place, shape)
-    sizes = [abs(u * (last - first) / 2) + abs(first + last) / 2 for u in unit]
+    values = axis_coordinates(coords, place, shape)
+    sizes = [abs(value) for value in values]
+    if coords.units == "span":
+        unit = axis_coordinates(replace(coords, span=(-1, 1)), place, shape)
+        spans = spans_of(coords, len(shape))
+        sizes = [
+            abs(u * (last - first) / 2) + abs(first + last) / 2
+            for u, (first, last) in zip(unit, spans, strict=True)
+        ]
     if token != "r":
         return sizes[{"x": -1, "y": -2, "z": -3}[token]]
     return root(sum(((size + abs(Fraction(coords.r_center))) ** 2 for size in sizes), Fraction(0)))
+
+
+def spans_of(coords: Coordinates, rank: int) -> list[tuple[Fraction, Fraction]]:
+    """The span of each axis of a grid, in the order of the axes."""
+    by_token = coords.to_dict()["span"]
+    if not isinstance(by_token, dict):
+        by_token = dict.fromkeys("xyz", by_token)
+    numbers = [by_token.get(token, (-1, 1)) for token in "zyx"[-rank:]]  # one is not looked at
+    return [(Fraction(first), Fraction(last)) for first, last in numbers]
+
+
+def largest_end(coords: Coordinates, shape: tuple[int, ...]) -> float:
+    """The largest coordinate at the ends of an axis, which others are some multiple of."""
+    if coords.units == "pixels":
+        return max(shape)
+    return float(max(abs(end) for span in spans_of(coords, len(shape)) for end in span))
 
 
 def axis_coordinates(
     coords: Coordinates, place: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[Fraction]:
     """The coordinate of one sample on each axis."""
-    first, last = map(Fraction, coords.span)
+    if coords.units == "pixels":
+        return [i + Fraction(1, 2) * (coords.align == "edges") for i in place]
+    lengths = [n - 1 if coords.align == "corners" else n for n in shape]
+    whole = {"longer": Fraction(max(lengths)), "each": Fraction(0)}
+    whole["diagonal"] = root(Fraction(sum(length**2 for length in lengths)))
     values = []
-    for i, n in zip(place, shape, strict=True):
-        if coords.align == "edges":
-            values.append(first + (last - first) * Fraction(2 * i + 1, 2 * n))
-        else:
-            values.append(first + (last - first) * Fraction(i, n - 1) if n > 1 else Fraction(0))
+    for i, length, (first, last) in zip(place, lengths, spans_of(coords, len(shape)), strict=True):
+        if length == 0:
+            values.append(Fraction(0))
+            continue
+        steps = whole[coords.aspect] or Fraction(length)
+        before = {"corners": 0, "edges": Fraction(1, 2), "start": 0}[coords.align]
+        from_middle = i + before - Fraction(length, 2)
+        values.append((first + last) / 2 + (last - first) * from_middle / steps)
     return values
 
 
@@ -291,17 +320,26 @@ class Case:
     def count(self) -> int:
         """How many terms a sum has at most, with a few roundings more for what made them."""
         seen = self.channels + (len(self.coords) if self.coords else 0)
-        return seen * math.prod(self.geometry.kernel) + 5
+        return seen * math.prod(self.geometry.kernel) + 8
+
+
+def scales(rank: int) -> st.SearchStrategy[dict[str, Any]]:
+    """What says how long a step between samples is."""
+    pairs = st.sampled_from([(-1, 1), (0, 1), (1, -1), (-3, 5), (0.25, 0.5), (-1, -0.5)])
+    by_axis = st.fixed_dictionaries(dict.fromkeys("xyz"[:rank], pairs))
+    aspects = st.sampled_from(["each", "each", "longer", "diagonal"])
+    spans = st.fixed_dictionaries({"span": pairs | by_axis, "aspect": aspects})
+    return spans | st.just({"units": "pixels"})
 
 
 coordinates_of_rank = {
     rank: st.builds(
-        Coordinates,
+        lambda tokens, scale, **options: Coordinates(tokens, **scale, **options),
         st.permutations("zyx"[-rank:] + "r").flatmap(
             lambda tokens: st.integers(1, len(tokens)).map(lambda n: tuple(tokens[:n]))
         ),
-        span=st.sampled_from([(-1, 1), (0, 1), (1, -1), (-3, 5), (0.25, 0.5), (-1, -0.5)]),
-        align=st.sampled_from(["corners", "edges"]),
+        scales(rank),
+        align=st.sampled_from(["corners", "edges", "start"]),
         outside=st.sampled_from(["zero", "extend"]),
         r_center=st.sampled_from([0, 0.5, -2]),
     )

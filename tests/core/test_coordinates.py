@@ -83,7 +83,15 @@ def test_round_trips(coords: Coordinates) -> None:
         ((), {"span": 1}, TypeError, "pair of numbers, got 1"),
         ((), {"span": "01"}, TypeError, "pair of numbers, got '01'"),
         ((), {"span": (0, None)}, TypeError, "span must be a number, got None"),
-        ((), {"align": "centre"}, ValueError, r"align must be one of \('corners', 'edges'\)"),
+        ((), {"align": "centre"}, ValueError, r"align must be one of \('corners', 'edges', 's"),
+        ((), {"aspect": "wide"}, ValueError, "aspect must be one of"),
+        ((), {"units": "metres"}, ValueError, "units must be one of"),
+        ((), {"units": "pixels", "aspect": "longer"}, ValueError, "have no span and no aspect"),
+        ((), {"units": "pixels", "span": (0, 1)}, ValueError, r"got span=\(0.0, 1.0\)"),
+        ((), {"span": {"x": (0, 1)}}, ValueError, "a pair of numbers for axis 'y', got {'x'"),
+        ((), {"span": {"x": (0, 1), "y": 2}}, TypeError, "pair of numbers, got 2"),
+        ((), {"span": {"x": (0, 1), "w": (0, 1)}}, ValueError, "for the axes x, y and z"),
+        ((), {"span": {}}, ValueError, "for the axes x, y and z"),
         ((), {"outside": "wrap"}, ValueError, r"outside must be one of \('zero', 'extend'\)"),
         ((), {"r_center": float("nan")}, ValueError, "r_center must be finite, got nan"),
         ((), {"r_center": (0, 0)}, TypeError, "r_center must be a number"),
@@ -100,6 +108,13 @@ def test_mistakes(
 def test_none_is_all_axes(rank: int, tokens: str) -> None:
     assert axis_tokens(rank) == tokens
     assert Coordinates.resolve(None, rank) == Coordinates(tokens)
+
+
+def test_the_radius_needs_a_span_of_every_axis() -> None:
+    coords = Coordinates("xr", span={"x": (0, 1), "y": (0, 2)})
+    assert Coordinates.resolve(coords, 2) is coords
+    with pytest.raises(ValueError, match="a pair of numbers for axis 'z'"):
+        Coordinates.resolve(coords, 3)
 
 
 def test_resolve() -> None:

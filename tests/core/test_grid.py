@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coordconv import Coordinates, coordinate_grid
 from coordconv.grid import _grid, evaluate
-from definition import UNIT, coordinate, coordinates_of_rank
+from definition import UNIT, coordinate, coordinates_of_rank, largest_end
 
 DTYPES = [np.float16, np.float32, np.float64]
 
@@ -27,7 +27,7 @@ def nearest(value: Fraction, dtype: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("align", ["corners", "edges"])
+@pytest.mark.parametrize("align", ["corners", "edges", "start"])
 @pytest.mark.parametrize("n", [*range(1, 34), 63, 64, 65, 100, 224, 513, 1000, 2047])
 def test_correctly_rounded(n: int, align: Any, dtype: Any) -> None:
     coords = Coordinates("x", align=align)
@@ -43,7 +43,7 @@ def test_correctly_rounded(n: int, align: Any, dtype: Any) -> None:
     n=st.integers(1, 100),
     first=st.integers(-1000, 1000),
     last=st.integers(-1000, 1000),
-    align=st.sampled_from(["corners", "edges"]),
+    align=st.sampled_from(["corners", "edges", "start"]),
 )
 def test_correctly_rounded_on_any_span_of_integers(
     n: int, first: int, last: int, align: Any
@@ -64,7 +64,7 @@ def test_any_span_in_float64(n: int, first: float, last: float, data: st.DataObj
     if first == last:
         last += 1
     coords = Coordinates(
-        "x", span=(first, last), align=data.draw(st.sampled_from(["corners", "edges"]))
+        "x", span=(first, last), align=data.draw(st.sampled_from(["corners", "edges", "start"]))
     )
     i = data.draw(st.integers(-n, 2 * n))
     value = evaluate(coords, [np.array([i])], (n,))[0, 0]
@@ -84,7 +84,7 @@ def test_every_channel_everywhere(data: st.DataObject) -> None:
     around = 1 if coords.outside == "extend" else 0
     place = tuple(data.draw(st.integers(-n * around, n - 1 + n * around)) for n in shape)
     values = evaluate(coords, [np.array([i]) for i in place], shape).reshape(-1)
-    largest = 8 * max(map(abs, coords.span)) + abs(coords.r_center)
+    largest = 8 * largest_end(coords, shape) + abs(coords.r_center)
     for token, value in zip(coords.channels, values, strict=True):
         error = abs(Fraction(float(value)) - coordinate(coords, token, place, shape))
         assert error <= 8 * UNIT * largest * rank**0.5

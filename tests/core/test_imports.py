@@ -304,10 +304,15 @@ print(time.process_time() - start)
 def test_the_public_face() -> None:
     assert set(coordconv.__all__) == {
         "Coordinates",
+        "Function",
+        "Given",
+        "Window",
         "available_backends",
         "coordinate_grid",
+        "fourier",
         "load_weights",
         "save_weights",
+        "window",
     }
     assert all(hasattr(coordconv, name) for name in coordconv.__all__)
     assert (PACKAGE / "py.typed").exists()

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.reference import Reference
-from definition import UNIT, Case, cases, forward, gradients
+from definition import UNIT, Case, cases, forward, gradients, largest_end
 
 
 def coordinate_error(case: Case) -> float:
     """How far a float64 coordinate may lie from the true one.
 
     A ramp is one division, one product and one sum away from integers; a radius is a norm of ramps,
-    so it moves by no more than they do, and rounds a few times more.
+    so it moves by no more than they do, and rounds a few times more; so does a diagonal.
     """
     if case.coords is None:
         return 0.0
     # the farthest that any sample here lies out, in lengths of the axis, is bounded by 40
-    largest = 40 * max(abs(end) for end in case.coords.span) + abs(case.coords.r_center)
-    return 8 * UNIT * largest * np.sqrt(len(case.shape))
+    largest = 40 * largest_end(case.coords, case.shape) + abs(case.coords.r_center)
+    return 11 * UNIT * largest * np.sqrt(len(case.shape))
 
 
 @settings(max_examples=120, deadline=None)

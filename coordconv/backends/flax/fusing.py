@@ -23,6 +23,7 @@ from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
 from coordconv.fusing import FusedLayer, FuseReport
 from coordconv.layers import CoordLayer
+from coordconv.windows import check_fused
 
 
 class Constant(nnx.Variable):  # type: ignore[type-arg]
@@ -66,6 +67,7 @@ class FusedCoordConv(nnx.Module):
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The layer's output."""
+        check_fused()
         conv = self.conv
         adding.check(conv, self.coords, inputs, conv.in_features)
         shape = fusing.spatial_shape(conv, inputs)

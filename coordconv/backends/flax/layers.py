@@ -18,6 +18,7 @@ from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.weights.kernels import KernelLayout
+from coordconv.windows import Window
 
 
 class _CoordLayer(CoordLayer):
@@ -40,8 +41,10 @@ class _CoordLayer(CoordLayer):
         transposed = options.is_transposed(self)
         return KernelLayout(self.coords, self.in_features, options.groups(self), transposed)
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """The convolution of ``inputs (..., *S, C)`` and their coordinates."""
+    def __call__(
+        self, inputs: jax.Array, *args: Any, window: Window | None = None, **kwargs: Any
+    ) -> jax.Array:
+        """The convolution of ``inputs (..., *S, C)`` and their coordinates, maybe of a window."""
         adding.check(self, self.coords, inputs, self.in_features)
         kernel = masked(self.kernel[...], self.mask)
         if kernel.shape != tuple(self.kernel_shape):
@@ -53,7 +56,7 @@ class _CoordLayer(CoordLayer):
             )
         bias = None if self.bias is None else self.bias[...]
         arrays = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        return coord_conv(self, super().__call__, arrays, *args, **kwargs)
+        return coord_conv(self, super().__call__, arrays, *args, window=window, **kwargs)
 
     @classmethod
     def from_conv(
@@ -163,6 +166,6 @@ class AddCoords(nnx.Module):
         self.coords = Coordinates.resolve(coords, rank)
         self.rank = rank
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The inputs with the coordinates behind their channels."""
-        return adding.add_coords(inputs, self.coords, self.rank)
+    def __call__(self, inputs: jax.Array, *, window: Window | None = None) -> jax.Array:
+        """The inputs with the coordinates, maybe of a window, behind their channels."""
+        return adding.add_coords(inputs, self.coords, self.rank, window)

@@ -18,6 +18,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,11 +27,13 @@ from jax import lax
 from jax import numpy as jnp
 
 from coordconv import position_bias as core
-from coordconv.backends.jax import options
+from coordconv.backends.jax import options, windows
 from coordconv.coordinates import Coordinates, axis_tokens
+from coordconv.functions import AXES
 from coordconv.geometry import ConvGeometry, check_input
-from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.grid import Array, channel_values, coordinate_grid, stacked
 from coordconv.position_bias import MapPlan
+from coordconv.windows import Window, check_fused
 
 _HIGHEST = lax.Precision.HIGHEST  # else accelerators multiply float32 in bfloat16 or TF32
 # JAX joins arrays of the same sharding alone, where a mesh is explicit, which it may be since 0.7.
@@ -48,12 +51,15 @@ def check(conv: Any, coords: Coordinates, inputs: Any, channels: int | None) -> 
     check_input(inputs.shape, **given, channels=channels, channel_axis=-1, batched=-1)
 
 
-def add_coords(inputs: jax.Array, coords: Coordinates, rank: int) -> jax.Array:
+def add_coords(
+    inputs: jax.Array, coords: Coordinates, rank: int, given: Window | None = None
+) -> jax.Array:
     """``inputs (..., *S, C)`` with the coordinates behind them, checked."""
     if not jnp.issubdtype(inputs.dtype, jnp.inexact):
         raise TypeError(f"input must be floating-point, got {inputs.dtype}")
     check_input(inputs.shape, rank=rank, channels=None, coords=0, channel_axis=-1, batched=-1)
-    return append(coords, jnp.asarray(inputs), rank)
+    inputs = jnp.asarray(inputs)
+    return append(coords, inputs, rank, window=windows.window_of(given, inputs, rank))
 
 
 def coord_conv(
@@ -61,6 +67,7 @@ def coord_conv(
     arrays: Sequence[Any],
     convolve: Callable[[Any, Any, Any], jax.Array],
     made: jax.Array | None = None,
+    given: Window | None = None,
 ) -> jax.Array:
     """The output of a layer of either kind of Flax, in one of the two ways.
 
@@ -71,16 +78,21 @@ def coord_conv(
     """
     inputs, kernel, bias = arrays
     if made is not None:
+        check_fused()
         return add_made(convolve(inputs, kernel, bias), made)
     rank, axis = len(options.kernel_size(layer)), options.input_axis(layer)
+    window = windows.window_of(given, inputs, rank)
     shape = inputs.shape[-1 - rank : -1]
     geometry = options.geometry(layer, shape)
     if _is_known(shape):
         geometry.output_shape(shape)  # which says what does not fit
     if _way(layer, geometry, inputs, kernel.shape[-3 - axis]) == core.APPEND:
-        return convolve(append(layer.coords, inputs, rank, options.groups(layer)), kernel, bias)
+        appended = append(layer.coords, inputs, rank, options.groups(layer), window)
+        return convolve(appended, kernel, bias)
     of_features, of_coordinates = split(layer, kernel)
     output = convolve(inputs, of_features, bias)
+    if window is not None:
+        return _sum(output, _bias_of_window(geometry, layer.coords, shape, of_coordinates, window))
     return add(output, position_bias(geometry, layer.coords, shape, of_coordinates))
 
 
@@ -132,10 +144,18 @@ def _is_known(lengths: Sequence[Any]) -> bool:
     return all(isinstance(n, int) for n in lengths)
 
 
-def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax.Array:
+def append(
+    coords: Coordinates,
+    x: jax.Array,
+    rank: int,
+    groups: int = 1,
+    window: Window | None = None,
+) -> jax.Array:
     """``x (..., *S, C)`` with the coordinates behind the features of each group."""
     shape = x.shape[-1 - rank : -1]
-    if _is_known(shape):
+    if window is not None:
+        grid = _grid_of_window(coords, x, rank, window)
+    elif _is_known(shape):
         constant = np.moveaxis(coordinate_grid(shape, coords, dtype=_exact(x.dtype)), 0, -1)
         grid = jax.device_put(constant).astype(x.dtype)
     else:
@@ -149,6 +169,61 @@ def append(coords: Coordinates, x: jax.Array, rank: int, groups: int = 1) -> jax
     grid = jnp.broadcast_to(grid, (*x.shape[:-1], len(coords)), **options)
     x = jnp.concatenate([x, grid], -1)
     return x.reshape((*x.shape[:-2], -1)) if groups > 1 else x
+
+
+def _grid_of_window(coords: Coordinates, x: jax.Array, rank: int, window: Window) -> jax.Array:
+    """The coordinates of inputs in their frames, ``(N, *S, n)``, N being 1 for all samples."""
+    shape, dtype = x.shape[-1 - rank : -1], _wide(x.dtype)
+
+    def values(arange: Any, xp: Any, frame: Any) -> Any:
+        positions = [arange(n) for n in shape]
+        return stacked(channel_values(coords, positions, shape, xp.sqrt, frame), shape, xp, frame)
+
+    grid = jnp.moveaxis(_in_frame(values, coords, window, dtype), 1, -1).astype(x.dtype)
+    return grid[0] if x.ndim == rank + 1 or len(grid) == 1 else grid
+
+
+def _in_frame(values: Callable[..., Any], coords: Coordinates, window: Window, dtype: Any) -> Any:
+    """What ``values(arange, xp, frame)`` are; of channels that NumPy computes, by NumPy."""
+    if coords.own and not any(
+        isinstance(each, jax.core.Tracer) for token in AXES for each in window.on(token)
+    ):
+        frame = partial(window.in_frame, convert=lambda each: np.asarray(each, np.float64))
+        return jax.device_put(values(np.arange, np, frame).astype(dtype))
+    with _lenient():
+        frame = partial(window.in_frame, convert=lambda each: jnp.asarray(each, dtype))
+        return values(lambda n: lax.iota(dtype, n), jnp, frame)
+
+
+def _wide(dtype: Any) -> Any:
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def _bias_of_window(
+    geometry: ConvGeometry,
+    coords: Coordinates,
+    shape: Sequence[Any],
+    kernel: jax.Array,
+    window: Window,
+) -> jax.Array:
+    """As :func:`position_bias`, of inputs that show parts of their frames, ``(N, *S, out)``."""
+    kernel = kernel.astype(_wide(kernel.dtype))
+    plan = MapPlan(geometry, coords, tuple(shape), geometry.lengths(shape))
+    if not plan.is_affine:
+        return _convolved(plan, kernel, _in_frame(plan.padded_grid, coords, window, kernel.dtype))
+    if _is_known(plan.shape):
+        basis = jax.device_put(core.known_basis(plan, _exact(kernel.dtype)))
+    else:
+        with _lenient():
+            basis = plan.basis(lambda n: lax.iota(kernel.dtype, n), jnp)
+    maps = _convolved(plan, kernel, basis)
+
+    def factors(arange: Any, xp: Any, frame: Any) -> Any:
+        return plan.coefficients(frame, arange, xp)
+
+    return jnp.tensordot(
+        _in_frame(factors, coords, window, kernel.dtype), maps, axes=1, precision=_HIGHEST
+    )
 
 
 def position_bias(
@@ -169,17 +244,22 @@ def position_bias(
 
 def _by_convolution(plan: MapPlan, kernel: jax.Array) -> jax.Array:
     """P as the convolution of the padded grid, a batch of one."""
-    rank = plan.geometry.rank
     if _is_known(plan.shape):
         grid = jax.device_put(core.known_grid(plan, _exact(kernel.dtype)))
     else:
         with _lenient():
             grid = plan.padded_grid(lambda n: lax.iota(kernel.dtype, n), jnp)
+    return lax.squeeze(_convolved(plan, kernel, jnp.expand_dims(grid, 0)), (0,))
+
+
+def _convolved(plan: MapPlan, kernel: jax.Array, grids: jax.Array) -> jax.Array:
+    """P of each of several grids ``(N, n, *padded shape)``."""
+    rank = plan.geometry.rank
     if plan.geometry.transposed:
         kernel = lax.rev(kernel, tuple(range(rank)))
     space = "DHW"[-rank:]
-    bias = lax.conv_general_dilated(
-        jnp.expand_dims(grid.astype(kernel.dtype), 0),
+    return lax.conv_general_dilated(
+        grids.astype(kernel.dtype),
         kernel,
         plan.stride,
         "VALID",
@@ -187,7 +267,6 @@ def _by_convolution(plan: MapPlan, kernel: jax.Array) -> jax.Array:
         dimension_numbers=(f"NC{space}", f"{space}IO", f"N{space}C"),
         precision=_HIGHEST,
     )
-    return lax.squeeze(bias, (0,))
 
 
 def _by_axes(plan: MapPlan, kernel: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from coordconv.backends.jax import adding
+from coordconv.windows import Window
 
 
 class _Seen:
@@ -40,7 +41,13 @@ class _Seen:
 
 
 def coord_conv(
-    layer: Any, call: Any, arrays: Any, *args: Any, made: jax.Array | None = None, **kwargs: Any
+    layer: Any,
+    call: Any,
+    arrays: Any,
+    *args: Any,
+    made: jax.Array | None = None,
+    window: Window | None = None,
+    **kwargs: Any,
 ) -> jax.Array:
     """The output of a layer for its promoted arrays: inputs, masked kernel, and bias or None.
 
@@ -52,7 +59,7 @@ def coord_conv(
     def convolve(inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         return function(_Seen(layer, kernel, bias), inputs, *args, **kwargs)
 
-    return adding.coord_conv(layer, arrays, convolve, made)
+    return adding.coord_conv(layer, arrays, convolve, made, window)
 
 
 def masked(kernel: jax.Array, mask: Any) -> jax.Array:

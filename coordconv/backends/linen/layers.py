@@ -21,6 +21,7 @@ from coordconv.grid import Array
 from coordconv.layers import FixedCoords, check_arguments
 from coordconv.weights.canonical import Weights, checked
 from coordconv.weights.kernels import KernelLayout
+from coordconv.windows import Window
 
 
 class _CoordLayer(FixedCoords, nn.Module):
@@ -42,8 +43,8 @@ class _CoordLayer(FixedCoords, nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The convolution of ``inputs (..., *S, C)`` and their coordinates."""
+    def __call__(self, inputs: jax.Array, *, window: Window | None = None) -> jax.Array:
+        """The convolution of ``inputs (..., *S, C)`` and their coordinates, maybe of a window."""
         axis, groups = options.input_axis(self), options.groups(self)
         maps = self.variables.get(MAPS, {})  # of a fused layer, whose kernel is the features' part
         n = 0 if maps else len(self.coords)
@@ -61,7 +62,7 @@ class _CoordLayer(FixedCoords, nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         arrays = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         made = map_for(maps, fusing.spatial_shape(self, inputs)) if maps else None
-        return coord_conv(self, super().__call__, arrays, made=made)
+        return coord_conv(self, super().__call__, arrays, made=made, window=window)
 
     @nn.nowrap
     def export_weights(self, variables: Mapping[str, Any]) -> Weights:
@@ -152,7 +153,7 @@ class AddCoords(nn.Module):
         object.__setattr__(self, "coords", Coordinates.resolve(self.coords, self.rank))
         super().__post_init__()
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The inputs with the coordinates behind their channels."""
+    def __call__(self, inputs: jax.Array, *, window: Window | None = None) -> jax.Array:
+        """The inputs with the coordinates, maybe of a window, behind their channels."""
         coordinates: Any = self.coords
-        return adding.add_coords(inputs, coordinates, self.rank)
+        return adding.add_coords(inputs, coordinates, self.rank, window)

@@ -7,6 +7,7 @@ with warnings.catch_warnings():  # of a compiler cache, which only builders of e
     import paddle  # noqa: F401
 
 from coordconv.backends.paddle import quantizing  # noqa: F401  # tells Paddle of CoordConv2D
+from coordconv.backends.paddle.changing import add_coords, remove_coords
 from coordconv.backends.paddle.files import from_state, read_state
 from coordconv.backends.paddle.fusing import fuse
 from coordconv.backends.paddle.layers import (
@@ -38,12 +39,14 @@ __all__ = [
     "CoordConv3D",
     "CoordConv3DTranspose",
     "adapt_state_dict",
+    "add_coords",
     "build",
     "evaluate",
     "from_state",
     "fuse",
     "read_state",
     "recorded",
+    "remove_coords",
     "trainer",
     "write_state",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from paddle import Tensor, nn
 from coordconv import position_bias
 from coordconv.backends.paddle import options
 from coordconv.coordinates import Coordinates
-from coordconv.grid import channel_values, coordinate_grid
+from coordconv.grid import channel_values, coordinate_grid, stacked
 from coordconv.position_bias import MapPlan
 from coordconv.weights.kernels import KernelLayout
+from coordconv.windows import Window
 
 _CONVOLVE: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transposed
     (1, False): nn.functional.conv1d,
@@ -95,10 +96,19 @@ def split(layout: KernelLayout, kernel: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(paddle.split(kernel, [layout.features, -1], 1))  # type: ignore[return-value]
 
 
-def append(coords: Coordinates, x: Tensor, channels_last: bool, groups: int = 1) -> Tensor:
+def append(
+    coords: Coordinates,
+    x: Tensor,
+    channels_last: bool,
+    groups: int = 1,
+    window: Window | None = None,
+) -> Tensor:
     """The input with the coordinates behind the features of each group."""
     axis = -1 if channels_last else 1
-    grid = _coordinates(coords, x, channels_last, x.dtype)
+    if window is None:
+        grid = _coordinates(coords, x, channels_last, x.dtype)
+    else:
+        grid = _coordinates_of_window(coords, x, channels_last, window)
     if paddle.in_dynamic_mode() and not x.stop_gradient:
         grid = grid.detach()  # a gradient that nobody asks for: without it that of concat has none
         grid.stop_gradient = False
@@ -122,7 +132,7 @@ def add_map(
     shapes = spatial_shape(x, last), spatial_shape(output, last)
     quick = _is_quick(output) and not low
     with _no_autocast():
-        if quick and len(output) == 1 and not last and "r" not in coords.channels:
+        if quick and len(output) == 1 and not last and len(coords.along_axes) == len(coords):
             # One sample's P would take as long as the convolution, and is never made.
             plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
             return _add_product(output, *_product(plan, kernel, bias))
@@ -137,11 +147,85 @@ def add_map(
         else:
             plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
             conv = _CONVOLVE[layer.rank, False]
-            added = plan.convolve(kernel, _padded_coordinates(plan, kernel), conv, bias)
+            added = plan.convolve(kernel, _padded_coordinates(plan, kernel)[None], conv, bias)
             added = added.moveaxis(1, -1) if last else added
         if quick:
             return _add_product(output, _ones(len(output), added.dtype), added.reshape([1, -1]))
         return (output + added).astype(output.dtype)
+
+
+def add_map_of_window(
+    layer: Any, output: Tensor, x: Tensor, kernel: Tensor, output_size: Any, window: Window
+) -> Tensor:
+    """As :func:`add_map`, of inputs that show parts of their frames."""
+    bias, last, low = layer.bias, layer.channels_last, is_low_precision(kernel)
+    if low:
+        kernel = kernel.astype(paddle.float32)
+        bias = None if bias is None else bias.astype(paddle.float32)
+    shape, lengths = spatial_shape(x, last), spatial_shape(output, last)
+    geometry = options.geometry(layer, shape, output_size)
+    if not paddle.in_dynamic_mode():
+        shape, lengths = (tuple(_scalar(n, kernel.dtype) for n in s) for s in (shape, lengths))
+    plan, conv = MapPlan(geometry, layer.coords, shape, lengths), _CONVOLVE[layer.rank, False]
+    with _no_autocast():
+        if not plan.is_affine:
+            grids = _in_frame(plan.padded_grid, layer.coords, window, kernel.dtype)
+            added = plan.convolve(kernel, grids, conv, bias)
+            added = added.moveaxis(1, -1) if last else added
+            return (output + added).astype(output.dtype)
+        maps = plan.convolve(kernel, _basis_of(plan, kernel), conv)
+        maps = maps.moveaxis(1, -1) if last else maps
+
+        def factors(arange: Any, xp: Any, frame: Any) -> Any:
+            return plan.coefficients(frame, arange, xp)
+
+        left = _in_frame(factors, layer.coords, window, kernel.dtype)
+        count, ones = 2 * len(layer.coords), [1] * (layer.rank + 1)
+        if paddle.in_dynamic_mode():
+            added = paddle.matmul(left, maps.reshape([count, -1])).reshape([-1, *maps.shape[1:]])
+        else:  # a program cannot be told a shape of several unknown lengths
+            added = sum(left[:, i].reshape([-1, *ones]) * maps[i] for i in range(count))
+        if bias is not None:
+            added = added + (bias if last else bias.reshape([-1, *ones[1:]]))
+        return (output + added).astype(output.dtype)
+
+
+def _coordinates_of_window(
+    coords: Coordinates, x: Tensor, channels_last: bool, window: Window
+) -> Tensor:
+    """The coordinates of an input in its frame, for each of its samples, in its format."""
+    exact = paddle.float32 if x.dtype in _LOW_PRECISION else x.dtype
+    shape = spatial_shape(x, channels_last)
+    lengths = [_scalar(n, exact) for n in shape]
+
+    def values(arange: Any, xp: Any, frame: Any) -> Any:
+        positions = [arange(n) for n in lengths]
+        return stacked(channel_values(coords, positions, lengths, xp.sqrt, frame), shape, xp, frame)
+
+    grid = _in_frame(values, coords, window, exact)
+    grid = grid.moveaxis(1, -1) if channels_last else grid
+    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
+    return (zeros + grid).astype(x.dtype)
+
+
+def _in_frame(values: Any, coords: Coordinates, window: Window, dtype: Any) -> Tensor:
+    """What ``values(arange, xp, frame)`` are; of channels that NumPy computes, by NumPy."""
+    if coords.own and paddle.in_dynamic_mode():
+        frame = partial(window.in_frame, convert=lambda each: np.asarray(each, np.float64))
+        return paddle.to_tensor(values(np.arange, np, frame)).astype(dtype)
+
+    def convert(value: Any) -> Tensor:
+        tensor = value if not isinstance(value, np.ndarray) else paddle.to_tensor(value)
+        return tensor.astype(dtype)
+
+    frame = partial(window.in_frame, convert=convert)
+    return values(lambda n: _arange(n, dtype), paddle, frame)  # type: ignore[no-any-return]
+
+
+def _basis_of(plan: MapPlan, kernel: Tensor) -> Tensor:
+    if paddle.in_dynamic_mode():
+        return _basis(plan, kernel.dtype, kernel.place)
+    return plan.basis(lambda n: _arange(n, kernel.dtype), paddle)  # type: ignore[no-any-return]
 
 
 def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any) -> Tensor:
@@ -151,9 +235,11 @@ def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any
         grid = _grid(coords, shape, channels_last, dtype, x.place)
         return grid.expand([len(x), *grid.shape])
     exact = paddle.float32 if dtype in _LOW_PRECISION else dtype
+    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
+    if coords.own and all(isinstance(n, int) for n in shape):  # made by NumPy alone
+        return (zeros + _own_grid(coords, shape, channels_last, exact)).astype(dtype)
     lengths = [_scalar(n, exact) for n in shape]
     positions = [_arange(n, exact) for n in lengths]
-    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
     values = channel_values(coords, positions, lengths, paddle.sqrt)
     parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
     return paddle.concat(parts, -1 if channels_last else 1).astype(dtype)
@@ -164,6 +250,8 @@ def _padded_coordinates(plan: MapPlan, kernel: Tensor) -> Tensor:
     dtype = kernel.dtype
     if paddle.in_dynamic_mode():
         return _padded_grid(plan, dtype, kernel.place)
+    if plan.coords.own and all(isinstance(n, int) for n in (*plan.shape, *plan.lengths)):
+        return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)))
     # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
     shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
     plan = replace(plan, shape=shape, lengths=lengths)
@@ -184,6 +272,12 @@ def _scalar(n: Any, dtype: Any) -> Any:
 def _grid(
     coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any
 ) -> Tensor:
+    return _own_grid(coords, shape, channels_last, dtype, place)
+
+
+def _own_grid(
+    coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any = None
+) -> Tensor:
     grid = coordinate_grid(shape, coords, dtype=_exact(dtype))
     grid = np.moveaxis(grid, 0, -1) if channels_last else grid
     return paddle.to_tensor(grid, place=place).astype(dtype)
@@ -192,6 +286,11 @@ def _grid(
 @lru_cache(maxsize=64)
 def _padded_grid(plan: MapPlan, dtype: Any, place: Any) -> Tensor:
     return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)), place=place)
+
+
+@lru_cache(maxsize=64)
+def _basis(plan: MapPlan, dtype: Any, place: Any) -> Tensor:
+    return paddle.to_tensor(position_bias.known_basis(plan, _exact(dtype)), place=place)
 
 
 def _exact(dtype: Any) -> Any:

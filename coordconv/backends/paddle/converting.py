@@ -1,10 +1,14 @@
 """One convolution of Paddle made a CoordConv in place, and back: :mod:`coordconv.tape_changing`.
 
-Paddle's own ``data`` of a parameter takes another shape, and checks nothing.
+``paddle.assign`` lets a parameter have another shape; name and hooks stay, and an output that was
+computed before has no gradient any more, and says so. Optimizers have no hooks: those that are
+there when kernels change are found, and ask from then on at each step.
 """
 
 from __future__ import annotations
 
+import gc
+from functools import partial
 from typing import Any
 
 import paddle
@@ -12,7 +16,7 @@ from paddle import Tensor, nn
 
 from coordconv.changing import Unfit
 from coordconv.coordinates import Coordinates
-from coordconv.tape_changing import Conversion, replaced_forward
+from coordconv.tape_changing import Conversion, refuse_stale, replaced_forward
 from coordconv.weights.kernels import KernelLayout
 
 
@@ -24,6 +28,8 @@ def _unfit(conv: Any) -> Unfit | None:
             "paddle.nn.utils.remove_weight_norm or the like first",
             fatal=True,
         )
+    if not isinstance(weight, Tensor):
+        return Unfit("it was made in static mode, and is part of a program", fatal=True)
     if weight.is_dist():
         return Unfit("its weight is distributed: change the network before that", fatal=True)
     if weight.numpy().shape != tuple(weight.shape):
@@ -53,9 +59,53 @@ def _draw(conv: Any, channels: int) -> Tensor:
 
 def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
     parameter.clear_gradient(set_to_zero=False)  # else the next one would be added to it
-    parameter.data = values
+    with paddle.no_grad():
+        paddle.assign(values, parameter)
     if gradient is not None:
         parameter.grad = gradient
+
+
+# What an optimizer does with what it keeps for its parameters; the last two are of ModelAverage.
+_USES = ("step", "minimize", "apply_gradients", "apply", "restore")
+MASTER = "master weight"
+
+
+def parameters(optimizer: Any) -> list[Any]:
+    """An optimizer's parameters, those of all groups."""
+    groups = getattr(optimizer, "_param_groups", None) or []  # none of a wrapper, or static
+    groups = [each if isinstance(each, dict) else {"params": [each]} for each in groups]
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def kept(optimizer: Any, kernel: Any) -> dict[str, Tensor]:
+    """What an optimizer keeps for a parameter, which it has by the parameter's name alone.
+
+    Of a parameter of 16 bits that may be a master weight, by whose name it has the rest.
+    """
+    master = optimizer._master_weights.get(kernel.name)
+    name = kernel.name if master is None else master.name
+    states = optimizer._accumulators.items()
+    found = {kind: by_name[name] for kind, by_name in states if name in by_name}
+    return found if master is None else {**found, MASTER: master}
+
+
+def _use(use: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method of an optimizer, which asks first."""
+    refuse_stale((each, kept(optimizer, each).values()) for each in parameters(optimizer))
+    return use(*args, **kwargs)
+
+
+def _watch(kernels: list[Any]) -> None:
+    changed = {id(kernel) for kernel in kernels}
+    for each in gc.get_objects():
+        if not issubclass(type(each), paddle.optimizer.Optimizer):  # isinstance may run any code
+            continue
+        if changed.isdisjoint(map(id, parameters(each))):
+            continue
+        for name in _USES:
+            use = getattr(each, name, None)
+            if use is not None and getattr(use, "func", None) is not _use:
+                setattr(each, name, partial(_use, use, each))
 
 
 CONVERSION = Conversion(
@@ -66,4 +116,5 @@ CONVERSION = Conversion(
     draw=_draw,
     like=lambda values, kernel: values.clone(),
     resize=_resize,
+    watch=_watch,
 )

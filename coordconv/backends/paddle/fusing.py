@@ -33,6 +33,7 @@ from coordconv.geometry import is_int
 from coordconv.grid import Array
 from coordconv.recording import mapped
 from coordconv.tape import to_numpy
+from coordconv.windows import check_fused
 
 _MOST_MAPS = 8  # of the last sizes
 _OPTIONS = (  # of a layer, those that options.py and adding.py read
@@ -141,6 +142,7 @@ class FusedCoordConv(nn.Layer):
     @param_one_alias(["x", "input"])  # as the layers
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """The layer's output."""
+        check_fused()
         layer = self._like_layer(self.bias)
         last = layer.channels_last
         options.check(x, layer.rank, last, layer._in_channels, len(self.coords))

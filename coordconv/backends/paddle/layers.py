@@ -13,7 +13,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.utils.decorator_utils import param_one_alias
 
-from coordconv.backends.paddle import adding, converting, options
+from coordconv.backends.paddle import adding, converting, options, windows
 from coordconv.backends.paddle.fusing import FusedCoordConv
 from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
@@ -21,9 +21,10 @@ from coordconv.grid import Array
 from coordconv.position_bias import APPEND
 from coordconv.tape import TapeLayer, adapt_state_dict
 from coordconv.weights.kernels import KernelLayout
+from coordconv.windows import Window
 
 
-class _CoordLayer(TapeLayer):
+class PaddleCoordLayer(TapeLayer):
     """What all CoordConvs of Paddle share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``set_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -69,17 +70,20 @@ class _CoordLayer(TapeLayer):
         """Whether the channels are the last axis."""
         return self._data_format.endswith("C")
 
-    def _forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+    def _forward(self, x: Tensor, window: Window | None, output_size: Any = None) -> Tensor:
         """The layer's output, for a transposed layer of the size that the call wants."""
         options.check(x, self.rank, self.channels_last, self._in_channels, len(self.coords))
         shape = adding.spatial_shape(x, self.channels_last)
         if all(isinstance(n, int) for n in shape):
             options.output_shape(options.geometry(self, shape, output_size), shape)
+        window = windows.window_of(window, x, self.rank)
         if not self.map_only and adding.choose(self, x) == APPEND:
-            x = adding.append(self.coords, x, self.channels_last, self._groups)
+            x = adding.append(self.coords, x, self.channels_last, self._groups, window)
             return adding.convolve(self, x, self.weight, self.bias, output_size)
         features, coordinates = adding.split(self.layout, self.weight)
         output = adding.convolve(self, x, features, None, output_size)
+        if window is not None:
+            return adding.add_map_of_window(self, output, x, coordinates, output_size, window)
         return adding.add_map(self, output, x, coordinates, output_size)
 
     @classmethod
@@ -120,21 +124,23 @@ class _CoordLayer(TapeLayer):
                 tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
 
 
-class _CoordConv(_CoordLayer):
+class _CoordConv(PaddleCoordLayer):
     @paddle.jit.marker.unified  # to_static traces the method, and rewrites nothing
     @param_one_alias(["x", "input"])  # as the base class
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution of ``x`` and its coordinates."""
-        return self._forward(x)
+    def forward(self, x: Tensor, *, window: Window | None = None) -> Tensor:
+        """The convolution of ``x`` and its coordinates, maybe of a ``window``."""
+        return self._forward(x, window)
 
 
-class _CoordConvTranspose(_CoordLayer):
+class _CoordConvTranspose(PaddleCoordLayer):
     transposed = True
 
     @paddle.jit.marker.unified
-    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        """The transposed convolution of ``x`` and its coordinates."""
-        return self._forward(x, output_size)
+    def forward(
+        self, x: Tensor, output_size: Any = None, *, window: Window | None = None
+    ) -> Tensor:
+        """The transposed convolution of ``x`` and its coordinates, maybe of a ``window``."""
+        return self._forward(x, window, output_size)
 
 
 class CoordConv1D(_CoordConv, nn.Conv1D, rank=1):
@@ -192,11 +198,12 @@ class AddCoords(nn.Layer):
         self.data_format = data_format
 
     @paddle.jit.marker.unified
-    def forward(self, x: Tensor) -> Tensor:
-        """The input with the coordinates behind its channels."""
+    def forward(self, x: Tensor, *, window: Window | None = None) -> Tensor:
+        """The input with the coordinates, maybe of a ``window``, behind its channels."""
         last = self.data_format is not None and self.data_format.endswith("C")
         options.check(x, self.rank, last)
-        return adding.append(self.coords, x, last)
+        window = windows.window_of(window, x, self.rank)
+        return adding.append(self.coords, x, last, window=window)
 
     def extra_repr(self) -> str:
         return f"coords={self.coords!r}, rank={self.rank}, data_format={self.data_format!r}"

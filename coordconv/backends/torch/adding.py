@@ -9,12 +9,13 @@ formula, so that they follow a size that may be unknown.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from coordconv import position_bias
+from coordconv.backends.torch import options
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.grid import Array, channel_values, coordinate_grid, stacked
 from coordconv.position_bias import MapPlan
+from coordconv.windows import Window
 
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -121,17 +124,52 @@ def _warn_of_quantizers() -> None:
         )
 
 
-def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
+class OwnChannels:
+    """Constants for a graph of what NumPy alone computes: functions and given maps.
+
+    A compiler calls these methods of a layer, and takes their results for constants; to functions
+    it could not pass coordinates.
+    """
+
+    coords: Coordinates
+
+    @torch.compiler.assume_constant_result
+    def own_grid(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What is appended."""
+        return _grid(self.coords, shape, dtype, device)
+
+    @torch.compiler.assume_constant_result
+    def own_padded_grid(
+        self,
+        shape: tuple[int, ...],
+        lengths: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """What is convolved for a map."""
+        conv = getattr(self, "conv", self)  # of a fused layer
+        plan = MapPlan(options.geometry(conv), self.coords, shape, lengths)
+        return _padded_grid(plan, dtype, device)
+
+
+def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None = None) -> Any:
     """The input ``(N, C, *S)`` or ``(C, *S)`` with the coordinates behind each group's features."""
-    at = -1 - rank
+    at, coords, grid = -1 - rank, layer.coords, None
+    shape = [x.shape[axis] for axis in range(-rank, 0)]
+    if window is not None:
+        grid = _grid_in_frame(coords, x, rank, window)
+        grid = grid[0] if x.dim() == rank + 1 else grid
+        grid = grid.unsqueeze(at - 1) if groups > 1 else grid
+    elif is_known(x):
+        grid = _grid(coords, tuple(shape), x.dtype, x.device)
+    elif coords.own:
+        grid = layer.own_grid(_fixed(shape), x.dtype, x.device)
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
-    if is_known(x):
-        grid = _grid(coords, tuple(x.shape[-rank:]), x.dtype, x.device)
-        parts = [grid.expand(*x.shape[:at], *grid.shape)]
+    if grid is not None:
+        parts = [grid.expand(*x.shape[:at], *grid.shape[at:])]
     else:
         zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
-        shape = [x.shape[axis] for axis in range(-rank, 0)]
         positions = [_arange(n, x) for n in shape]
         parts = [zeros + v for v in channel_values(coords, positions, shape, torch.sqrt)]
     x = torch.cat([x, *parts], at)
@@ -139,8 +177,8 @@ def append(coords: Coordinates, x: Any, rank: int, groups: int = 1) -> Any:
 
 
 def add_map(
+    layer: Any,
     geometry: ConvGeometry,
-    coords: Coordinates,
     output: Any,
     x: Any,
     kernel: Any,
@@ -151,7 +189,8 @@ def add_map(
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.float()
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
-    plan, known = MapPlan(geometry, coords, shape, lengths), is_known(x) and is_known(output)
+    coords, known = layer.coords, is_known(x) and is_known(output)
+    plan = MapPlan(geometry, coords, shape, lengths)
     with _no_autocast(kernel, low):
         # Every tool that programs are exported for has a convolution, and not every one an einsum.
         exported = not known and _is_exported(x)
@@ -162,7 +201,85 @@ def add_map(
             left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
+        if coords.own and not known:
+            grid = layer.own_padded_grid(
+                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
+            )
+            return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
+
+
+def add_map_of_window(
+    layer: Any,
+    geometry: ConvGeometry,
+    output: Any,
+    x: Any,
+    kernel: Any,
+    low: bool,
+    window: Window,
+) -> Any:
+    """As :func:`add_map`, of inputs that show parts of their frames."""
+    kernel = kernel.float() if low else kernel
+    shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
+    plan, known = MapPlan(geometry, layer.coords, shape, lengths), is_known(x) and is_known(output)
+    convolution = _CONVOLVE[geometry.rank]
+
+    def arange(n: Any) -> Any:
+        return _arange(n, kernel)
+
+    with _no_autocast(kernel, low):
+        frame = partial(window.in_frame, convert=partial(_converted, like=kernel))
+        if not plan.is_affine:
+            grids = _own_or(plan.padded_grid, layer.coords, window, frame, arange, kernel)
+            bias = plan.convolve(kernel, grids, convolution)
+        else:
+            basis = (
+                _basis(plan, kernel.dtype, kernel.device)
+                if known
+                else plan.basis(arange, torch).to(kernel.dtype)
+            )
+            maps = plan.convolve(kernel, basis, convolution)
+            factors = plan.coefficients(frame, arange, torch).to(kernel.dtype)
+            if known and not low and output.dim() == kernel.dim() and len(factors) == len(output):
+                return torch.addmm(output.flatten(1), factors, maps.flatten(1)).view(output.shape)
+            bias = (factors @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+        return add(output, bias[0] if output.dim() < kernel.dim() else bias, low)
+
+
+def _grid_in_frame(coords: Coordinates, x: Any, rank: int, window: Window) -> Any:
+    """The coordinates of an input in its frame, ``(N, n, *S)``, N being 1 for all samples."""
+    shape = tuple(x.shape[axis] for axis in range(-rank, 0))
+
+    def values(arange: Callable[[Any], Any], xp: Any, frame: Any) -> Any:
+        positions = [arange(n) for n in shape]
+        channels = channel_values(coords, positions, shape, xp.sqrt, frame)
+        return stacked(channels, shape, xp, frame)
+
+    # In float32 at least, and rounded once.
+    like = x.float() if x.dtype in _LOW_PRECISION else x
+    frame = partial(window.in_frame, convert=partial(_converted, like=like))
+    return _own_or(values, coords, window, frame, lambda n: _arange(n, like), like).to(x.dtype)
+
+
+def _own_or(
+    values: Callable[..., Any],
+    coords: Coordinates,
+    window: Window,
+    frame: Any,
+    arange: Callable[[Any], Any],
+    like: Any,
+) -> Any:
+    """What ``values(arange, xp, frame)`` are; of channels that NumPy computes, by NumPy."""
+    if not coords.own or not is_known(like):  # of which it says that a graph cannot have them
+        return values(arange, torch, frame)
+    given = partial(window.in_frame, convert=lambda each: np.asarray(each, np.float64))
+    return torch.from_numpy(values(np.arange, np, given)).to(like)
+
+
+def _converted(value: Any, like: Tensor) -> Tensor:
+    """A number or an array of a window, in the type and on the device of a tensor."""
+    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    return tensor.to(like.device, like.real.dtype)  # type: ignore[no-any-return]
 
 
 def _is_exported(x: Any) -> bool:
@@ -263,9 +380,20 @@ def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bo
             grid = _padded_grid(others, kernel.dtype, kernel.device)
         else:
             grid = others.padded_grid(arange, torch).to(kernel.dtype)
-        return others.convolve(part, grid, _CONVOLVE[plan.geometry.rank])[0]
+        return others.convolve(part, grid[None], _CONVOLVE[plan.geometry.rank])[0]
 
     return plan.position_bias(kernel, divided, contract, convolve)
+
+
+def _fixed(lengths: Sequence[Any]) -> tuple[int, ...]:
+    """Lengths as ints, which a graph is then made for alone: NumPy makes constants of them."""
+    # torch.jit would fix them and say nothing; torch.fx does not know them.
+    if torch.jit.is_tracing() or isinstance(lengths[0], torch.fx.Proxy):  # type: ignore[attr-defined]
+        raise ValueError(
+            "torch.jit.trace and torch.fx take no coordinates that are functions or given maps, "
+            "which NumPy computes for a size that is known: use torch.export"
+        )
+    return tuple(operator.index(n) for n in lengths)
 
 
 def _arange(n: Any, like: Any) -> Any:
@@ -304,6 +432,11 @@ def _grid(
 @lru_cache(maxsize=64)
 def _padded_grid(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _constant(position_bias.known_grid(plan, _exact(dtype)), dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _basis(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _constant(position_bias.known_basis(plan, _exact(dtype)), dtype, device)
 
 
 @lru_cache(maxsize=64)

@@ -86,7 +86,8 @@ class _Appending(Appending, TorchCoordLayer):
 
     def _appended(self, input: Tensor) -> Tensor:
         options.check(input, self.rank, self.in_channels, len(self.coords))
-        return adding.append(self.coords, input, self.rank, self.groups)  # type: ignore[no-any-return]
+        window = options.window(None, input, self.rank)
+        return adding.append(self, input, self.rank, self.groups, window)  # type: ignore[no-any-return]
 
 
 def add_coords(

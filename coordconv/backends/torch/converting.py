@@ -5,7 +5,6 @@ An optimizer that keeps momenta of the old shape raises an error at its next ste
 
 from __future__ import annotations
 
-import weakref
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from coordconv.backends.torch import options
 from coordconv.changing import Unfit
 from coordconv.coordinates import Coordinates
-from coordconv.tape_changing import Conversion, replaced_forward
+from coordconv.tape_changing import Conversion, refuse_stale, replaced_forward
 from coordconv.weights.kernels import KernelLayout
 
 
@@ -64,9 +63,6 @@ def _like(values: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
-    _watch_optimizers()
-    _stale_shape[id(parameter)] = tuple(parameter.shape)
-    weakref.finalize(parameter, _stale_shape.pop, id(parameter), None)
     parameter.grad = None  # torch refuses one of another shape
     # Of another type in between: then torch forgets what it keeps for gradients of the old shape,
     # where an earlier output is still there.
@@ -74,6 +70,14 @@ def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
     parameter.data = values.new_empty(0, dtype=other)
     parameter.data = values
     parameter.grad = gradient
+
+
+@cache  # once, and not at import: who changes no network has no step that asks
+def _watch_optimizers() -> None:
+    def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        refuse_stale((kernel, states.values()) for kernel, states in optimizer.state.items())
+
+    register_optimizer_step_pre_hook(ask)
 
 
 CONVERSION = Conversion(
@@ -84,24 +88,5 @@ CONVERSION = Conversion(
     draw=_draw,
     like=_like,
     resize=_resize,
+    watch=lambda parameters: _watch_optimizers(),
 )
-
-# The shape that each resized parameter had before, by identity. A fused optimizer with momenta of
-# that shape would write outside of them, and says nothing: so every optimizer is asked at its step.
-_stale_shape: dict[int, tuple[int, ...]] = {}
-
-
-def _refuse_stale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for parameter, states in optimizer.state.items():
-        before = _stale_shape.get(id(parameter))
-        if any(isinstance(s, Tensor) and tuple(s.shape) == before for s in states.values()):
-            raise RuntimeError(
-                "the optimizer keeps momenta for kernels as they were before their layers were "
-                "given coordinates, or lost them: call update_optimizer(optimizer) of the Changes "
-                "that add_coords returned, or make a new optimizer"
-            )
-
-
-@cache  # once, and not at import: who changes no network has no step that asks
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_refuse_stale)

@@ -27,12 +27,13 @@ from coordconv.fusing import (
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
+from coordconv.windows import check_fused
 
 _MOST_MAPS = 8  # of the last sizes
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class FusedCoordConv(nn.Module):
+class FusedCoordConv(adding.OwnChannels, nn.Module):
     """What a CoordConv computes in inference: ``conv``, a plain convolution, and P, a constant map.
 
     Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
@@ -80,6 +81,7 @@ class FusedCoordConv(nn.Module):
         """The layer's output."""
         # A few microseconds here are a few per cent of a small convolution.
         conv, size, bias = self.conv, self.size, self.map
+        check_fused()
         if size is not None and not isinstance(input, torch.fx.Proxy):
             shape = tuple(input.shape[-len(size) :])
             if shape != size:
@@ -90,7 +92,7 @@ class FusedCoordConv(nn.Module):
         output = conv(input) if output_size is None else conv(input, output_size)
         known = adding.is_known(output)
         if bias is None and not known:
-            given = self._geometry, self.coords, output, input, self.coordinates
+            given = self, self._geometry, output, input, self.coordinates
             return adding.add_map(*given, conv.out_channels, self._is_low_precision())
         bias = self._position_bias(input, output) if bias is None else bias
         if known and output.dtype == bias.dtype:

@@ -20,11 +20,12 @@ from coordconv.grid import Array
 from coordconv.position_bias import APPEND
 from coordconv.tape import TapeLayer, zeros
 from coordconv.weights.kernels import KernelLayout, Position, same_channels
+from coordconv.windows import Window
 
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
-class TorchCoordLayer(TapeLayer):
+class TorchCoordLayer(adding.OwnChannels, TapeLayer):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -101,17 +102,24 @@ class TorchCoordLayer(TapeLayer):
         return adding.is_low_precision(kernel, (kernel if known else next(self.parameters())).dtype)
 
     def _coord_conv(
-        self, x: Any, kernel: Any, bias: Any, convolve: Callable[[Any, Any, Any], Any]
+        self,
+        x: Any,
+        kernel: Any,
+        bias: Any,
+        convolve: Callable[[Any, Any, Any], Any],
+        window: Window | None,
     ) -> Any:
         """The layer's output, where its base class has ``convolve(x, kernel, bias)``."""
         geometry, out = options.geometry(self), self.out_channels
         low = self._is_low_precision(kernel)
         given = geometry, self.coords, x, self.in_channels, out, low
         if not self.map_only and adding.choose(*given) == APPEND:
-            return convolve(adding.append(self.coords, x, self.rank, self.groups), kernel, bias)
+            return convolve(adding.append(self, x, self.rank, self.groups, window), kernel, bias)
         features, coordinates = self.layout.split(kernel)
         output = convolve(x, features, bias)
-        return adding.add_map(geometry, self.coords, output, x, coordinates, out, low)
+        if window is not None:
+            return adding.add_map_of_window(self, geometry, output, x, coordinates, low, window)
+        return adding.add_map(self, geometry, output, x, coordinates, out, low)
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with torch.no_grad():
@@ -144,9 +152,10 @@ class TorchCoordLayer(TapeLayer):
         """Put the coordinates of a state of ours in this layer's order."""
         found, name = Coordinates.from_dict(coords), f"{prefix}weight"
         # The tensors of a parametrization have other names, and nothing tells their channels apart.
-        if not same_channels(found, self.coords) or (found != self.coords and name not in state):
+        in_order = found.names == self.coords.names
+        if not same_channels(found, self.coords) or (not in_order and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
-        if found != self.coords:
+        if not in_order:
             state[name] = self._layout_of(state[name]).reordered(state[name], found)
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
@@ -155,23 +164,32 @@ class TorchCoordLayer(TapeLayer):
 
 
 class _CoordConv(TorchCoordLayer):
-    def forward(self, input: Tensor) -> Tensor:
-        """The convolution of ``input`` and its coordinates."""
+    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+        """The convolution of ``input`` and its coordinates, maybe of a ``window``."""
         options.check(input, self.rank, self.in_channels, len(self.coords))
-        return super().forward(input)
+        return self._conv_forward(input, self.weight, self.bias, window)
 
-    def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
-        geometry = options.geometry(self)
+    def _conv_forward(
+        self, input: Any, weight: Any, bias: Any, window: Window | None = None
+    ) -> Any:
+        geometry, window = options.geometry(self), options.window(window, input, self.rank)
         low = self._is_low_precision(weight)
-        if not self.map_only and adding.is_product(geometry, input, weight, low):
+        product = window is None and not self.map_only
+        if product and adding.is_product(geometry, input, weight, low):
             features, coordinates = self.layout.split(weight)
             return adding.product(geometry, self.coords, input, features, bias, coordinates)
-        return self._coord_conv(input, weight, bias, super()._conv_forward)
+        return self._coord_conv(input, weight, bias, super()._conv_forward, window)
 
 
 class _CoordConvTranspose(TorchCoordLayer):
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """The transposed convolution of ``input`` and its coordinates."""
+    def forward(
+        self,
+        input: Tensor,
+        output_size: Sequence[int] | None = None,
+        *,
+        window: Window | None = None,
+    ) -> Tensor:
+        """The transposed convolution of ``input`` and its coordinates, maybe of a ``window``."""
         options.check(input, self.rank, self.in_channels, len(self.coords))
         extra = self.output_padding
         if output_size is not None:
@@ -182,7 +200,8 @@ class _CoordConvTranspose(TorchCoordLayer):
             steps = self.stride, self.padding, extra, self.groups, self.dilation
             return function(x, weight, bias, *steps)
 
-        return self._coord_conv(input, self.weight, self.bias, convolve)
+        window = options.window(window, input, self.rank)
+        return self._coord_conv(input, self.weight, self.bias, convolve, window)
 
 
 class CoordConv1d(_CoordConv, nn.Conv1d, rank=1):
@@ -209,7 +228,7 @@ class CoordConvTranspose3d(_CoordConvTranspose, nn.ConvTranspose3d, rank=3):
     """As :class:`CoordConv3d`, of ``torch.nn.ConvTranspose3d``."""
 
 
-class AddCoords(nn.Module):
+class AddCoords(adding.OwnChannels, nn.Module):
     """Append the coordinate channels to an input, for layers that have no CoordConv.
 
     The ``coords`` are tokens, a :class:`~coordconv.Coordinates`, or None for all axes, of which
@@ -233,10 +252,11 @@ class AddCoords(nn.Module):
         self.coords = Coordinates.resolve(coords, rank)
         self.rank = rank
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The input with the coordinates behind its channels."""
+    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+        """The input with the coordinates, maybe of a ``window``, behind its channels."""
         options.check(input, self.rank)
-        return adding.append(self.coords, input, self.rank)
+        window = options.window(window, input, self.rank)
+        return adding.append(self, input, self.rank, window=window)
 
     def extra_repr(self) -> str:
         return f"coords={self.coords!r}, rank={self.rank}"

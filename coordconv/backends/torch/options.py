@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coordconv import windows
 from coordconv.geometry import ConvGeometry, check_input
+from coordconv.windows import Window
 
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
 
@@ -32,6 +34,18 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         check_input(
             input.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=0
         )
+
+
+def window(given: Window | None, input: Any, rank: int) -> Window | None:
+    """The window of an input, checked; None if there is none, or one that is the whole frame."""
+    found = windows.current(given)
+    if found is None:
+        return None
+    batch = 1 if input.dim() == rank + 1 else input.shape[0]
+    found.check(rank, batch if type(batch) is int else None)
+    if not torch.compiler.is_compiling() and found.is_whole(rank):
+        return None
+    return found
 
 
 def plain_class(layer: Any) -> Any:
