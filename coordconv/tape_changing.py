@@ -385,6 +385,7 @@ class NetworkConversion:
         def measured(name: str, layer: Any, plain: Any) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = type(layer).forward(layer, *args, **kwargs)
+                kwargs.pop("window", None)  # which plain convolutions do not take
                 rest = to_numpy(type(plain).forward(plain, *args, **kwargs))
                 channels = -1 if _is_last(layer) else -1 - layer.rank
                 shares.add(name, to_numpy(output), rest, channels)

@@ -25,7 +25,7 @@ from flax import linen
 from jax import export
 from jax import numpy as jnp
 
-from coordconv import Coordinates
+from coordconv import Coordinates, Window
 from coordconv.backends import linen as linen_backend
 from coordconv.backends.flax import (
     CoordConv,
@@ -695,6 +695,21 @@ def test_the_share_of_the_variance():
     assert changes["unused"].variance_share is None
     after = leaves(model)
     assert all(np.array_equal(before[k], after[k]) for k in before if "kernel" not in k)
+
+
+def test_the_share_of_the_variance_in_a_window():
+    class Seen(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = CoordConv(3, 8, (3, 3), rngs=rngs)
+
+        def __call__(self, x, window=None):
+            return self.conv(x, window=window)
+
+    shares = [
+        remove_coords(Seen(nnx.Rngs(0)), given).layers[0].variance_share
+        for given in (images(), (images(), Window(0.25, 0.75)))
+    ]
+    assert 0 < shares[1] < shares[0]  # a part of the frame has less of the coordinates
 
 
 def test_a_layer_of_a_class_of_its_own_is_not_removed():

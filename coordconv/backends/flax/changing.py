@@ -394,7 +394,8 @@ def _variance_shares(model: nnx.Module, layers: Mapping[str, Any], inputs: Any) 
         if id(layer) in names and not isinstance(output, jax.core.Tracer):
             conv = _plain(layer)
             conv.kernel = layer.kernel.replace(converting.without_coordinates(layer))
-            shares.add(names[id(layer)], output, conv(*call.args[1:], **call.keywords), -1)
+            given = {k: v for k, v in call.keywords.items() if k != "window"}  # ours alone
+            shares.add(names[id(layer)], output, conv(*call.args[1:], **given), -1)
         return output
 
     called: Any = model
