@@ -63,7 +63,8 @@ class Window:
             length = by_axis["frame"][1].get(token, one)
             whole = {"start": 0 * one, "stop": length, "frame": length}
             for name, (_, values) in by_axis.items():
-                setattr(self, f"{name}_{token}", values.get(token, whole[name]))
+                value = _as_array(name, values.get(token, whole[name]))
+                setattr(self, f"{name}_{token}", value)
             _check_values(token, *self.on(token))
         self.token = _Token()
 
@@ -260,7 +261,8 @@ LISTENERS: list[Callable[[Window | None], AbstractContextManager[Any]]] = []
 
 
 class _Local(threading.local):
-    window: Window | None = None
+    def __init__(self) -> None:  # in each thread
+        self.window: Window | None = None
 
 
 _local = _Local()
@@ -273,6 +275,17 @@ def current(given: Any = None) -> Window | None:
     if not isinstance(given, Window):
         raise TypeError(f"window must be a coordconv.Window or None, got {given!r}")
     return given
+
+
+def called(window: Window | None, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns within a layer's window, for one that cannot be given it."""
+    if window is None:
+        return function(*args)
+    before, _local.window = _local.window, current(window)
+    try:
+        return function(*args)
+    finally:
+        _local.window = before
 
 
 def check_fused() -> None:
@@ -310,9 +323,12 @@ def _as_array(name: str, value: Any) -> Any:
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
         return value.astype(np.float64) if isinstance(value, np.ndarray) else value
     try:
-        return np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be numbers or an array, got {value!r}") from None
+        array = np.asarray(value)
+        if array.dtype.kind in "fiub":
+            return array.astype(np.float64)
+    except ValueError:  # of lists of several lengths
+        pass
+    raise TypeError(f"{name} must be numbers or an array, got {value!r}")
 
 
 def _check_values(token: str, *values: Any) -> None:

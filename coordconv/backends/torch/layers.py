@@ -20,7 +20,7 @@ from coordconv.grid import Array
 from coordconv.position_bias import APPEND
 from coordconv.tape import TapeLayer, zeros
 from coordconv.weights.kernels import KernelLayout, Position, same_channels
-from coordconv.windows import Window
+from coordconv.windows import Window, called
 
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
@@ -167,12 +167,11 @@ class _CoordConv(TorchCoordLayer):
     def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
         """The convolution of ``input`` and its coordinates, maybe of a ``window``."""
         options.check(input, self.rank, self.in_channels, len(self.coords))
-        return self._conv_forward(input, self.weight, self.bias, window)
+        window = options.traced(window)
+        return called(window, self._conv_forward, input, self.weight, self.bias)  # type: ignore[no-any-return]
 
-    def _conv_forward(
-        self, input: Any, weight: Any, bias: Any, window: Window | None = None
-    ) -> Any:
-        geometry, window = options.geometry(self), options.window(window, input, self.rank)
+    def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
+        geometry, window = options.geometry(self), options.window(None, input, self.rank)
         low = self._is_low_precision(weight)
         product = window is None and not self.map_only
         if product and adding.is_product(geometry, input, weight, low):
@@ -200,7 +199,7 @@ class _CoordConvTranspose(TorchCoordLayer):
             steps = self.stride, self.padding, extra, self.groups, self.dilation
             return function(x, weight, bias, *steps)
 
-        window = options.window(window, input, self.rank)
+        window = options.window(options.traced(window), input, self.rank)
         return self._coord_conv(input, self.weight, self.bias, convolve, window)
 
 
@@ -255,7 +254,7 @@ class AddCoords(adding.OwnChannels, nn.Module):
     def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
         """The input with the coordinates, maybe of a ``window``, behind its channels."""
         options.check(input, self.rank)
-        window = options.window(window, input, self.rank)
+        window = options.window(options.traced(window), input, self.rank)
         return adding.append(self, input, self.rank, window=window)
 
     def extra_repr(self) -> str:

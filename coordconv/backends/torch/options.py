@@ -36,6 +36,24 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         )
 
 
+def traced(window: Any) -> Any:
+    """A layer's window; of a layer that torch.fx traces by itself, none, which the graph checks."""
+    if isinstance(window, torch.fx.Proxy):
+        check_no_window(window)
+        return None
+    return window
+
+
+@torch.fx.wrap
+def check_no_window(window: Any) -> None:
+    """Raise ValueError if a graph that was traced without a window is given one."""
+    if window is not None:
+        raise ValueError("window must be entered where torch.fx traces the layer, got one later")
+
+
+torch.fx.node.has_side_effect(check_no_window)  # so that nobody takes it out of a graph
+
+
 def window(given: Window | None, input: Any, rank: int) -> Window | None:
     """The window of an input, checked; None if there is none, or one that is the whole frame."""
     found = windows.current(given)
