@@ -183,10 +183,12 @@ class Window:
         """Raise ValueError if an input of that many axes and samples cannot have the window."""
         if self.rank not in (None, rank):
             raise ValueError(f"window must have {rank} axes as the input, got {self.rank}")
+        if batch is None:
+            return
         for token in axis_tokens(rank):
             for values in self.on(token):
                 shape: tuple[Any, ...] = getattr(values, "shape", ())
-                if shape and batch is not None and shape[0] not in (1, batch):
+                if shape and shape[0] not in (1, batch):
                     raise ValueError(
                         f"window must be for one sample or for the {batch} of the input, "
                         f"got {shape[0]}"

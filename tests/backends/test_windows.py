@@ -145,6 +145,8 @@ class TestTorch:
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("given", ["numpy", "tensor"])
     def test_one_graph_for_all_windows(self, torch, coords, training, given):
+        if not hasattr(torch.compiler, "is_exporting"):
+            pytest.skip("the compiler of this torch does not see what a thread has, and says so")
         load, graphs = backends.load("torch"), []
 
         def count(graph, inputs):
@@ -165,10 +167,12 @@ class TestTorch:
             with coordconv.window(Window.from_boxes(boxes, (32, 64))):
                 found, wanted = compiled(x), net(x)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        assert len(graphs) <= 1  # torch 2.4 does not tell
+        assert len(graphs) == 1
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
 
     def test_exported_with_the_boxes_as_an_input(self, torch):
+        if not hasattr(torch.compiler, "is_exporting"):
+            pytest.skip("the compiler of this torch does not see what a thread has, and says so")
         load = backends.load("torch")
 
         class Net(torch.nn.Module):
