@@ -22,7 +22,11 @@ def blocks(page: str, kind: str = "python") -> list[str]:
 
 
 BLOCKS = blocks("README.md")
-PAGES = blocks("docs/deployment.md") + blocks("docs/networks.md")
+PAGES = [
+    *blocks("docs/coordinates.md"),
+    *blocks("docs/deployment.md"),
+    *blocks("docs/networks.md"),
+]
 
 
 def needed(block: str) -> set[str]:
