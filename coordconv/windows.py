@@ -216,8 +216,8 @@ class Window:
             share = stop - start
             size = abs(share)
             way = share / size  # 1, or -1 where it is flipped
-            places.append(n * start / size - (1 - way) / 2 + way * position)
-            lengths.append(n * frame / size)
+            places.append(start * n / size - (1 - way) / 2 + way * position)
+            lengths.append(frame * n / size)
         return places, lengths
 
 
