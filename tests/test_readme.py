@@ -43,7 +43,9 @@ def test_every_framework_has_an_example():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("block", BLOCKS + PAGES, ids=lambda block: block.split("\n")[1])
+@pytest.mark.parametrize(
+    "block", BLOCKS + PAGES, ids=lambda block: block.split("\n", 2)[1] or block[:40]
+)
 def test_example(block, tmp_path, monkeypatch):
     for name in needed(block):
         if BACKENDS[name].missing:
