@@ -1,4 +1,4 @@
-"""The lines of docs/coordinates.md in the layers of every backend, within the definition's bound."""
+"""The lines of docs/coordinates.md in each backend's layers, within the definition's bound."""
 
 from contextlib import nullcontext
 
