@@ -36,6 +36,9 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         )
 
 
+windows.TRACERS.append(torch.compiler.is_compiling)
+
+
 def traced(window: Any) -> Any:
     """A layer's window; of a layer that torch.fx traces by itself, none, which the graph checks."""
     if isinstance(window, torch.fx.Proxy):
