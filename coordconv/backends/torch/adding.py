@@ -192,6 +192,11 @@ def add_map(
     coords, known = layer.coords, is_known(x) and is_known(output)
     plan = MapPlan(geometry, coords, shape, lengths)
     with _no_autocast(kernel, low):
+        if coords.own and not known:
+            grid = layer.own_padded_grid(
+                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
+            )
+            return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         # Every tool that programs are exported for has a convolution, and not every one an einsum.
         exported = not known and _is_exported(x)
         divided = (None, plan) if exported else plan.divided(out if known else None)
@@ -201,11 +206,6 @@ def add_map(
             left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
-        if coords.own and not known:
-            grid = layer.own_padded_grid(
-                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
-            )
-            return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
 
 
