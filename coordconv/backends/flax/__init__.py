@@ -1,7 +1,7 @@
 """CoordConv for Flax NNX."""
 
 from coordconv.backends.flax.fusing import fuse
-from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose
+from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose, PositionBias
 from coordconv.backends.flax.networks import build
 from coordconv.backends.flax.recording import recorded
 from coordconv.backends.jax.files import from_state, read_state, write_state
@@ -12,6 +12,7 @@ __all__ = [
     "AddCoords",
     "CoordConv",
     "CoordConvTranspose",
+    "PositionBias",
     "build",
     "evaluate",
     "from_state",

@@ -4,7 +4,7 @@ from coordconv.backends.jax.files import from_state, read_state
 from coordconv.backends.jax.files import write_variables as write_state
 from coordconv.backends.jax.networks import COMPILED, evaluate, trainer
 from coordconv.backends.linen.fusing import fuse
-from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose
+from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose, PositionBias
 from coordconv.backends.linen.networks import build
 from coordconv.backends.linen.recording import recorded
 
@@ -13,6 +13,7 @@ __all__ = [
     "AddCoords",
     "CoordConv",
     "CoordConvTranspose",
+    "PositionBias",
     "build",
     "evaluate",
     "from_state",

@@ -204,6 +204,8 @@ def add_pointwise(layer: Any, x: Tensor, window: Window | None) -> Tensor:
             grids = _coordinates_of_window(coords, one, last, window)
         convolve = _CONVOLVE[layer.rank, False]
         added = convolve(grids, weight, bias, data_format=layer.data_format)
+        if _is_quick(x) and x.dtype == added.dtype and len(added) == 1:
+            return _add_product(x.clone(), _ones(len(x), x.dtype), added.reshape([1, -1]))
         return (x + added).astype(x.dtype)
 
 
