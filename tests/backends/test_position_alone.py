@@ -74,10 +74,8 @@ class Layers:
         if name == "flax":
             rngs = self.framework.nnx.Rngs(seed)
             return self.load.PositionBias(channels, coords, rngs=rngs, **given)
-        module, x = (
-            self.load.PositionBias(coords, **given),
-            np.zeros((1,) * (rank + 1) + (C,), "f4"),
-        )
+        module = self.load.PositionBias(coords, **given)
+        x = np.zeros((1, *SHAPES[rank], C), np.float32)
         variables = module.init(self.framework.jax.random.key(seed), x)
         return harness.LinenLayer(module, variables)
 
@@ -266,9 +264,8 @@ def test_other_types_round_once(layers, dtype, w):
     weights = {name: precision.rounded(a) for name, a in arrays(2, 2, True).items()}
     x = precision.rounded(normal(*shape))
     found = in_type(layers, dtype, coords, weights, x, w)
-    wanted = bounded(
-        weights, coords, x, w=w, precision="float64" if dtype == "float64" else "float32"
-    )
+    unrounded = "float64" if dtype == "float64" else "float32"
+    wanted = bounded(weights, coords, x, w=w, precision=unrounded)
     y, bound = wanted["y"].value, wanted["y"].bound
     if dtype == "float64":
         assert wanted["y"].error(found) <= 1
@@ -402,7 +399,7 @@ def test_inputs_that_do_not_fit(layers, rank):
         with pytest.raises(ValueError, match=message):
             layers.call(layer, np.zeros(given, np.float32))
     with pytest.raises(ValueError, match="input must have"):
-        layers.call(layer, np.zeros((2, C), np.float32))
+        layers.call(layer, np.zeros((C,) if layers.name in FLAX else (2, C), np.float32))
     with pytest.raises(TypeError, match="input must be floating-point, got .*int32"):
         layers.call(layer, np.zeros((2, C, *shape), np.int32))
 
@@ -507,16 +504,11 @@ class TestTorch:
             graphs.append(graph)
             return graph.forward
 
-        compiled = torch.compile(
-            lambda x, start, stop: layer(x, window=Window({"x": start}, {"x": stop})),
-            backend=counted,
-            fullgraph=True,
-        )
+        compiled = torch.compile(lambda x, w: layer(x, window=w), backend=counted, fullgraph=True)
         x = torch.randn(2, C, 5, 9)
         for start, stop in (([0.0, 0.5], [0.5, 1.0]), ([0.25, 0.5], [0.75, 0.75])):
-            given = torch.tensor(start), torch.tensor(stop)
-            w = Window({"x": given[0]}, {"x": given[1]})
-            torch.testing.assert_close(compiled(x, *given), layer(x, window=w))
+            w = Window({"x": torch.tensor(start)}, {"x": torch.tensor(stop)})
+            torch.testing.assert_close(compiled(x, w), layer(x, window=w))
         assert len(graphs) == 1
 
     @pytest.mark.parametrize("strict", [True, False])
@@ -668,19 +660,14 @@ class TestJax:
         layers = Layers(name)
         return layers.set(layers.make("yx"), arrays(2, 2, True, integers))
 
-    def test_any_batch_axes(self, made):
+    @pytest.mark.parametrize("w", [None, Window({"x": 0.5}, {"x": 1.0})], ids=["", "window"])
+    def test_any_batch_axes(self, made, w):
         x = channels_last(integers(6, C, 5, 9))
-        wanted = np.asarray(made(x))
-        assert np.array_equal(made(x[0]), wanted[0])
-        assert np.array_equal(
-            made(x.reshape(2, 3, *x.shape[1:])), wanted.reshape(2, 3, *x.shape[1:])
-        )
-        with window(Window({"x": 0.5}, {"x": 1.0})):
+        more = (2, 3, *x.shape[1:])
+        with window(w):
             wanted = np.asarray(made(x))
             assert np.array_equal(made(x[0]), wanted[0])
-            assert np.array_equal(
-                made(x.reshape(2, 3, *x.shape[1:])), wanted.reshape(2, 3, *x.shape[1:])
-            )
+            assert np.array_equal(made(x.reshape(more)), wanted.reshape(more))
 
     def test_jit(self, made, name):
         import jax

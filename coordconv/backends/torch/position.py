@@ -81,8 +81,9 @@ class TorchPositionLayer(TorchWeights, PositionLayer, nn.Module):
     def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
         """The input and P at each of its positions, maybe of a ``window``."""
         options.check(input, self.rank, self.channels, len(self.coords))
-        window = options.window(options.traced(window), input, self.rank)
-        weight = self.weight
+        window, weight = options.window(options.traced(window), input, self.rank), self.weight
+        if isinstance(weight, Tensor) and weight.is_complex() and not input.is_complex():
+            raise TypeError(f"input must be complex as the weight is, got {input.dtype}")
         low = self._is_low_precision(weight)
         return adding.add_pointwise(self, input, weight, self.bias, low, window)  # type: ignore[no-any-return]
 
