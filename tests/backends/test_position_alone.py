@@ -399,7 +399,9 @@ def test_inputs_that_do_not_fit(layers, rank):
         with pytest.raises(ValueError, match=message):
             layers.call(layer, np.zeros(given, np.float32))
     with pytest.raises(ValueError, match="input must have"):
-        layers.call(layer, np.zeros((C,) if layers.name in FLAX else (2, C), np.float32))
+        if layers.name in FLAX:  # which take any number of batch axes
+            layer(np.zeros((C,) * rank, np.float32))
+        layers.call(layer, np.zeros((1, 1, C, *shape), np.float32))
     with pytest.raises(TypeError, match="input must be floating-point, got .*int32"):
         layers.call(layer, np.zeros((2, C, *shape), np.int32))
 
