@@ -263,7 +263,8 @@ def add_pointwise(
         else:
             values = channel_values(coords, [_arange(n, kernel) for n in shape], shape, torch.sqrt)
             grids = stacked(values, shape, torch)[None]
-        added = _CONVOLVE[rank](grids, kernel, bias)
+        added = (kernel.flatten(1) @ grids.flatten(2)).unflatten(2, shape)
+        added = added if bias is None else added + bias.reshape(-1, *(1,) * rank)
         added = added[0] if window is None or x.dim() == rank + 1 else added
         return (x + added).to(x.dtype)
 

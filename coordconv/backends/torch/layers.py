@@ -120,7 +120,7 @@ class TorchCoordLayer(TapeLayer, states.TorchWeights):
 
 
 class _CoordConv(TorchCoordLayer):
-    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+    def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The convolution of ``input`` and its coordinates, maybe of a ``window``."""
         options.check(input, self.rank, self.in_channels, len(self.coords))
         window = options.traced(window)
@@ -141,7 +141,6 @@ class _CoordConvTranspose(TorchCoordLayer):
         self,
         input: Tensor,
         output_size: Sequence[int] | None = None,
-        *,
         window: Window | None = None,
     ) -> Tensor:
         """The transposed convolution of ``input`` and its coordinates, maybe of a ``window``."""
@@ -207,7 +206,7 @@ class AddCoords(adding.OwnChannels, nn.Module):
         self.coords = Coordinates.resolve(coords, rank)
         self.rank = rank
 
-    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+    def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The input with the coordinates, maybe of a ``window``, behind its channels."""
         options.check(input, self.rank)
         window = options.window(options.traced(window), input, self.rank)

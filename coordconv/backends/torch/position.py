@@ -78,7 +78,7 @@ class TorchPositionLayer(TorchWeights, PositionLayer, nn.Module):
                 drawn = getattr(plain, name)
                 parameter.copy_(drawn if self.coord_init == "fan_in" else torch.zeros_like(drawn))
 
-    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+    def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The input and P at each of its positions, maybe of a ``window``."""
         options.check(input, self.rank, self.channels, len(self.coords))
         window, weight = options.window(options.traced(window), input, self.rank), self.weight
