@@ -66,10 +66,10 @@ def train(variant: str, seed: int, steps: int, every: int = 50) -> Run:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
 
-    def conv(*sizes: int) -> Any:
+    def conv(channels: int, out: int) -> Any:
         if variant == "none":
-            return nn.Conv2d(*sizes, 3, padding=1)
-        return CoordConv2d(*sizes, 3, padding=1, coords=COORDS)
+            return nn.Conv2d(channels, out, 3, padding=1)
+        return CoordConv2d(channels, out, 3, padding=1, coords=COORDS)
 
     body = nn.ModuleList([conv(1, 16), nn.Conv2d(16, 16, 3, padding=1), conv(16, 3)])
     optimizer = torch.optim.Adam(body.parameters(), 5e-3)
