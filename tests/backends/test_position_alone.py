@@ -501,6 +501,8 @@ class TestTorch:
                 torch.testing.assert_close(compiled(x), layer(x), rtol=1e-6, atol=1e-6)
 
     def test_compiled_once_for_all_windows(self, torch):
+        if not hasattr(torch.compiler, "is_exporting"):
+            pytest.skip("the compiler of this torch does not see what a thread has, and says so")
         layer, graphs = self.made("yx"), []
         torch._dynamo.reset()
 
