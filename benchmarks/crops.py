@@ -26,7 +26,7 @@ from coordconv import Coordinates, Window, coordinate_grid
 
 FRAME, CROP, BATCH = 64, 32, 32
 COORDS = Coordinates("xy", align="edges")
-VARIANTS = "none", "crop's own", "window"
+LABELS = {"none": "no coordinates", "own": "with coordinates", "window": "with windows"}
 _PLUS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.float32)
 _CROSS = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
 
@@ -130,9 +130,9 @@ def draw(path: Path, runs: list[Run], crop_only: float) -> None:
         axes.set_title(f"{title}:\n{ends}", fontsize=10)
     for axes in (shown, *maps):
         axes.set(xticks=[], yticks=[])
-    for place, variant in enumerate(VARIANTS):
+    for place, variant in enumerate(LABELS):
         found = [run for run in runs if run.variant == variant]
-        label = {"none": "no coordinates", "window": "in a window"}.get(variant, variant)
+        label = LABELS[variant]
         for run in found:
             curves.plot(run.steps, run.errors, color=f"C{place}", linewidth=0.8, alpha=0.5)
         median = np.median([run.errors for run in found], 0)
@@ -153,8 +153,8 @@ def main(
     """Train the same network on crops, without coordinates, with them, and with windows."""
     runs: list[Run] = []
     with common.progress() as bar:
-        task = bar.add_task("", total=len(VARIANTS) * seeds)
-        for variant in VARIANTS:
+        task = bar.add_task("", total=len(LABELS) * seeds)
+        for variant in LABELS:
             for seed in range(seeds):
                 bar.update(task, description=f"{variant}, run {seed + 1}")
                 runs.append(train(variant, seed, steps))
@@ -166,10 +166,10 @@ def main(
     shown = common.table(
         "error on new crops, in pixels of the frame", "coordinates", "median", "lowest", "highest"
     )
-    for variant in VARIANTS:
+    for variant in LABELS:
         last = [run.errors[-1] for run in runs if run.variant == variant]
         numbers = float(np.median(last)), min(last), max(last)
-        shown.add_row(variant, *(f"{number:.2f}" for number in numbers))
+        shown.add_row(LABELS[variant], *(f"{number:.2f}" for number in numbers))
     shown.add_row("(middle of the crop)", f"{crop_only:.2f}", "", "")
     console.print(shown)
     if json_file is not None:
