@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def check(results: list[Mapping[str, Any]], name: str) -> None:
         print(f"rank {rank} of {len(results)} ran {name} in {came['seconds']} s: {came['largest']}")
 
 
+def with_outside(network: Network, outside: str) -> Network:
+    """The same with other coordinates beyond the frame."""
+    layers = (
+        replace(layer, coords=replace(layer.coords, outside=outside))
+        if isinstance(layer, Conv) and layer.coords
+        else layer
+        for layer in network.layers
+    )
+    return replace(network, layers=tuple(layers))
+
+
 def network(coords: Any = "xyr", outside: str = "extend", align: str = "corners") -> Network:
     """Two layers, the first with a stride."""
     seen = Coordinates(coords, outside=outside, align=align)
@@ -141,12 +153,14 @@ def wanted(network: Network, weights: Any, x: Any, dy: Any) -> dict[str, Expecte
         return expected(network, weights, x, dy)
 
 
-def hold(kind: str, want: Mapping[str, Expected], found: Mapping[str, Any]) -> dict[str, float]:
+def hold(
+    kind: str, want: Mapping[str, Expected], found: Mapping[str, Any], label: str = ""
+) -> dict[str, float]:
     """Hold arrays to what is wanted, bitwise where it is exact, and return how far they are off."""
     largest = {}
     for name, array in found.items():
         array = np.asarray(array)
-        largest[f"{kind} {name}"] = float(np.abs(array - want[name].value).max())
+        largest[" ".join(filter(None, (label, kind, name)))] = float(np.abs(array - want[name].value).max())
         if kind == "exact":
             assert want[name].equals(array), (name, largest)
         else:

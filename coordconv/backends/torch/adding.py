@@ -163,7 +163,7 @@ def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None
     elif is_known(x):
         grid = _grid(coords, tuple(shape), x.dtype, x.device)
     elif coords.own:
-        grid = layer.own_grid(_fixed(shape), x.dtype, x.device)
+        grid = _replicated(layer.own_grid(_fixed(shape), x.dtype, x.device), x)
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
     if grid is not None:
@@ -205,6 +205,7 @@ def add_map(
             grid = layer.own_padded_grid(
                 _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
             )
+            grid = _replicated(grid, kernel)
             return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
 
@@ -279,7 +280,7 @@ def _own_or(
 def _converted(value: Any, like: Tensor) -> Tensor:
     """A number or an array of a window, in the type and on the device of a tensor."""
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    return tensor.to(like.device, like.real.dtype)  # type: ignore[no-any-return]
+    return _replicated(tensor.to(like.device, like.real.dtype), like)  # type: ignore[no-any-return]
 
 
 def _is_exported(x: Any) -> bool:
@@ -382,7 +383,7 @@ def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bo
             grid = others.padded_grid(arange, torch).to(kernel.dtype)
         return others.convolve(part, grid[None], _CONVOLVE[plan.geometry.rank])[0]
 
-    return plan.position_bias(kernel, divided, contract, convolve)
+    return plan.position_bias(kernel, divided, contract, convolve, _picked)
 
 
 def _fixed(lengths: Sequence[Any]) -> tuple[int, ...]:
@@ -409,11 +410,20 @@ def _arange(n: Any, like: Any) -> Any:
         ramp = torch.arange(n, dtype=dtype, device=like.device)
     else:
         ramp = torch.arange(n, device=like.device).to(dtype)
-    distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import
-    if hasattr(distributed, "DTensor") and isinstance(like, distributed.DTensor):
-        # Torch refuses to mix the two kinds of tensors. This one is the same on every device.
-        return distributed.DTensor.from_local(ramp, like.device_mesh, run_check=False)
-    return ramp
+    return _replicated(ramp, like)
+
+
+def _replicated(tensor: Any, like: Any) -> Any:
+    """A tensor that is the same on every device, as a DTensor beside one: torch mixes no two."""
+    if options.is_distributed(like) and not options.is_distributed(tensor):
+        return type(like).from_local(tensor, like.device_mesh, run_check=False)
+    return tensor
+
+
+def _picked(kernel: Any, channels: list[int]) -> Any:
+    if options.is_distributed(kernel):  # which takes no list as an index
+        return torch.cat([kernel.narrow(1, channel, 1) for channel in channels], 1)
+    return kernel[:, channels]
 
 
 def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:

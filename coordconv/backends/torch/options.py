@@ -6,6 +6,7 @@ convolutions have no ``input_dilation``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -29,11 +30,24 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         if input.is_quantized:
             instead = ": eager mode leaves this layer in float, PT2E and prepare_fx quantize it"
         raise TypeError(f"input must be floating-point, got {input.dtype}{instead}")
+    if channels is not None and is_distributed(input):
+        axes = [each.dim for each in input.placements if each.is_shard()]
+        if any(axis >= input.dim() - rank for axis in axes):  # torch convolves each part by itself
+            raise ValueError(
+                f"input must not be a DTensor that is split along a spatial axis, got "
+                f"{input.placements}: exchange the rows at the edges yourself, and pass window="
+            )
     if all(type(n) is int for n in input.shape):
         axis = -1 - rank
         check_input(
             input.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=0
         )
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import
+    return hasattr(module, "DTensor") and isinstance(tensor, module.DTensor)  # type: ignore[union-attr]
 
 
 def traced(window: Any) -> Any:
