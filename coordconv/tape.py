@@ -30,7 +30,8 @@ from coordconv.weights.kernels import Position, fit_state
 
 def to_numpy(tensor: Any) -> Array:
     """A copy of a tensor's values; bfloat16, which NumPy lacks, becomes float32."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach()
+    tensor = (tensor.full_tensor() if is_distributed(tensor) else tensor).cpu()
     if str(tensor.dtype).endswith("bfloat16"):
         tensor = tensor.float()
     return np.array(tensor.numpy())
@@ -39,6 +40,18 @@ def to_numpy(tensor: Any) -> Array:
 def zeros(shape: tuple[int, ...], like: Any) -> Any:
     """Zeros of the type and on the device of a tensor, or of an array of NumPy."""
     return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is PyTorch's DTensor, of which every rank has a part."""
+    return hasattr(type(tensor), "full_tensor")
+
+
+def replicated(tensor: Any, like: Any) -> Any:
+    """A tensor that is the same on every rank, as a DTensor beside one: PyTorch mixes no two."""
+    if is_distributed(like) and not is_distributed(tensor):
+        return type(like).from_local(tensor.to(like.device), like.device_mesh, run_check=False)
+    return tensor
 
 
 class TapeLayer(CoordLayer):
@@ -359,4 +372,4 @@ class NetworkModule:
         state = self.TAPE.from_state(self.network, arrays)
         with self.TAPE.framework.set_grad_enabled(False):
             for name, parameter in self.named_parameters():
-                parameter.copy_(self.TAPE.tensor(state[name], parameter))
+                parameter.copy_(replicated(self.TAPE.tensor(state[name], parameter), parameter))

@@ -186,8 +186,8 @@ def rows_of_distributed_tensors_are_refused(rank: int) -> None:
         given = tensor.distribute_tensor(torch.tensor(x), mesh, [tensor.Shard(axis)])
         with pytest.raises(ValueError, match="split along a spatial axis"):
             module(given)
-        y = load("torch").AddCoords("xyr")(given)  # no sample of which needs another
-        wanted = load("torch").AddCoords("xyr")(torch.tensor(x))
+        y = load("torch").AddCoords("xy")(given)  # no sample of which needs another
+        wanted = load("torch").AddCoords("xy")(torch.tensor(x))
         np.testing.assert_array_equal(y.full_tensor().numpy(), wanted.numpy())
 
 

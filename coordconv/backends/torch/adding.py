@@ -28,6 +28,7 @@ from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, channel_values, coordinate_grid, stacked
 from coordconv.position_bias import MapPlan
+from coordconv.tape import is_distributed, replicated
 from coordconv.windows import Window
 
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -163,7 +164,7 @@ def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None
     elif is_known(x):
         grid = _grid(coords, tuple(shape), x.dtype, x.device)
     elif coords.own:
-        grid = _replicated(layer.own_grid(_fixed(shape), x.dtype, x.device), x)
+        grid = replicated(layer.own_grid(_fixed(shape), x.dtype, x.device), x)
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
     if grid is not None:
@@ -205,7 +206,7 @@ def add_map(
             grid = layer.own_padded_grid(
                 _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
             )
-            grid = _replicated(grid, kernel)
+            grid = replicated(grid, kernel)
             return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
 
@@ -280,7 +281,7 @@ def _own_or(
 def _converted(value: Any, like: Tensor) -> Tensor:
     """A number or an array of a window, in the type and on the device of a tensor."""
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    return _replicated(tensor.to(like.device, like.real.dtype), like)  # type: ignore[no-any-return]
+    return replicated(tensor.to(like.device, like.real.dtype), like)  # type: ignore[no-any-return]
 
 
 def _is_exported(x: Any) -> bool:
@@ -410,18 +411,11 @@ def _arange(n: Any, like: Any) -> Any:
         ramp = torch.arange(n, dtype=dtype, device=like.device)
     else:
         ramp = torch.arange(n, device=like.device).to(dtype)
-    return _replicated(ramp, like)
-
-
-def _replicated(tensor: Any, like: Any) -> Any:
-    """A tensor that is the same on every device, as a DTensor beside one: torch mixes no two."""
-    if options.is_distributed(like) and not options.is_distributed(tensor):
-        return type(like).from_local(tensor, like.device_mesh, run_check=False)
-    return tensor
+    return replicated(ramp, like)
 
 
 def _picked(kernel: Any, channels: list[int]) -> Any:
-    if options.is_distributed(kernel):  # which takes no list as an index
+    if is_distributed(kernel):  # which takes no list as an index
         return torch.cat([kernel.narrow(1, channel, 1) for channel in channels], 1)
     return kernel[:, channels]
 

@@ -18,7 +18,7 @@ from coordconv.backends.torch.fusing import FusedCoordConv
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.position_bias import APPEND
-from coordconv.tape import TapeLayer, zeros
+from coordconv.tape import TapeLayer, replicated, zeros
 from coordconv.weights.kernels import KernelLayout, Position, same_channels
 from coordconv.windows import Window, called
 
@@ -73,9 +73,10 @@ class TorchCoordLayer(adding.OwnChannels, TapeLayer):
             dtype=self.weight.dtype,
         )
         with torch.no_grad():
-            self.weight.copy_(layout.fitted(plain.weight, torch.cat, zeros))
+            drawn = layout.fitted(plain.weight, torch.cat, zeros)
+            self.weight.copy_(replicated(drawn, self.weight))
             if self.bias is not None:
-                self.bias.copy_(plain.bias)
+                self.bias.copy_(replicated(plain.bias, self.bias))
 
     @classmethod
     def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:
@@ -124,7 +125,8 @@ class TorchCoordLayer(adding.OwnChannels, TapeLayer):
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with torch.no_grad():
             for name, array in arrays.items():
-                getattr(self, name).copy_(torch.tensor(array))
+                parameter = getattr(self, name)
+                parameter.copy_(replicated(torch.tensor(array), parameter))
 
     # Torch documents the next two as those to override for a state of one's own.
 

@@ -6,7 +6,6 @@ convolutions have no ``input_dilation``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from coordconv import windows
 from coordconv.geometry import ConvGeometry, check_input
+from coordconv.tape import is_distributed
 from coordconv.windows import Window
 
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
@@ -42,12 +42,6 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         check_input(
             input.shape, rank=rank, channels=channels, coords=coords, channel_axis=axis, batched=0
         )
-
-
-def is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")  # slow to import
-    return hasattr(module, "DTensor") and isinstance(tensor, module.DTensor)  # type: ignore[union-attr]
 
 
 def traced(window: Any) -> Any:
