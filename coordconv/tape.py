@@ -61,6 +61,7 @@ class TapeLayer(CoordLayer):
     weight: Any
     bias: Any
     named_children: Any
+    state_dict: Any
     _from_conv: ClassVar[Callable[[Any, CoordinatesLike, str], Any]]
 
     @classmethod
@@ -84,6 +85,7 @@ class TapeLayer(CoordLayer):
         return cls._from_conv(conv, coords, init)
 
     def _canonical(self) -> dict[str, Array]:
+        self.state_dict()  # whose hooks have FSDP2 let go of what it gathered for a call
         found = {"weight": self.weight, "bias": self.bias}
         return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
 
@@ -345,6 +347,7 @@ class NetworkModule:
 
     TAPE: ClassVar[Tape]
     named_parameters: Any  # of nn.Sequential
+    state_dict: Any
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -363,6 +366,7 @@ class NetworkModule:
 
     def export_weights(self) -> Weights:
         """The canonical weights under dotted names."""
+        self.state_dict()  # as in TapeLayer
         arrays = {name: to_numpy(tensor) for name, tensor in self.named_parameters()}
         return Weights.of(self.network, self.TAPE.from_state(self.network, arrays))
 
@@ -370,6 +374,7 @@ class NetworkModule:
         """Take canonical weights; ValueError, which lists what does not fit, changes nothing."""
         arrays = checked(mapping, self.network.weight_shapes(), layouts(self.network))
         state = self.TAPE.from_state(self.network, arrays)
+        self.state_dict()
         with self.TAPE.framework.set_grad_enabled(False):
             for name, parameter in self.named_parameters():
                 parameter.copy_(replicated(self.TAPE.tensor(state[name], parameter), parameter))
