@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import integers, normal
 
 from coordconv import Coordinates, Window, window
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv, Network, ReLU
 from coordconv.parity.bounds import Expected, expected
-from harness import integers, normal
 
 ROWS, CHANNELS, OUT = 16, 2, 3
 CASES: dict[str, Callable[..., Any]] = {}
@@ -160,7 +160,9 @@ def hold(
     largest = {}
     for name, array in found.items():
         array = np.asarray(array)
-        largest[" ".join(filter(None, (label, kind, name)))] = float(np.abs(array - want[name].value).max())
+        largest[" ".join(filter(None, (label, kind, name)))] = float(
+            np.abs(array - want[name].value).max()
+        )
         if kind == "exact":
             assert want[name].equals(array), (name, largest)
         else:

@@ -14,16 +14,16 @@ import pytest
 
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
+import harness
+import sharding
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from sharding import KINDS, ROWS, case, hold
 
-import harness
-import sharding
 from coordconv import Coordinates, Window, position_bias
 from coordconv.geometry import ConvGeometry
 from coordconv.networks import Conv
-from sharding import KINDS, ROWS, case, hold
 
 try:
     from jax import shard_map
@@ -239,9 +239,7 @@ def samples_with_a_window_each() -> dict[str, float]:
         for place in (jnp.asarray, partial(placed, spec=BY_SAMPLE)):
             arrays = [place(harness.channels_last(a)) for a in (x, dy)]
             w = Window.from_boxes(place(boxes), (32, 16))
-            step = jax.jit(
-                jax.value_and_grad(partial(loss, made, arrays[1]), (0, 1), has_aux=True)
-            )
+            step = jax.jit(jax.value_and_grad(partial(loss, made, arrays[1]), (0, 1), has_aux=True))
             (_, y), gradients = step(params, arrays[0], w)
             found.append(arrays_of(made, y, gradients))
         for name, one in found[0].items():

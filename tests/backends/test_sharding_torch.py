@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+import sharding
+from sharding import KINDS, Lacking, case, hold
 from torch import distributed as dist
 from torch import nn
 
-import sharding
 from coordconv import Window, window
 from coordconv.backends import load
 from coordconv.parity.bounds import expected
-from sharding import KINDS, Lacking, case, hold
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch is built without gloo", allow_module_level=True)
 
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 RANKS = 2
@@ -196,8 +197,9 @@ def fully_sharded(module: Any) -> Any:
         from torch.distributed.fsdp import fully_shard
     except ImportError:
         raise Lacking(f"torch {torch.__version__} has no public fully_shard, new in 2.6") from None
-    for layer in (module.first, module.second):
-        fully_shard(layer)
+    for layer in module.children():
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer)
     return fully_shard(module)
 
 
@@ -219,25 +221,74 @@ def fully_sharded_data_parallel(rank: int) -> dict[str, float]:
         module = fully_sharded(built(network, weights))
         assert all(p.to_local().numel() < p.numel() for p in module.parameters())
         y = step(module, half(x, rank, 0), half(dy, rank, 0) * RANKS)
-        grads = {n: p.grad.full_tensor().numpy() for n, p in module.named_parameters()}
-        largest |= hold(kind, want, {"y": gathered(y, 0), **grads})
+        gradients = {n: p.grad.full_tensor().numpy() for n, p in module.named_parameters()}
+        largest |= hold(kind, want, {"y": gathered(y, 0), **gradients})
         exported = module.export_weights()
-        for name, p in module.named_parameters():
-            moved = torch.tensor(weights[name]) - 2.0**-4 * torch.tensor(grads[name])
-            assert np.array_equal(p.full_tensor().detach().numpy(), moved.numpy())
-            assert np.array_equal(exported[name], moved.numpy()), name
-        own = module.first.export_weights()
-        assert np.array_equal(own["weight"], exported["first.weight"])
-        module.import_weights(weights)
-        module.first.import_weights({n: exported[f"first.{n}"] for n in own})
-        again = module.export_weights()
-        assert np.array_equal(again["first.weight"], exported["first.weight"])
-        assert np.array_equal(again["second.weight"], weights["second.weight"])
+        for name, gradient in gradients.items():
+            moved = weights[name] - np.float32(2.0**-4) * gradient
+            np.testing.assert_array_equal(exported[name], moved)
     return largest
 
 
 @case
-def distributed_checkpoint(rank: int) -> dict[str, float]:
+def weights_of_sharded_parameters(rank: int) -> None:
+    """In and out, also where FSDP2 still has what it gathered for a call."""
+    network, make = KINDS["real"]
+    weights, x, _ = sharding.data(network, make)
+    module, layer = (
+        fully_sharded(made) for made in (built(network, weights), torch_layer(coords="xy"))
+    )
+    others = {name: array + 1 for name, array in weights.items()}
+    with torch.no_grad():
+        module(torch.tensor(x))
+        layer(torch.tensor(x))
+    assert not hasattr(layer.weight, "full_tensor"), "FSDP2 keeps nothing: test what it keeps"
+    for sharded, given in ((module, others), (module.first, None), (layer, None)):
+        given = given or {n: a + 1 for n, a in sharded.export_weights().items()}
+        sharded.import_weights(given)
+        module.reshard()
+        layer.reshard()
+        for name, array in sharded.export_weights().items():
+            np.testing.assert_array_equal(array, given[name])
+    with pytest.raises(ValueError, match="got DTensors"):
+        layer.eval().fuse()
+    with pytest.raises(ValueError, match="weight"):
+        layer.import_weights({"weight": given["weight"][:1], "bias": given["bias"]})
+
+
+@case
+def states_of_sharded_parameters(rank: int) -> None:
+    """Also those that a layer puts in its own order, and a plain convolution's."""
+    for other in (torch_layer(coords="yx"), nn.Conv2d(sharding.CHANNELS, 4, 3)):
+        layer = torch_layer(coords="xy")
+        layer.load_state_dict(other.state_dict())
+        wanted = layer.export_weights()
+        for sharded in (False, True):
+            layer = fully_sharded(torch_layer(coords="xy"))
+            if sharded:
+                fully_sharded(other)
+                layer.load_state_dict(other.state_dict())
+            else:
+                options = StateDictOptions(full_state_dict=True)
+                set_model_state_dict(layer, other.state_dict(), options=options)
+            for name, array in layer.export_weights().items():
+                np.testing.assert_array_equal(array, wanted[name])
+    with torch.device("meta"):
+        layer = torch_layer(coord_init="zeros")
+    fully_sharded(layer).to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    for name, array in torch_layer(coord_init="zeros").export_weights().items():
+        np.testing.assert_array_equal(layer.export_weights()[name], array)
+
+
+def torch_layer(**given: Any) -> Any:
+    return load("torch").CoordConv2d(sharding.CHANNELS, 4, 3, **given)
+
+
+@case
+def distributed_checkpoint(rank: int) -> None:
     """Written by both ranks, and read by one."""
     from torch.distributed import checkpoint
 
@@ -254,15 +305,15 @@ def distributed_checkpoint(rank: int) -> dict[str, float]:
         checkpoint.load(state, checkpoint_id=folder, no_dist=True)
         plain.load_state_dict(state)
         found = plain.export_weights()
-        assert not np.array_equal(found["first.weight"], weights["first.weight"])
         for name, array in exported.items():
-            assert np.array_equal(found[name], array), name
+            assert not np.array_equal(array, weights[name]), "nothing was trained"
+            np.testing.assert_array_equal(found[name], array)
     dist.barrier()
-    return {}
 
 
 if __name__ == "__main__":
     rank = int(os.environ["RANK"])
+    torch.manual_seed(0)  # what both ranks draw is the same
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     sharding.main(rank)
     dist.destroy_process_group()

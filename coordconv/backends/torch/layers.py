@@ -18,7 +18,7 @@ from coordconv.backends.torch.fusing import FusedCoordConv
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.position_bias import APPEND
-from coordconv.tape import TapeLayer, replicated, zeros
+from coordconv.tape import TapeLayer, is_distributed, replicated, zeros
 from coordconv.weights.kernels import KernelLayout, Position, same_channels
 from coordconv.windows import Window, called
 
@@ -158,7 +158,10 @@ class TorchCoordLayer(adding.OwnChannels, TapeLayer):
         if not same_channels(found, self.coords) or (not in_order and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
         if not in_order:
-            state[name] = self._layout_of(state[name]).reordered(state[name], found)
+            kernel = state[name]
+            whole = kernel.full_tensor() if is_distributed(kernel) else kernel
+            whole = self._layout_of(kernel).reordered(whole, found)
+            state[name] = replicated(whole, kernel)
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         if not is_lazy(self._parameters.get("weight")):  # its first input will tell its channels
