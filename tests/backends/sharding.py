@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,15 @@ def main(*args: Any) -> None:
 
 def run(path: str, ranks: int = 1, **variables: str) -> list[dict[str, Any]]:
     """What the cases of a file came to on each rank."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        ports = [str(port) for port in _free_ports(ranks)]
         shared = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(path).parent)]),
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": ports[0],
+            "SHARDING_PORTS": ",".join(ports),
             "SHARDING_FOLDER": folder,
             "OMP_NUM_THREADS": "1",
             **variables,
@@ -96,6 +96,14 @@ def run(path: str, ranks: int = 1, **variables: str) -> list[dict[str, Any]]:
             {"printed": text, **(json.loads(result.read_text()) if result.exists() else {})}
             for text, result in zip(printed, results, strict=True)
         ]
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def check(results: list[Mapping[str, Any]], name: str) -> None:
