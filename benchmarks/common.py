@@ -258,7 +258,10 @@ def wall_seconds(call: Call, loops: int, wait: Callable[[Any], object]) -> float
 
 
 def measure(
-    calls: Mapping[str, Call], seconds_of: Callable[[Call, int], float], budget: float
+    calls: Mapping[str, Call],
+    seconds_of: Callable[[Call, int], float],
+    budget: float,
+    least_rounds: int = _LEAST_ROUNDS,
 ) -> dict[str, list[float]]:
     """Times in seconds by variant, in the order of the rounds.
 
@@ -268,7 +271,8 @@ def measure(
     Args:
         calls: what to time.
         seconds_of: the time of one call, from a number of calls in a row.
-        budget: how long to go on, in seconds; a few rounds are run in any case.
+        budget: how long to go on, in seconds.
+        least_rounds: how many rounds are run in any case.
     """
     loops = {name: _calibrated(call, seconds_of) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -279,7 +283,7 @@ def measure(
     try:
         end = time.perf_counter() + budget
         rounds = 0
-        while rounds < _LEAST_ROUNDS or time.perf_counter() < end:
+        while rounds < least_rounds or time.perf_counter() < end:
             rounds += 1
             rng.shuffle(order)
             for name in order:
@@ -342,6 +346,7 @@ def timed(
     framework: Framework,
     budget: float,
     variants: Sequence[str] = VARIANTS,
+    least_rounds: int = _LEAST_ROUNDS,
 ) -> Result:
     """Time the variants of one layer in one mode."""
     if mode == TRAINING:
@@ -351,7 +356,7 @@ def timed(
     calls = framework.calls(shape, mode, variants)
     if mode == INFERENCE:
         _check_alike({v: framework.array(calls[v](), shape) for v in calls if v != PLAIN})
-    times = measure(calls, framework.seconds, budget)
+    times = measure(calls, framework.seconds, budget, least_rounds)
     pairs = {v: (v, PLAIN) for v in calls if v != PLAIN}
     pairs |= {against(v): (OURS, v) for v in calls if v not in (PLAIN, OURS)}
     return Result(

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from coordconv.grid import Array
+
 Choice: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | Iterable[Any] | None"
 
 ALREADY = "has coordinates already"
@@ -178,6 +182,45 @@ def check_ties(
                 f"{' and '.join(names)} are one parameter: give coordinates to all of these layers "
                 "or to none, and all must be alike"
             )
+
+
+def shown(layer: Any) -> str:
+    """A layer's class, and the coordinates of one of ours."""
+    coords = getattr(layer, "coords", None)
+    return type(layer).__name__ + (f"({coords.channels!r})" if coords else "")
+
+
+def check_class(cls: type, conv: Any, namespace: str) -> None:
+    """Raise TypeError if a convolution is not one that ``cls.from_conv`` takes."""
+    plain = next(base for base in cls.__mro__ if base.__module__.startswith(namespace))
+    if type(conv) is not plain:
+        raise TypeError(f"conv must be a {namespace}.{plain.__name__}, got a {type(conv).__name__}")
+
+
+class Shares:
+    """The coordinates' part of the variance of what layers return, by name, from all their calls.
+
+    The variances are over batch and positions, summed over channels.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Array] = {}
+
+    def add(self, name: str, output: Any, features: Any, axis: int) -> None:
+        """One call: the output, what the features alone give, and the axis of the channels."""
+        rest = np.asarray(features).astype(np.float64)
+        parts = np.asarray(output).astype(np.float64) - rest, rest
+        axes = tuple(each for each in range(rest.ndim) if each != axis % rest.ndim)
+        found = np.array([part.var(axes).sum() for part in parts])
+        self._sums[name] = self._sums.get(name, np.zeros(2)) + found
+
+    def get(self, name: str) -> float | None:
+        """The share, or None if no call reached the layer."""
+        sums = self._sums.get(name)
+        if sums is None:
+            return None
+        position, rest = sums
+        return float(position / (position + rest)) if position else 0.0
 
 
 def _matched(

@@ -191,15 +191,16 @@ def ramp(
     length = shape[-1 - AXES.index(token)]
     if coords.units == "pixels":
         return position * 1.0 + (0.5 if coords.align == "edges" else 0)  # of NumPy's ints a float
-    single = 1 // length  # 1 for one sample and 0 for more, without a question put to a tracer
-    steps = steps_of(coords, length, shape, position, sqrt)
+    steps = steps_of(coords, length, shape, position, sqrt, framed)
     quotient = (2 * position + (0 if coords.align == "start" else 1) - length) / steps
     half, middle = scale(coords, token)
     values = quotient if half == 1 else quotient * half
     if middle:
         values = values + middle
     if coords.align == "corners" and (middle or coords.outside == "extend" or framed):
-        values = values * (1 - single)  # the formula gives 0 only inside a span around 0
+        values = values * (
+            1 - _single(length, framed)
+        )  # the formula gives 0 only inside a span around 0
     return values
 
 
@@ -215,6 +216,7 @@ def steps_of(
     shape: Sequence[Any],
     position: Any,
     sqrt: Callable[[Any], Any],
+    framed: bool = False,
 ) -> Any:
     """The number of steps from sample to sample that the span is long, at least 1."""
     if coords.aspect != "each":
@@ -230,7 +232,14 @@ def steps_of(
             length = sqrt(sum(n * n for n in lengths))
     if coords.align != "corners":
         return length
-    return length - 1 + 1 // length
+    return length - 1 + _single(length, framed)
+
+
+def _single(length: Any, framed: bool) -> Any:
+    """1 for one sample and 0 for more, without a question put to a tracer."""
+    if framed:  # an array of any numbers from 1 on, which there may be a gradient for
+        return 1 - ((length - 1) * 2.0**20).clip(0, 1)
+    return 1 // length
 
 
 def _spatial_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ APPEND, MAP = "append", "map"
 
 # What costs() counts with; one unit is the time to read or to write a number.
 _PRODUCTS = 10  # multiplications and additions in a unit
-_BLOCK = 16  # channels that libraries work on together
+BLOCK = 16  # channels that most libraries work on together
 _MOST_FOR_MAP = 2  # units for a number of P, made axis by axis
 _CALLS = 2e5  # units for calling the functions that map calls more than append
 
@@ -56,12 +56,13 @@ def choose(
     positions: int | None,
     low_precision: bool = False,
     fused: bool = False,
+    block: int = BLOCK,
 ) -> str:
     """Which of the two ways computes a layer from ``channels``, of all groups, to ``out``.
 
     ``batch`` and the ``positions`` of a sample's output are None if a tracer does not tell. P is
     ``fused`` if a compiler or a product adds it to the output as that is made, and never writes it
-    by itself.
+    by itself. Convolutions work on a ``block`` of channels together.
     """
     # With "extend" the coordinates do not end where the features do: there is nothing to append. In
     # 16 bits neighbouring coordinates on an axis of 512 samples may be the same number.
@@ -74,7 +75,7 @@ def choose(
         return MAP
     if batch is None or positions is None:  # the graph is the simpler
         return APPEND
-    append, map = costs(geometry, len(coords), channels, out, batch, positions, fused)
+    append, map = costs(geometry, len(coords), channels, out, batch, positions, fused, block)
     return APPEND if append < map else MAP
 
 
@@ -86,6 +87,7 @@ def costs(
     batch: int,
     positions: int,
     fused: bool = False,
+    block: int = BLOCK,
 ) -> tuple[float, float]:
     """What append and map take more than the plain convolution, in numbers read or written.
 
@@ -99,8 +101,8 @@ def costs(
     inputs = channels * positions * (1 / steps if geometry.transposed else steps)
     outputs, taps = out * positions, geometry.taps
     added = n
-    if channels >= _BLOCK:
-        added = -(-(channels + n) // _BLOCK) * _BLOCK - -(-channels // _BLOCK) * _BLOCK
+    if channels >= block:
+        added = -(-(channels + n) // block) * block - -(-channels // block) * block
     append = batch * (2 * inputs + outputs * taps * added / _PRODUCTS)
     map = 2 * channels * out * taps + _CALLS
     if not fused:

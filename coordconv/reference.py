@@ -238,7 +238,7 @@ class Reference:
             steps = np.ones_like(lengths[axis])
             if coords.units == "span":
                 half, middle = scale(coords, token)
-                steps = steps_of(coords, lengths[axis], lengths, places[axis], np.sqrt)
+                steps = steps_of(coords, lengths[axis], lengths, places[axis], np.sqrt, True)
             size = (2 * np.abs(places[axis]) + 1 + lengths[axis]) / steps * abs(half) + abs(middle)
             first, last = size[:, :1], size[:, 1:]
             along = (last + first) * np.abs(positions[axis] / shape[axis]) + first

@@ -19,9 +19,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from coordconv.changing import ALREADY, Change, Changes, Choice, Unfit, check_ties, plan
+from coordconv.changing import (
+    ALREADY,
+    Change,
+    Changes,
+    Choice,
+    Shares,
+    Unfit,
+    check_class,
+    check_ties,
+    plan,
+    shown,
+)
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
-from coordconv.grid import Array
 from coordconv.tape import Tape, to_numpy, zeros
 from coordconv.weights.kernels import KernelLayout
 
@@ -68,12 +78,7 @@ class Conversion:
 
     def from_conv(self, cls: Any, conv: Any, coords: CoordinatesLike, init: str) -> Any:
         """A copy of a convolution as a layer of a class of ours."""
-        namespace = f"{self.framework.__name__}.nn"
-        plain = next(base for base in cls.__mro__ if base.__module__.startswith(namespace))
-        if type(conv) is not plain:
-            raise TypeError(
-                f"conv must be a {namespace}.{plain.__name__}, got a {type(conv).__name__}"
-            )
+        check_class(cls, conv, f"{self.framework.__name__}.nn")
         found, coords = self.unfit(conv), Coordinates.resolve(coords, cls.rank)
         if found:
             raise ValueError(f"conv cannot be given coordinates: {found.reason}")
@@ -299,7 +304,7 @@ class NetworkConversion:
         for name, conv in chosen.items():
             before = type(conv).__name__
             become(conv, self._coord_class(conv), layouts[id(conv)].coords, init)
-            rows.append(Change(name, before, _shown(conv), _size(conv.weight) - sizes[name]))
+            rows.append(Change(name, before, shown(conv), _size(conv.weight) - sizes[name]))
         of_kernels = [(kernel, layout) for kernel, layout, *_ in kernels.values()]
         return self.changes(tuple(rows), skipped, lambda: conversion.remove(chosen), of_kernels)
 
@@ -317,15 +322,15 @@ class NetworkConversion:
 
         chosen, skipped = plan(modules, is_ours, examine, layers, exclude)
         check_ties(chosen, modules, _parameters(model), lambda layer: layer.layout)
-        shares = {} if inputs is None else self._variance_shares(model, chosen, inputs)
-        before = {name: (_shown(layer), _size(layer.weight)) for name, layer in chosen.items()}
+        shares = Shares() if inputs is None else self._variance_shares(model, chosen, inputs)
+        before = {name: (shown(layer), _size(layer.weight)) for name, layer in chosen.items()}
         kernels = {id(layer.weight): (layer.weight, layer.layout) for layer in chosen.values()}
         self.conversion.remove(chosen)
         rows = []
         for name, layer in chosen.items():
-            shown, size = before[name]
+            was, size = before[name]
             more = _size(layer.weight) - size
-            rows.append(Change(name, shown, type(layer).__name__, more, shares.get(name)))
+            rows.append(Change(name, was, type(layer).__name__, more, shares.get(name)))
         return self.changes(tuple(rows), skipped, None, [*kernels.values()])
 
     def _coord_class(self, conv: Any) -> Any:
@@ -371,23 +376,19 @@ class NetworkConversion:
             return None
         return Unfit(f"{kind} computes something else once its kernel has channels for coordinates")
 
-    def _variance_shares(
-        self, model: Any, layers: Mapping[str, Any], inputs: Any
-    ) -> dict[str, float]:
+    def _variance_shares(self, model: Any, layers: Mapping[str, Any], inputs: Any) -> Shares:
         """The coordinates' part of the variance of each layer's output, where inputs reach it."""
-        sums: dict[str, Array] = {}
+        shares = Shares()
         plains = copy.deepcopy(dict(layers))
         self.conversion.remove(plains)
 
         def measured(name: str, layer: Any, plain: Any) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = type(layer).forward(layer, *args, **kwargs)
-                rest = to_numpy(type(plain).forward(plain, *args, **kwargs)).astype(np.float64)
-                channels = rest.ndim - 1 - (0 if _is_last(layer) else layer.rank)
-                axes = tuple(axis for axis in range(rest.ndim) if axis != channels)
-                parts = to_numpy(output).astype(np.float64) - rest, rest
-                found = np.array([part.var(axes).sum() for part in parts])
-                sums[name] = sums.get(name, np.zeros(2)) + found
+                kwargs.pop("window", None)  # which plain convolutions do not take
+                rest = to_numpy(type(plain).forward(plain, *args, **kwargs))
+                channels = -1 if _is_last(layer) else -1 - layer.rank
+                shares.add(name, to_numpy(output), rest, channels)
                 return output
 
             return forward
@@ -400,7 +401,7 @@ class NetworkConversion:
         finally:
             for layer in layers.values():
                 del layer.forward
-        return {name: float(p / (p + rest)) if p else 0.0 for name, (p, rest) in sums.items()}
+        return shares
 
 
 def _is_last(conv: Any) -> bool:
@@ -410,10 +411,6 @@ def _is_last(conv: Any) -> bool:
 
 def _size(tensor: Any) -> int:
     return int(np.prod(tuple(tensor.shape)))
-
-
-def _shown(layer: Any) -> str:
-    return f"{type(layer).__name__}({layer.coords.channels!r})"
 
 
 def _parameters(model: Any) -> dict[str, Any]:

@@ -58,14 +58,14 @@ class Window:
         if len(ranks) > 1:
             raise ValueError(f"start, stop and frame must have as many axes, got {sorted(ranks)}")
         self.rank = ranks.pop() if ranks else None  # None: of any
-        one = np.asarray(1.0)
         for token in AXES:
-            length = by_axis["frame"][1].get(token, one)
-            whole = {"start": 0 * one, "stop": length, "frame": length}
+            length = by_axis["frame"][1].get(token, 1.0)
+            whole = {"start": 0.0, "stop": length, "frame": length}
             for name, (_, values) in by_axis.items():
                 value = _as_array(name, values.get(token, whole[name]))
                 setattr(self, f"{name}_{token}", value)
-            _check_values(token, *self.on(token))
+            if not _is_tracing():
+                _check_values(token, *self.on(token))
         self.token = _Token()
 
     @classmethod
@@ -183,12 +183,15 @@ class Window:
         """Raise ValueError if an input of that many axes and samples cannot have the window."""
         if self.rank not in (None, rank):
             raise ValueError(f"window must have {rank} axes as the input, got {self.rank}")
+        if batch is None:
+            return
         for token in axis_tokens(rank):
             for values in self.on(token):
-                if len(values.shape) and batch is not None and values.shape[0] not in (1, batch):
+                shape: tuple[Any, ...] = getattr(values, "shape", ())
+                if shape and shape[0] not in (1, batch):
                     raise ValueError(
                         f"window must be for one sample or for the {batch} of the input, "
-                        f"got {values.shape[0]}"
+                        f"got {shape[0]}"
                     )
 
     def in_frame(
@@ -216,8 +219,8 @@ class Window:
             share = stop - start
             size = abs(share)
             way = share / size  # 1, or -1 where it is flipped
-            places.append(n * start / size - (1 - way) / 2 + way * position)
-            lengths.append(n * frame / size)
+            places.append(start * n / size - (1 - way) / 2 + way * position)
+            lengths.append(frame * n / size)
         return places, lengths
 
 
@@ -302,11 +305,13 @@ def _by_axis(name: str, value: Any) -> tuple[int | None, dict[str, Any]]:
             raise ValueError(f"{name} must be for the axes x, y and z, got {unknown[0]!r}")
         arrays = {token: _as_array(name, each) for token, each in value.items()}
         for array in arrays.values():
-            if len(array.shape) > 1:
-                raise ValueError(f"{name} of an axis must have shape () or (N,), got {array.shape}")
+            if len(shape := getattr(array, "shape", ())) > 1:
+                raise ValueError(f"{name} of an axis must have shape () or (N,), got {shape}")
         return None, arrays
+    if _is_tracing() and isinstance(value, (list, tuple)):
+        return len(value), {AXES[len(value) - 1 - axis]: n for axis, n in enumerate(value)}
     array = _as_array(name, value)
-    shape = tuple(array.shape)
+    shape = tuple(getattr(array, "shape", ()))
     if not shape:
         return None, dict.fromkeys(AXES, array)
     if len(shape) > 2 or shape[-1] not in (1, 2, 3):
@@ -319,16 +324,28 @@ def _by_axis(name: str, value: Any) -> tuple[int | None, dict[str, Any]]:
 
 
 def _as_array(name: str, value: Any) -> Any:
-    """A framework's array as it is, and everything else as NumPy's, of floats."""
+    """A framework's array as it is, and everything else as NumPy's, of floats.
+
+    Where a compiler looks on numbers stay numbers, since it makes no constants of NumPy's arrays.
+    """
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
         return value.astype(np.float64) if isinstance(value, np.ndarray) else value
+    if _is_tracing() and isinstance(value, (int, float)):
+        return value
     try:
-        array = np.asarray(value)
-        if array.dtype.kind in "fiub":
-            return array.astype(np.float64)
-    except ValueError:  # of lists of several lengths
+        if value is not None:
+            return np.asarray(value, np.float64)
+    except (TypeError, ValueError):
         pass
     raise TypeError(f"{name} must be numbers or an array, got {value!r}")
+
+
+# Ask whether a compiler looks on, which takes no questions to the values of NumPy's arrays.
+TRACERS: list[Callable[[], bool]] = []
+
+
+def _is_tracing() -> bool:
+    return any(is_tracing() for is_tracing in TRACERS)
 
 
 def _check_values(token: str, *values: Any) -> None:

@@ -15,7 +15,7 @@ from changing_cases import Torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from coordconv import Coordinates
+from coordconv import Coordinates, Window
 from coordconv.backends.torch import (
     CoordConv2d,
     add_coords,
@@ -237,6 +237,23 @@ def test_an_optimizer_that_cannot_be_updated():
     with pytest.raises(ValueError, match="none of the kernels"):
         changes.update_optimizer(torch.optim.SGD([torch.zeros(1)], 0.1))
     changes.update_optimizer(torch.optim.Adam(model.parameters()))  # which has not stepped
+
+
+def test_the_share_of_the_variance_in_a_window():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = CoordConv2d(3, 8, 3)
+
+        def forward(self, x, window=None):
+            return self.conv(x, window=window)
+
+    shares = [
+        remove_coords(Seen(), given).layers[0].variance_share
+        for given in (images(), (images(), Window(0.25, 0.75)))
+    ]
+    assert 0 < shares[1] < shares[0]  # a part of the frame has less of the coordinates
 
 
 def test_undo_of_what_was_pruned_since_is_refused():

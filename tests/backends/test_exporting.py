@@ -710,17 +710,10 @@ def network_by_jax(network: Network, weights: Any, folder: Any) -> Any:
     pytest.importorskip("flax")
     import jax.export
 
-    module = backends.load("flax").build(network, weights)
-
-    @cache  # for each batch, since flattening takes it for a number
-    def exported(*shape: int) -> Any:
-        return jax_exported(jax, module, ", ".join(map(str, shape)))
-
-    def run(x: Any) -> Any:
-        x = channels_last(x)
-        return np.asarray(exported(*x.shape).call(x))
-
-    return run
+    channels, *spatial = network.input_shape
+    shape = ", ".join(map(str, ("b", *spatial, channels)))
+    exported = jax_exported(jax, backends.load("flax").build(network, weights), shape)
+    return lambda x: np.asarray(exported.call(channels_last(x)))
 
 
 DEPLOYED = {

@@ -349,6 +349,29 @@ def test_an_nnx_network(size):
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
 
 
+@pytest.mark.parametrize("how", ["made", "jit", "clone"])
+def test_the_order_of_attributes_does_not_matter(how):
+    """``nnx.jit`` and ``nnx.clone`` sort them: the first is not what takes the input any more."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = flax.CoordConv(3, 8, (3, 3), rngs=rngs)
+            self.body = flax.CoordConv(8, 16, (3, 3), 2, rngs=rngs)
+            self.a_head = nnx.Linear(16, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.a_head(self.body(self.stem(x)))
+
+    net, x = Net(nnx.Rngs(0)), inputs((9, 5), 3)
+    if how == "jit":
+        nnx.jit(lambda net, x: net(x))(net, x)
+    elif how == "clone":
+        net = nnx.clone(net)
+    fused = flax.fuse(net, (9, 5))
+    assert (fused.stem.size, fused.body.size) == ((9, 5), (9, 5))
+    assert np.allclose(fused(x), net(x), atol=1e-5)
+
+
 def test_a_linen_network():
     model, x = LinenBlock(), draw((17, 9), 3)
     variables = model.init(jax.random.key(0), x)
@@ -551,6 +574,14 @@ class LinenOfItsOwn(linen.CoordConv):
         return 2 * super().__call__(inputs)
 
 
+class Scaled(nnx.Module):
+    def __init__(self):
+        self.conv = nnx_layer("2-D")
+
+    def __call__(self, x, scale):
+        return self.conv(x) * scale
+
+
 def own_step(*args, **kwargs):
     return 2 * jax.lax.conv_general_dilated(*args, **kwargs)
 
@@ -589,6 +620,8 @@ def test_what_cannot_be_fused_in_nnx():
                 ValueError, match=f"'layers.0' .{kind}. computes the kernel of a Co"
             ):
                 flax.fuse(nnx.Sequential(computed))
+    with pytest.raises(ValueError, match=r"takes no noise of\n  4 features: .*missing .* 'scale'"):
+        flax.fuse(Scaled(), (9, 5))
     with pytest.raises(ValueError, match="model has no CoordConv to fuse"):
         flax.fuse(nnx.Sequential(flax.AddCoords(), nnx.relu), (9, 5))
     with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got int"):

@@ -4,9 +4,10 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from coordconv.changing import ALREADY, Change, Changes, Unfit, check_ties, plan
+from coordconv.changing import ALREADY, Change, Changes, Shares, Unfit, check_ties, plan
 
 
 class Layer(SimpleNamespace):
@@ -134,6 +135,21 @@ def test_ties():
         check(["stem"], tied)
     with pytest.raises(ValueError, match="all must be alike"):
         check(["stem", "layer1.conv1"], tied, lambda layer: id(layer))
+
+
+def test_the_share_of_the_variance_is_that_of_all_calls():
+    shares, draw = Shares(), np.random.default_rng(0).normal
+    calls = [(draw(size=(2, 3, 5, 4)), draw(size=(2, 3, 5, 4)) + 9) for _ in range(2)]
+    for position, rest in calls:
+        shares.add("layer", position + rest, rest, -1)
+        shares.add("first", np.moveaxis(position + rest, -1, 1), np.moveaxis(rest, -1, 1), 1)
+        shares.add("zero", rest, rest, 3)
+        shares.add("nothing", 0 * rest, 0 * rest, 3)
+    parts = [sum(x.var((0, 1, 2)).sum() for x in each) for each in zip(*calls, strict=True)]
+    assert shares.get("layer") == pytest.approx(parts[0] / sum(parts))
+    assert shares.get("first") == pytest.approx(shares.get("layer"))
+    assert shares.get("zero") == shares.get("nothing") == 0.0
+    assert shares.get("never") is None
 
 
 def test_changes_are_a_table_and_json_and_are_undone_once():

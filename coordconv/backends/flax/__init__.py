@@ -1,5 +1,6 @@
 """CoordConv for Flax NNX."""
 
+from coordconv.backends.flax.changing import add_coords, remove_coords, with_coords
 from coordconv.backends.flax.fusing import fuse
 from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose
 from coordconv.backends.flax.networks import build
@@ -12,12 +13,15 @@ __all__ = [
     "AddCoords",
     "CoordConv",
     "CoordConvTranspose",
+    "add_coords",
     "build",
     "evaluate",
     "from_state",
     "fuse",
     "read_state",
     "recorded",
+    "remove_coords",
     "trainer",
+    "with_coords",
     "write_state",
 ]

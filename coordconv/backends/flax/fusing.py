@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,15 +17,13 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from coordconv.backends.flax import graph
 from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
 from coordconv.fusing import FusedLayer, FuseReport
 from coordconv.layers import CoordLayer
 from coordconv.windows import check_fused
-
-# Modules that compute the kernel of the one inside of them, where a release has them.
-_COMPUTING = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
 
 
 class Constant(nnx.Variable):  # type: ignore[type-arg]
@@ -156,7 +154,6 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
-    inputs = None if size is None else _inputs(model, size)
     model = nnx.clone(model)
     modules: dict[str, Any] = {".".join(map(str, p)): m for p, m in nnx.iter_graph(model)}
     layers = {name: m for name, m in modules.items() if isinstance(m, CoordLayer)}
@@ -164,7 +161,7 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     if not layers:
         raise ValueError("model has no CoordConv to fuse")
     for name, module in modules.items():
-        inside = nnx.iter_graph(module) if isinstance(module, _COMPUTING) else ()
+        inside = nnx.iter_graph(module) if isinstance(module, graph.COMPUTING) else ()
         if any(isinstance(each, CoordLayer) for _, each in inside):
             raise ValueError(
                 f"{name!r} ({type(module).__name__}) computes the kernel of a CoordConv at each "
@@ -174,6 +171,7 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     for name, norm in norms.items():
         if norm.use_running_average is False:
             raise ValueError(f"{fusing.training(name)}: call model.eval()")
+    inputs = None if size is None else _inputs(model, size)
     seen, notes = fusing.Seen(), tuple[str, ...]()
     if inputs is not None:
         _run(nnx.clone(model), inputs, seen.watch)
@@ -201,41 +199,39 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
         fused = FusedCoordConv(layer, seen_sizes[0] if len(seen_sizes) == 1 else None, params[name])
         new[id(layer)] = fused
         rows.append(FusedLayer(name, type(layer).__name__, fused.size, pairs.get(name)))
-    copied = _replaced(model, new)
+    copied: Any = new.get(id(model), model)
+    if copied is model:
+        graph.replace(model, new)
     copied.fuse_report = FuseReport(tuple(rows), notes)
     return copied
 
 
 def _inputs(model: nnx.Module, size: Any) -> tuple[Any, ...]:
-    """All arguments of a call: those given, or noise of a spatial shape for the first layer."""
+    """All arguments of a call: those given, or noise of a spatial shape.
+
+    The noise has the features of the layer that takes the input. Which one that is, the order of
+    attributes does not tell, as a transformation such as ``nnx.jit`` sorts them: so it is tried.
+    """
     if isinstance(size, (jax.Array, np.ndarray)):
         return (size,)
     if not isinstance(size, Sequence) or isinstance(size, str):
         raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
     if not all(isinstance(each, (int, np.integer)) for each in size):
         return tuple(size)
-    first: Any = next((m for m in _in_order(model, set()) if hasattr(m, "in_features")), None)
-    if first is None:
-        raise ValueError("model has no CoordConv to fuse")
-    noise = np.random.default_rng(0).standard_normal((1, *size, first.in_features))
-    return (jnp.asarray(noise, first.kernel.dtype),)
-
-
-def _in_order(value: Any, found: set[int]) -> Iterator[nnx.Module]:
-    """The modules in the order of construction, as far as attributes have it."""
-    if id(value) in found:
-        return
-    found.add(id(value))
-    inside: Any = ()
-    if isinstance(value, (list, tuple, MutableSequence)):
-        inside = value
-    elif isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, nnx.Module):
-        yield value
-        inside = vars(value).values()
-    for each in inside:
-        yield from _in_order(each, found)
+    modules: Any = [m for _, m in nnx.iter_graph(model) if hasattr(m, "kernel")]
+    layers = [m for m in modules if isinstance(getattr(m, "in_features", None), (int, np.integer))]
+    draw, errors = np.random.default_rng(0).standard_normal, dict[int, Exception]()
+    for features, dtype in {m.in_features: m.kernel.dtype for m in layers}.items():
+        noise = jnp.asarray(draw((1, *size, features)), dtype)
+        run: Any = nnx.clone(model)
+        try:
+            run(noise)
+        except Exception as error:  # noqa: BLE001  # it runs the user's code
+            errors[features] = error
+        else:
+            return (noise,)
+    tried = "".join(f"\n  {features} features: {error}" for features, error in errors.items())
+    raise ValueError(f"size must be an example of the input: the network takes no noise of{tried}")
 
 
 def _run(model: Any, inputs: tuple[Any, ...], see: Callable[..., Any]) -> Any:
@@ -284,7 +280,7 @@ def _folds(layer: Any, params: Mapping[str, jax.Array], norm: Any) -> bool:
 def _neighbours(modules: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What stands right behind each CoordConv in an ``nnx.Sequential``, both there alone."""
     names = {id(module): name for name, module in modules.items()}
-    children = (child for m in modules.values() for _, child in _children(m))
+    children = (child for m in modules.values() for _, child in graph.children(m))
     times = Counter(map(id, children))
     for module in modules.values():
         if type(module) is nnx.Sequential:
@@ -292,32 +288,3 @@ def _neighbours(modules: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 ours = isinstance(layer, CoordLayer) and isinstance(norm, nnx.BatchNorm)
                 if ours and times[id(layer)] == times[id(norm)] == 1:
                     yield names[id(layer)], names[id(norm)]
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    """What a node of a graph holds, under its attributes, keys or places."""
-    if isinstance(node, (list, tuple, MutableSequence)):
-        return [*enumerate(node)]
-    if isinstance(node, Mapping):
-        return [*node.items()]
-    return [*vars(node).items()] if isinstance(node, nnx.Module) else []
-
-
-def _replaced(model: Any, new: Mapping[int, Any]) -> Any:
-    """The model with modules replaced, by their ids, wherever they are."""
-    if id(model) in new:
-        return new[id(model)]
-    for path, parent in [*nnx.iter_graph(model)]:
-        for key, child in _children(parent):
-            if id(child) not in new:
-                continue
-            if isinstance(parent, (MutableSequence, MutableMapping)):
-                parent[key] = new[id(child)]
-            elif isinstance(parent, nnx.Module):
-                setattr(parent, key, new[id(child)])
-            else:
-                raise ValueError(
-                    f"{'.'.join(map(str, path))} must be a list or a dict for its modules to be "
-                    f"replaced, got {type(parent).__name__}"
-                )
-    return model

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
+from coordconv.backends.flax import converting
 from coordconv.backends.flax.fusing import FusedCoordConv
 from coordconv.backends.jax import adding, options
 from coordconv.backends.jax.arrays import layer_arrays, layer_params
@@ -46,9 +47,47 @@ class _CoordLayer(CoordLayer):
         """The convolution of ``inputs (..., *S, C)`` and their coordinates, maybe of a window."""
         adding.check(self, self.coords, inputs, self.in_features)
         kernel = masked(self.kernel[...], self.mask)
+        if kernel.shape != tuple(self.kernel_shape):
+            axis = options.input_axis(self)
+            raise ValueError(
+                f"kernel must have {self.kernel_shape[axis]} input channels, features and "
+                f"coordinates, in shape {tuple(self.kernel_shape)}, got shape {kernel.shape}: "
+                "a state of before add_coords is fitted by the fit of what that returned"
+            )
         bias = None if self.bias is None else self.bias[...]
         arrays = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         return coord_conv(self, super().__call__, arrays, *args, window=window, **kwargs)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: Any,
+        coords: CoordinatesLike = None,
+        *,
+        init: str = "zeros",
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """A layer from a copy of NNX's own convolution, with the weights of that.
+
+        Args:
+            conv: an ``nnx.Conv``, or for a transposed layer an ``nnx.ConvTranspose``.
+            coords: the coordinate channels: tokens, a :class:`~coordconv.Coordinates`, or None for
+                all axes.
+            init: ``"zeros"``: the layer computes what ``conv`` computes, and is ``map_only``;
+                ``"fan_in"``: the coordinates' part is drawn as in a new layer.
+            rngs: what ``"fan_in"`` draws with.
+
+        Raises:
+            TypeError: ``conv`` is of another class.
+            ValueError: ``coords`` beyond the rank; another ``init``; ``conv`` has a
+                ``conv_general_dilated`` of its own, or a Variable that computes its kernel.
+
+        Example:
+            >>> conv, x = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), jnp.ones((2, 16, 20, 3))
+            >>> bool((CoordConv.from_conv(conv, "xyr")(x) == conv(x)).all())
+            True
+        """
+        return converting.from_conv(cls, conv, coords, init, rngs)
 
     def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
         """For inference: a plain convolution and one constant map, or maps as inputs come.

@@ -180,7 +180,7 @@ def _grid_of_window(coords: Coordinates, x: jax.Array, rank: int, window: Window
         return stacked(channel_values(coords, positions, shape, xp.sqrt, frame), shape, xp, frame)
 
     grid = jnp.moveaxis(_in_frame(values, coords, window, dtype), 1, -1).astype(x.dtype)
-    return grid[0] if x.ndim == rank + 1 or len(grid) == 1 else grid
+    return grid[0] if x.ndim == rank + 1 or grid.shape[0] == 1 else grid
 
 
 def _in_frame(values: Callable[..., Any], coords: Coordinates, window: Window, dtype: Any) -> Any:

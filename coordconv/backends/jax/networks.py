@@ -65,7 +65,7 @@ def output(module: Any, x: jax.Array) -> jax.Array:
             case networks.ReLU():
                 x = jax.nn.relu(x)
             case networks.Flatten():
-                x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
+                x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)  # len takes no symbol
             case _:
                 x = getattr(module, layer.name)(x)
     return x

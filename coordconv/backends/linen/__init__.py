@@ -3,6 +3,7 @@
 from coordconv.backends.jax.files import from_state, read_state
 from coordconv.backends.jax.files import write_variables as write_state
 from coordconv.backends.jax.networks import COMPILED, evaluate, trainer
+from coordconv.backends.linen.changing import add_coords, remove_coords
 from coordconv.backends.linen.fusing import fuse
 from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose
 from coordconv.backends.linen.networks import build
@@ -13,12 +14,14 @@ __all__ = [
     "AddCoords",
     "CoordConv",
     "CoordConvTranspose",
+    "add_coords",
     "build",
     "evaluate",
     "from_state",
     "fuse",
     "read_state",
     "recorded",
+    "remove_coords",
     "trainer",
     "write_state",
 ]

@@ -85,6 +85,7 @@ def choose(layer: Any, x: Tensor) -> str:
         positions=math.prod(geometry.lengths(shape)) if known else None,
         low_precision=is_low_precision(layer.weight),
         fused=_is_quick(x),
+        block=1,  # its convolution is one product of matrices
     )
 
 

@@ -44,3 +44,4 @@ def _remembered(_: Window | None) -> Iterator[None]:
 
 
 windows.LISTENERS.append(_remembered)
+paddle.jit.ignore_module([windows])  # whose code to_static would write anew, and not understand

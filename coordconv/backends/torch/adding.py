@@ -242,7 +242,7 @@ def add_map_of_window(
             )
             maps = plan.convolve(kernel, basis, convolution)
             factors = plan.coefficients(frame, arange, torch).to(kernel.dtype)
-            if known and not low and output.dim() == kernel.dim() and len(factors) == len(output):
+            if not low and output.dim() == kernel.dim() and factors.shape[0] != 1:
                 return torch.addmm(output.flatten(1), factors, maps.flatten(1)).view(output.shape)
             bias = (factors @ maps.flatten(1)).unflatten(1, maps.shape[1:])
         return add(output, bias[0] if output.dim() < kernel.dim() else bias, low)
@@ -280,6 +280,8 @@ def _own_or(
 
 def _converted(value: Any, like: Tensor) -> Tensor:
     """A number or an array of a window, in the type and on the device of a tensor."""
+    if isinstance(value, (int, float)):
+        return torch.full((), value, device=like.device, dtype=like.real.dtype)
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     return replicated(tensor.to(like.device, like.real.dtype), like)  # type: ignore[no-any-return]
 

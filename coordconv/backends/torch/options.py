@@ -44,6 +44,9 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         )
 
 
+windows.TRACERS.append(torch.compiler.is_compiling)
+
+
 def traced(window: Any) -> Any:
     """A layer's window; of a layer that torch.fx traces by itself, none, which the graph checks."""
     if isinstance(window, torch.fx.Proxy):
@@ -67,11 +70,12 @@ def window(given: Window | None, input: Any, rank: int) -> Window | None:
     found = windows.current(given)
     if found is None:
         return None
+    if torch.compiler.is_compiling():  # other numbers of samples do not go together there, either
+        found.check(rank, None)
+        return found
     batch = 1 if input.dim() == rank + 1 else input.shape[0]
     found.check(rank, batch if type(batch) is int else None)
-    if not torch.compiler.is_compiling() and found.is_whole(rank):
-        return None
-    return found
+    return None if found.is_whole(rank) else found
 
 
 def plain_class(layer: Any) -> Any:
