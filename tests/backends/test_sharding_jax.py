@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -30,10 +31,10 @@ try:
 except ImportError:  # before 0.6.1
     from jax.experimental.shard_map import shard_map
 
-COUNT = 4
+COUNT, WIDTH = 4, 16
 SPLIT, BY_SAMPLE = PartitionSpec(None, "parts"), PartitionSpec("parts")
 _COLLECTIVES = re.compile(
-    r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    r"= (\S+|\(.*?\)) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
 
 
@@ -248,40 +249,69 @@ def samples_with_a_window_each() -> dict[str, float]:
     return largest
 
 
-def collectives(layer: Layer, spec: Any, gradients: bool, w: Any = None) -> Counter[str]:
-    """What the compiled layer, or its gradients, exchange between devices."""
-    x = placed(jnp.ones((4, ROWS, 16, 2)), spec)
+def collectives(
+    layer: Layer, channels: int, spec: Any, gradients: bool, w: Any = None
+) -> Counter[Any]:
+    """What the compiled layer, or its gradients, exchange between devices: kinds and sizes."""
+    x = placed(jnp.ones((4, ROWS, WIDTH, channels)), spec)
     given = {} if w is None else {"window": w}
 
     def loss(params: Any, x: Any) -> Any:
         return (layer(params, x, **given) ** 2).sum()
 
     function = jax.grad(loss, (0, 1)) if gradients else partial(layer, **given)
-    out = NamedSharding(mesh(), spec)
-    kept = jax.jit(function, out_shardings=None if gradients else out)
+    out = None if gradients else NamedSharding(mesh(), spec)
     params = jax.device_put(layer.params, NamedSharding(mesh(), PartitionSpec()))
-    return Counter(_COLLECTIVES.findall(kept.lower(params, x).compile().as_text()))
+    compiled = jax.jit(function, out_shardings=out).lower(params, x).compile().as_text()
+    return Counter((kind, elements(shapes)) for shapes, kind in _COLLECTIVES.findall(compiled))
+
+
+def elements(shapes: str) -> int:
+    """The elements of one array or of several, as XLA writes their shapes."""
+    found = re.findall(r"\[([\d,]*)\]", shapes)
+    return sum(math.prod(int(n) for n in each.split(",") if n) for each in found)
 
 
 @case
-def nothing_more_is_exchanged() -> dict[str, float]:
-    """Than by the plain convolution; see ``extra`` of each."""
-    geometry, crop = ConvGeometry((3, 3), padding=1), Window({"y": 0.25}, {"y": 0.5})
-    for split, spec in (("rows", SPLIT), ("samples", BY_SAMPLE)):
-        for gradients in (False, True):
-            plain = Layer("flax", Conv("plain", 2, 8, geometry), None)
-            least = collectives(plain, spec, gradients)
-            kinds = {"rows": {"collective-permute"}, "samples": set()}[split]
-            assert set(least) == kinds | ({"all-reduce"} if gradients else set()), least
-            for coords, way, w in product(("xy", "xyr"), ("append", "map"), (None, crop)):
-                conv = Conv("ours", 2, 8, geometry, Coordinates(coords))
-                position_bias.FORCED = way
-                try:
-                    found = collectives(Layer("flax", conv, None), spec, gradients, w)
-                finally:
-                    position_bias.FORCED = None
-                print(split, gradients, coords, way, w is not None, dict(found - least))
-    return {}
+def what_is_exchanged() -> dict[str, float]:
+    """As much as by the plain convolution over as many channels, and by a map's a little more.
+
+    A map of the radius or of a window is a convolution of a grid, of which a device then needs the
+    rows beside its own, too: they have no samples and no features. Of a window, the coordinates of
+    an axis may be gathered. The gradient of a map is summed over the devices as a map.
+    """
+    out, geometry = 8, ConvGeometry((3, 3), padding=1)
+    crop, most = Window({"y": 0.25}, {"y": 0.5}), Counter[str]()
+    for (split, spec), back in product({"rows": SPLIT, "samples": BY_SAMPLE}.items(), (0, 1)):
+        plain = {
+            n: collectives(
+                Layer("flax", Conv("plain", 2 + n, out, geometry), None), 2 + n, spec, back
+            )
+            for n in (0, 2, 3)
+        }
+        kinds = {"rows": {"collective-permute"}, "samples": set()}[split]
+        assert {kind for kind, _ in plain[0]} == kinds | ({"all-reduce"} if back else set())
+        for coords, way, w in product(("xy", "xyr"), ("append", "map"), (None, crop)):
+            n, what = len(coords), (split, back, coords, way, w)
+            conv = Conv("ours", 2, out, geometry, Coordinates(coords))
+            position_bias.FORCED = way
+            found = collectives(Layer("flax", conv, None), 2, spec, back, w)
+            position_bias.FORCED = None
+            least = plain[n if way == "append" else 0]
+            counts, wanted = (Counter(k for k, _ in each.elements()) for each in (found, least))
+            assert counts["all-reduce"] == wanted["all-reduce"], what
+            spare = Counter[str]()
+            if split == "rows" and way == "map" and (w or "r" in coords):
+                spare["collective-permute"] = 3 * 2 * n * n * (WIDTH + 2)
+            if split == "rows" and w:
+                spare["all-gather"] = COUNT * math.ceil((ROWS + 2) / COUNT)
+            if back and way == "map":
+                kernel, bias = geometry.taps * (2 + n) * out, out
+                spare["all-reduce"] = kernel + bias + ROWS * WIDTH * out
+            for kind, size in found - least:
+                assert size <= spare[kind], (what, found, least)
+                most[f"{kind} of {way}"] = max(most[f"{kind} of {way}"], size)
+    return most
 
 
 if __name__ == "__main__":
