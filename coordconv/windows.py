@@ -264,8 +264,10 @@ LISTENERS: list[Callable[[Window | None], AbstractContextManager[Any]]] = []
 
 
 class _Local(threading.local):
+    window: Window | None = None  # where the compiler of torch 2.4 looks
+
     def __init__(self) -> None:  # in each thread
-        self.window: Window | None = None
+        self.window = None
 
 
 _local = _Local()

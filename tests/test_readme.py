@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import coordconv
+from coordconv import Coordinates
 from coordconv.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,11 @@ def blocks(page: str, kind: str = "python") -> list[str]:
 
 
 BLOCKS = blocks("README.md")
-PAGES = blocks("docs/deployment.md") + blocks("docs/networks.md")
+PAGES = [
+    *blocks("docs/coordinates.md"),
+    *blocks("docs/deployment.md"),
+    *blocks("docs/networks.md"),
+]
 
 
 def needed(block: str) -> set[str]:
@@ -37,7 +43,9 @@ def test_every_framework_has_an_example():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("block", BLOCKS + PAGES, ids=lambda block: block.split("\n")[1])
+@pytest.mark.parametrize(
+    "block", BLOCKS + PAGES, ids=lambda block: block.split("\n", 2)[1] or block[:40]
+)
 def test_example(block, tmp_path, monkeypatch):
     for name in needed(block):
         if BACKENDS[name].missing:
@@ -77,3 +85,33 @@ def test_the_page_on_parity(tmp_path):
     # Not closer: other versions of the frameworks draw and round a little differently.
     shares = [[float(line.split()[-2]) for line in lines[2:]] for lines in (found, said)]
     assert shares[0] == pytest.approx(shares[1], rel=0.1)
+
+
+@pytest.mark.parametrize("align", ["corners", "edges", "start"])
+@pytest.mark.parametrize("outside", ["zero", "extend"])
+@pytest.mark.parametrize(("stride", "halo"), [(1, 3), (2, 4), (4, 8)])
+def test_tiles_are_the_whole(align, outside, stride, halo):
+    """The helper of docs/coordinates.md, of any alignment, where tiles do not divide the image."""
+    if BACKENDS["torch"].missing:
+        pytest.skip("torch is not installed")
+    import torch
+
+    from coordconv.backends.torch import CoordConv2d
+
+    (block,) = (each for each in blocks("docs/coordinates.md") if "def tiled(" in each)
+    imports, helper, _ = block.split("\n\n\n")
+    names = {}
+    exec(compile(f"{imports}\n{helper}", "the page", "exec"), names)
+    coords = Coordinates("xyr", align=align, outside=outside)
+    model = torch.nn.Sequential(
+        CoordConv2d(3, 8, 5, stride=stride, padding=2, coords=coords),
+        torch.nn.Tanh(),
+        CoordConv2d(8, 2, 3, padding=1, coords=coords),
+    ).to(torch.float64)
+    image = torch.randn(2, 3, 88, 64, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model(image)
+        torch.testing.assert_close(names["tiled"](model, image, 32, halo, stride), whole)
+        names["window"] = lambda window: nullcontext()
+        without = names["tiled"](model, image, 32, halo, stride)
+        assert (without - whole).abs().max() > 0.01

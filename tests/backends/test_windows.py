@@ -228,6 +228,8 @@ class TestTorch:
         assert torch.autograd.gradcheck(run, inputs)
 
     def test_a_graph_of_fx_takes_no_window(self, torch):
+        if not hasattr(torch.compiler, "is_exporting"):
+            pytest.skip("torch.fx of this torch traces no range of unknown length")
         traced = torch.fx.symbolic_trace(backends.load("torch").CoordConv2d(2, 4, 3))
         traced.graph.eliminate_dead_code()
         traced.recompile()

@@ -242,9 +242,16 @@ def add_map_of_window(
             )
             maps = plan.convolve(kernel, basis, convolution)
             factors = plan.coefficients(frame, arange, torch).to(kernel.dtype)
-            if not low and output.dim() == kernel.dim() and factors.shape[0] != 1:
+            if torch.compiler.is_compiling():
+                # A compiler fuses the sum with what P is added to; for a product of matrices it
+                # would copy the output into the order of that.
+                ones = (1,) * (kernel.dim() - 1)
+                parts = zip(factors.unbind(1), maps, strict=True)
+                bias = sum(factor.reshape(-1, *ones) * each for factor, each in parts)
+            elif not low and output.dim() == kernel.dim() and factors.shape[0] != 1:
                 return torch.addmm(output.flatten(1), factors, maps.flatten(1)).view(output.shape)
-            bias = (factors @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+            else:
+                bias = (factors @ maps.flatten(1)).unflatten(1, maps.shape[1:])
         return add(output, bias[0] if output.dim() < kernel.dim() else bias, low)
 
 
