@@ -9,6 +9,7 @@ a function for each. All that they do alike is here, once.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -44,7 +45,8 @@ def zeros(shape: tuple[int, ...], like: Any) -> Any:
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is PyTorch's DTensor, of which every rank has a part."""
-    return hasattr(type(tensor), "full_tensor")
+    module = sys.modules.get("torch.distributed.tensor")  # PyTorch loads it where it is used
+    return hasattr(module, "DTensor") and isinstance(tensor, module.DTensor)
 
 
 def replicated(tensor: Any, like: Any) -> Any:
