@@ -324,10 +324,10 @@ def _checked_channels(channels: object) -> Any:
             f'write coords=Coordinates.named("{channels}")'
         )
     names = [*map(name_of, channels)]
-    for channel, name in zip(channels, names, strict=True):
+    for place, (channel, name) in enumerate(zip(channels, names, strict=True)):
         if isinstance(channel, str) and channel not in TOKENS:
             raise ValueError(f"coords {channels!r}: unknown token {channel!r}, want x, y, z or r")
-        if names.count(name) > 1:
+        if name in names[:place]:  # the compiler of torch 2.4 knows no count
             what = "token" if isinstance(channel, str) else "name"
             raise ValueError(f"coords {channels!r}: repeated {what} {name!r}")
     if not channels:

@@ -45,7 +45,7 @@ def zeros(shape: tuple[int, ...], like: Any) -> Any:
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is PyTorch's DTensor, of which every rank has a part."""
-    module = sys.modules.get("torch.distributed.tensor")  # PyTorch loads it where it is used
+    module: Any = sys.modules.get("torch.distributed.tensor")  # PyTorch loads it where it is used
     return hasattr(module, "DTensor") and isinstance(tensor, module.DTensor)
 
 

@@ -315,7 +315,7 @@ def what_is_exchanged() -> dict[str, float]:
                 spare["collective-permute"] = rows * 2 * n * n * (WIDTH + 2)
             if split == "rows" and w:
                 spare["all-gather"] = 8 * COUNT * math.ceil((ROWS + 2) / COUNT)
-            if back and way == "map" and w and not hasattr(jax, "shard_map"):
+            if back and way == "map" and not hasattr(jax, "shard_map"):
                 spare["all-gather"] += 4 * ROWS * WIDTH * out  # JAX 0.6 gathers the gradient, too
             if back and way == "map":
                 kernel, bias = geometry.taps * (2 + n) * out, out

@@ -31,11 +31,12 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
             instead = ": eager mode leaves this layer in float, PT2E and prepare_fx quantize it"
         raise TypeError(f"input must be floating-point, got {input.dtype}{instead}")
     if channels is not None and is_distributed(input):
-        axes = [each.dim for each in input.placements if each.is_shard()]
+        placements: Any = input.placements  # type: ignore[attr-defined]  # of a DTensor
+        axes = [each.dim for each in placements if each.is_shard()]
         if any(axis >= input.dim() - rank for axis in axes):  # torch convolves each part by itself
             raise ValueError(
-                f"input must not be a DTensor that is split along a spatial axis, got "
-                f"{input.placements}: exchange the rows at the edges yourself, and pass window="
+                "input must not be a DTensor that is split along a spatial axis, got "
+                f"{placements}: exchange the rows at the edges yourself, and pass window="
             )
     if all(type(n) is int for n in input.shape):
         axis = -1 - rank
