@@ -1,6 +1,6 @@
 """Tests of split inputs, which run in processes of their own: on two ranks, or on four devices.
 
-A test file collects its cases by ``@case`` and calls ``main`` where it is run as a script. There a
+A test file collects its :class:`Cases` and calls ``main`` where it is run as a script. There a
 case returns its largest differences by name; what it raises, or skips by ``Lacking``, is told to
 the process that runs pytest.
 """
@@ -31,23 +31,25 @@ from coordconv.networks import Conv, Network, ReLU
 from coordconv.parity.bounds import Expected, expected
 
 ROWS, CHANNELS, OUT = 16, 2, 3
-CASES: dict[str, Callable[..., Any]] = {}
 
 
 class Lacking(Exception):  # noqa: N818  # no error, but the reason of a skip
     """What an older framework lacks."""
 
 
-def case(function: Callable[..., Any]) -> Callable[..., Any]:
-    CASES[function.__name__] = function
-    return function
+class Cases(dict[str, Callable[..., Any]]):
+    """The cases of a file by their names, and the decorator that collects them."""
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        self[function.__name__] = function
+        return function
 
 
-def main(*args: Any) -> None:
+def main(cases: Cases, *args: Any) -> None:
     """Run the cases in their order up to the first that fails, and write what came of each."""
     found = Path(os.environ["SHARDING_FOUND"])
     results = {}
-    for name, function in CASES.items():
+    for name, function in cases.items():
         start = time.perf_counter()
         try:
             results[name] = {"largest": function(*args) or {}}

@@ -20,7 +20,7 @@ import sharding
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from sharding import KINDS, ROWS, Lacking, case, hold
+from sharding import KINDS, ROWS, Cases, Lacking, hold
 
 from coordconv import Coordinates, Window, position_bias
 from coordconv.geometry import ConvGeometry
@@ -31,6 +31,7 @@ try:
 except ImportError:  # before 0.6.1
     from jax.experimental.shard_map import shard_map
 
+case = Cases()
 COUNT, WIDTH = 4, 16
 SPLIT, BY_SAMPLE = PartitionSpec(None, "parts"), PartitionSpec("parts")
 _COLLECTIVES = re.compile(
@@ -48,7 +49,7 @@ def results():
     )
 
 
-@pytest.mark.parametrize("name", sharding.CASES)
+@pytest.mark.parametrize("name", case)
 def test_on_four_devices(results, name):
     sharding.check(results, name)
 
@@ -328,4 +329,4 @@ def what_is_exchanged() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sharding.main()
+    sharding.main(case)

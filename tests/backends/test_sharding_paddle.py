@@ -22,12 +22,13 @@ if __name__ == "__main__":  # Paddle reads these as it is imported
 paddle = pytest.importorskip("paddle")
 import sharding
 from paddle import distributed as dist
-from sharding import KINDS, case, hold
+from sharding import KINDS, Cases, hold
 
 from coordconv import Window, window
 from coordconv.backends import load
 from coordconv.parity.bounds import expected
 
+case = Cases()
 RANKS = 2
 
 
@@ -36,7 +37,7 @@ def results():
     return sharding.run(__file__, RANKS)
 
 
-@pytest.mark.parametrize("name", sharding.CASES)
+@pytest.mark.parametrize("name", case)
 def test_on_two_ranks(results, name):
     sharding.check(results, name)
 
@@ -73,4 +74,4 @@ def data_parallel(rank: int) -> dict[str, float]:
 if __name__ == "__main__":
     dist.init_parallel_env()
     assert dist.get_world_size() == RANKS
-    sharding.main(dist.get_rank())
+    sharding.main(case, dist.get_rank())

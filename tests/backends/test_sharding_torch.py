@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import sharding
-from sharding import KINDS, Lacking, case, hold
+from sharding import KINDS, Cases, Lacking, hold
 from torch import distributed as dist
 from torch import nn
 
@@ -26,6 +26,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
+case = Cases()
 RANKS = 2
 
 
@@ -34,7 +35,7 @@ def results():
     return sharding.run(__file__, RANKS)
 
 
-@pytest.mark.parametrize("name", sharding.CASES)
+@pytest.mark.parametrize("name", case)
 def test_on_two_ranks(results, name):
     sharding.check(results, name)
 
@@ -315,5 +316,5 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])
     torch.manual_seed(0)  # what both ranks draw is the same
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    sharding.main(rank)
+    sharding.main(case, rank)
     dist.destroy_process_group()
