@@ -327,7 +327,7 @@ def _checked_channels(channels: object) -> Any:
     for place, (channel, name) in enumerate(zip(channels, names, strict=True)):
         if isinstance(channel, str) and channel not in TOKENS:
             raise ValueError(f"coords {channels!r}: unknown token {channel!r}, want x, y, z or r")
-        if name in names[:place]:  # the compiler of torch 2.4 knows no count
+        if name in names[place + 1 :]:  # the compiler of torch 2.4 does not count
             what = "token" if isinstance(channel, str) else "name"
             raise ValueError(f"coords {channels!r}: repeated {what} {name!r}")
     if not channels:

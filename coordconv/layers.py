@@ -30,7 +30,37 @@ class FixedCoords:
         super().__setattr__(name, value)
 
 
-class CoordLayer(FixedCoords):
+class CanonicalLayer(FixedCoords):
+    """A layer whose parameters are canonical weights for its coordinates."""
+
+    coords: Coordinates
+
+    # Each adapter has these beside its layout: its parameters as canonical arrays, and what takes
+    # such that have been checked.
+    _canonical: Callable[[], dict[str, Array]]
+    _assign: Callable[[Mapping[str, Array]], None]
+
+    @property
+    def layout(self) -> KernelLayout:
+        """Where features and coordinates lie in the kernel."""
+        raise NotImplementedError
+
+    def export_weights(self) -> Weights:
+        """The canonical weights: ``weight`` and, if the layer has one, ``bias``."""
+        return Weights(self._canonical(), {"": self.coords})
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights.
+
+        Raises:
+            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+                coordinates; all are listed and nothing is changed.
+        """
+        shapes = {name: array.shape for name, array in self._canonical().items()}
+        self._assign(checked(mapping, shapes, {"": self.layout}))
+
+
+class CoordLayer(CanonicalLayer):
     """What makes a framework's convolution, whose own arguments it takes, a CoordConv.
 
     Args:
@@ -63,14 +93,8 @@ class CoordLayer(FixedCoords):
     """
 
     rank: int
-    coords: Coordinates
     coord_init: str
     map_only: bool = False
-
-    # Each adapter has these beside its layout: its parameters as canonical arrays, and what takes
-    # such that have been checked.
-    _canonical: Callable[[], dict[str, Array]]
-    _assign: Callable[[Mapping[str, Array]], None]
 
     # What the base class calls its input channels, as an argument and as an attribute, and groups.
     CHANNELS: ClassVar[str] = "in_channels"
@@ -106,10 +130,7 @@ class CoordLayer(FixedCoords):
             super().__init__(*args, **kwargs)
             return
         # What the coordinates' channels would make a number that the base class takes.
-        if not hasattr(channels, "__index__"):
-            raise TypeError(f"{self.CHANNELS} must be an int, got {channels!r}")
-        if channels < 1:
-            raise ValueError(f"{self.CHANNELS} must be at least 1, got {channels}")
+        check_channels(self.CHANNELS, channels)
         self._prepare(given.arguments)
         groups = given.arguments.get(self.GROUPS, 1)
         given.arguments[self.CHANNELS] = channels + groups * len(self.coords)
@@ -123,24 +144,45 @@ class CoordLayer(FixedCoords):
     def _prepare(self, arguments: dict[str, Any]) -> None:
         """Change, in place, what the base class is constructed with, where that is needed."""
 
+
+class PositionLayer(CanonicalLayer):
+    """What makes a module a layer of position alone: ``x + P(S)``, for its input of shape ``S``.
+
+    P is a learned linear map of the coordinates at each position: what a pointwise convolution
+    makes of the coordinate grid, one for the whole batch. It is a CoordConv without features, with
+    the same ``coords``, windows and canonical weights: ``weight (C, n, 1, ...)``, one 1 for each
+    axis, and ``bias (C,)``.
+
+    ``coord_init`` is ``"fan_in"``, to draw the parameters as the framework draws those of a
+    pointwise convolution over ``n`` channels: the same seed gives the same parameters; or
+    ``"zeros"``, to start all of them at zero, so that the layer starts as the identity. P is
+    computed in float32 at least, also of parameters of 16 bits, and the sum is rounded once. The
+    coordinates stay those of the construction.
+
+    Raises:
+        TypeError: ``coords`` that are no tokens; channels that are no int; an input that is not
+            floating-point.
+        ValueError: unknown tokens, or tokens beyond the rank of the layer; another ``coord_init``;
+            fewer channels than one; an input of the wrong rank or number of channels, or with an
+            empty axis; a window that does not fit the input.
+
+    Source:
+        Locatello et al., "Object-Centric Learning with Slot Attention", NeurIPS 2020, the soft
+        position embedding.
+    """
+
     @property
     def layout(self) -> KernelLayout:
-        """Where features and coordinates lie in the kernel."""
-        raise NotImplementedError
+        """The layout of a kernel over no features and all coordinates."""
+        return KernelLayout(self.coords, 0)
 
-    def export_weights(self) -> Weights:
-        """The canonical weights: ``weight`` and, if the layer has one, ``bias``."""
-        return Weights(self._canonical(), {"": self.coords})
 
-    def import_weights(self, mapping: Mapping[str, Array]) -> None:
-        """Take canonical weights.
-
-        Raises:
-            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
-                coordinates; all are listed and nothing is changed.
-        """
-        shapes = {name: array.shape for name, array in self._canonical().items()}
-        self._assign(checked(mapping, shapes, {"": self.layout}))
+def check_channels(name: str, channels: Any) -> None:
+    """Raise TypeError or ValueError if a number of channels is none."""
+    if not hasattr(channels, "__index__"):
+        raise TypeError(f"{name} must be an int, got {channels!r}")
+    if channels < 1:
+        raise ValueError(f"{name} must be at least 1, got {channels}")
 
 
 def check_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -148,7 +148,10 @@ class MapPlan:
             return (self, None) if axes else (None, self)
         first, second = (
             MapPlan(self.geometry, self.coords.only(tokens), self.shape, self.lengths)
-            for tokens in (axes, [c for c in self.coords.channels if c not in [*axes]])
+            for tokens in (
+                axes,
+                [c for c in self.coords.channels if not isinstance(c, str) or c not in axes],
+            )
         )
         return first, second
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from coordconv.coordinates import CoordinatesLike, check_coord_init
 from coordconv.grid import Array
-from coordconv.layers import CoordLayer
+from coordconv.layers import CanonicalLayer, CoordLayer
 from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
 from coordconv.recording import Names, OutputGradient, Recorded, See, record
 from coordconv.weights.canonical import Weights, checked, layouts
@@ -56,14 +56,24 @@ def replicated(tensor: Any, like: Any) -> Any:
     return tensor
 
 
-class TapeLayer(CoordLayer):
+class TapeWeights(CanonicalLayer):
+    """A layer whose ``weight`` and ``bias``, which may be None, are in canonical layout."""
+
+    weight: Any
+    bias: Any
+    state_dict: Any
+
+    def _canonical(self) -> dict[str, Array]:
+        self.state_dict()  # whose hooks have FSDP2 let go of what it gathered for a call
+        found = {"weight": self.weight, "bias": self.bias}
+        return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
+
+
+class TapeLayer(TapeWeights, CoordLayer):
     """What the layers share beside their arithmetic."""
 
     FRAMEWORK: ClassVar[Any]  # the package itself
-    weight: Any
-    bias: Any
     named_children: Any
-    state_dict: Any
     _from_conv: ClassVar[Callable[[Any, CoordinatesLike, str], Any]]
 
     @classmethod
@@ -85,11 +95,6 @@ class TapeLayer(CoordLayer):
         """
         check_coord_init(init, "init")
         return cls._from_conv(conv, coords, init)
-
-    def _canonical(self) -> dict[str, Array]:
-        self.state_dict()  # whose hooks have FSDP2 let go of what it gathered for a call
-        found = {"weight": self.weight, "bias": self.bias}
-        return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""

@@ -31,6 +31,7 @@ MUST_HAVE = {
     *(f"coordconv.backends.{name}.recording" for name in ("flax", "linen")),
     *(f"coordconv.backends.{name}.networks" for name in ("torch", "paddle")),  # as they share it
     *(f"coordconv.backends.{name}.changing" for name in ("torch", "paddle")),
+    *(f"coordconv.backends.{name}.position" for name in ("torch", "paddle")),
     "coordconv.fusing",
     "coordconv.backends.torch.fusing",
 }

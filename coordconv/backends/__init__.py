@@ -56,9 +56,9 @@ _FLAX = ("flax", "jax")
 _FLAX_NEEDS = ("flax>=0.10.7", "jax>=0.6", "optax>=0.2.4", "orbax-checkpoint>=0.11.5")
 # paddlepaddle-gpu brings the same package under another distribution's name
 _PADDLE = ("paddlepaddle", "paddlepaddle-gpu")
-_TORCH_LAYERS = "(Lazy)?CoordConv(Transpose)?[123]d"
-_PADDLE_LAYERS = "CoordConv[123]D(Transpose)?"
-_FLAX_LAYERS = "CoordConv(Transpose)?"
+_TORCH_LAYERS = "(Lazy)?CoordConv(Transpose)?[123]d|PositionBias[123]d"
+_PADDLE_LAYERS = "CoordConv[123]D(Transpose)?|PositionBias[123]D"
+_FLAX_LAYERS = "CoordConv(Transpose)?|PositionBias"
 BACKENDS = {
     backend.name: backend
     for backend in (

@@ -18,8 +18,8 @@ from coordconv.weights.canonical import Weights
 class Backend(Protocol):
     """A package of this folder, as :func:`coordconv.backends.load` returns it.
 
-    What it has for a network is below. For layers it has those of its framework, with
-    ``export_weights`` and ``import_weights``, and ``AddCoords``.
+    What it has for a network is below. For layers it has those of its framework and a
+    ``PositionBias``, with ``export_weights`` and ``import_weights``, and ``AddCoords``.
     """
 
     COMPILED: bool

@@ -90,7 +90,12 @@ def checked(
         elif array.shape != shapes[name]:
             problem = f"wrong shape: {shown} is {array.shape}, want {shapes[name]}"
             layout = layouts[kernels[name]] if name in kernels else None
-            if layout and array.ndim > 1 and array.shape[layout.axis] != layout.width:
+            if (
+                layout
+                and layout.channels
+                and array.ndim > 1
+                and array.shape[layout.axis] != layout.width
+            ):
                 problem += (
                     f": {array.shape[layout.axis]} input channels, where features and coordinates "
                     f"have {layout.width}, and features alone {layout.plain_width}"

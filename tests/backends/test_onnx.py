@@ -19,6 +19,7 @@ from coordconv.backends.torch import (
     CoordConv2d,
     CoordConv3d,
     CoordConvTranspose2d,
+    PositionBias2d,
     fuse,
 )
 
@@ -43,6 +44,7 @@ MODELS = {
     "groups": (2, lambda: CoordConv2d(3, 3, 3, padding=1, groups=3)),
     "transposed": (2, lambda: CoordConvTranspose2d(3, 4, 3, stride=2, padding=1)),
     "AddCoords": (2, lambda: AddCoords("xy")),
+    "PositionBias": (2, lambda: PositionBias2d(3)),
     "network": (
         2,
         lambda: nn.Sequential(

@@ -11,10 +11,10 @@ from coordconv.backends.protocols import Backend
 METHODS = {name: f for name, f in vars(Backend).items() if inspect.isfunction(f)}
 METHODS = {name: f for name, f in METHODS.items() if not name.startswith("_")}
 LAYERS = {
-    "torch": ["CoordConv1d", "CoordConvTranspose3d", "LazyCoordConv2d"],
-    "paddle": ["CoordConv1D", "CoordConv3DTranspose"],
-    "flax": ["CoordConv", "CoordConvTranspose"],
-    "linen": ["CoordConv", "CoordConvTranspose"],
+    "torch": ["CoordConv1d", "CoordConvTranspose3d", "LazyCoordConv2d", "PositionBias2d"],
+    "paddle": ["CoordConv1D", "CoordConv3DTranspose", "PositionBias2D"],
+    "flax": ["CoordConv", "CoordConvTranspose", "PositionBias"],
+    "linen": ["CoordConv", "CoordConvTranspose", "PositionBias"],
 }
 
 

@@ -387,3 +387,14 @@ class TestJax:
         fused = self.modules("xy").fuse()
         with coordconv.window(Window(0, 0.5)), pytest.raises(ValueError, match="fused layer"):
             fused(jax.numpy.zeros((1, 5, 5, 2)))
+
+
+@pytest.mark.parametrize("coords", ["yx", "r"])
+def test_an_input_of_nnx_without_a_batch(coords):
+    nnx = pytest.importorskip("flax.nnx")
+    layer = backends.load("flax").CoordConv(2, 3, (3, 3), coords=coords, rngs=nnx.Rngs(0))
+    layer.map_only = True
+    x, window = np.moveaxis(integers(1, 2, 8, 8), 1, -1), Window({"x": 0.5}, {"x": 1.0})
+    np.testing.assert_allclose(
+        layer(x[0], window=window), layer(x, window=window)[0], rtol=1e-5, atol=1e-5
+    )

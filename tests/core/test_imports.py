@@ -326,6 +326,8 @@ def test_the_public_face() -> None:
         ("LazyCoordConvTranspose3d", ["torch"]),
         ("CoordConv1DTranspose", ["paddle"]),
         ("CoordConv", ["flax", "linen"]),
+        ("PositionBias2d", ["torch"]),
+        ("PositionBias", ["flax", "linen"]),
         ("CoordConvTranspose", ["flax", "linen"]),
         ("AddCoords", ["torch", "paddle", "flax", "linen"]),
     ],
@@ -346,7 +348,7 @@ print([name for name in {FRAMEWORKS} if name in sys.modules])
 
 @pytest.mark.parametrize("name", available_backends())
 def test_every_layer_is_told_where_it_lives(name: str) -> None:
-    layers = {name for name in backends.load(name).__all__ if "Coord" in name}
+    layers = {name for name in backends.load(name).__all__ if "Coord" in name or "Position" in name}
     assert layers
     for layer in layers:
         with pytest.raises(ImportError, match=f"from coordconv.backends.{name} import {layer}"):

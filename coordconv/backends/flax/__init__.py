@@ -2,7 +2,7 @@
 
 from coordconv.backends.flax.changing import add_coords, remove_coords, with_coords
 from coordconv.backends.flax.fusing import fuse
-from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose
+from coordconv.backends.flax.layers import AddCoords, CoordConv, CoordConvTranspose, PositionBias
 from coordconv.backends.flax.networks import build
 from coordconv.backends.flax.recording import recorded
 from coordconv.backends.jax.files import from_state, read_state, write_state
@@ -13,6 +13,7 @@ __all__ = [
     "AddCoords",
     "CoordConv",
     "CoordConvTranspose",
+    "PositionBias",
     "add_coords",
     "build",
     "evaluate",

@@ -14,14 +14,31 @@ from coordconv.backends.flax.fusing import FusedCoordConv
 from coordconv.backends.jax import adding, options
 from coordconv.backends.jax.arrays import layer_arrays, layer_params
 from coordconv.backends.jax.layers import KernelInit, coord_conv, masked
-from coordconv.coordinates import Coordinates, CoordinatesLike
+from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.grid import Array
-from coordconv.layers import CoordLayer
+from coordconv.layers import CanonicalLayer, CoordLayer, PositionLayer, check_channels
 from coordconv.weights.kernels import KernelLayout
 from coordconv.windows import Window
 
+_LECUN, _ZEROS = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 
-class _CoordLayer(CoordLayer):
+
+class _NnxWeights(CanonicalLayer):
+    """A layer whose parameters are ``kernel`` and ``bias``, which may be None."""
+
+    def _canonical(self) -> dict[str, Array]:
+        params = {"kernel": self.kernel, "bias": self.bias}
+        arrays = {name: param[...] for name, param in params.items() if param is not None}
+        return layer_arrays(arrays, reverse=options.is_reversed(self))
+
+    def _assign(self, arrays: Mapping[str, Array]) -> None:
+        for name, values in layer_params(arrays, reverse=options.is_reversed(self)).items():
+            param = getattr(self, name)
+            # In place, which keeps metadata and sharding; a copy, as asarray may share memory.
+            param[...] = jnp.array(values, param.dtype)
+
+
+class _CoordLayer(_NnxWeights, CoordLayer):
     """What both layers share; :class:`coordconv.layers.CoordLayer` has the arguments."""
 
     CHANNELS = CHANNELS_ATTRIBUTE = "in_features"
@@ -107,17 +124,6 @@ class _CoordLayer(CoordLayer):
         """
         return FusedCoordConv(self, size)
 
-    def _canonical(self) -> dict[str, Array]:
-        params = {"kernel": self.kernel, "bias": self.bias}
-        arrays = {name: param[...] for name, param in params.items() if param is not None}
-        return layer_arrays(arrays, reverse=options.is_reversed(self))
-
-    def _assign(self, arrays: Mapping[str, Array]) -> None:
-        for name, values in layer_params(arrays, reverse=options.is_reversed(self)).items():
-            param = getattr(self, name)
-            # In place, which keeps metadata and sharding; a copy, as asarray may share memory.
-            param[...] = jnp.array(values, param.dtype)
-
 
 class CoordConv(_CoordLayer, nnx.Conv):
     """``flax.nnx.Conv`` that sees its coordinates, on one to three axes.
@@ -169,3 +175,58 @@ class AddCoords(nnx.Module):
     def __call__(self, inputs: jax.Array, *, window: Window | None = None) -> jax.Array:
         """The inputs with the coordinates, maybe of a window, behind their channels."""
         return adding.add_coords(inputs, self.coords, self.rank, window)
+
+
+class PositionBias(_NnxWeights, PositionLayer, nnx.Module):
+    """``x + P(S)`` for inputs ``(..., *S, C)``; :class:`PositionLayer` has what P is.
+
+    Args:
+        features: the channels of input and output.
+        coords: the coordinate channels: tokens such as ``"xyr"``, a
+            :class:`~coordconv.Coordinates`, or None for all axes.
+        rank: the number of axes, 1 to 3: those before are the batch's.
+        use_bias: whether P has a constant for each channel, too.
+        coord_init: ``"fan_in"``, by which the two initializers draw, or ``"zeros"``.
+        dtype, param_dtype, kernel_init, bias_init, rngs: as ``flax.nnx.Conv`` takes them; it makes
+            the parameters, of a pointwise kernel ``(1, ..., n, C)``.
+
+    Example:
+        >>> layer = PositionBias(8, "xyr", rngs=nnx.Rngs(0))
+        >>> layer(jnp.zeros((2, 16, 20, 8))).shape
+        (2, 16, 20, 8)
+        >>> layer.kernel.shape
+        (1, 1, 3, 8)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        coords: CoordinatesLike = None,
+        *,
+        rank: int = 2,
+        use_bias: bool = True,
+        coord_init: str = "fan_in",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = _LECUN,
+        bias_init: Any = _ZEROS,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_channels("features", features)
+        check_coord_init(coord_init)
+        self.coords = Coordinates.resolve(coords, rank)
+        self.features, self.rank, self.coord_init = features, rank, coord_init
+        self.dtype = dtype
+        if coord_init == "zeros":
+            kernel_init = bias_init = _ZEROS
+        given = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        inits = {"kernel_init": kernel_init, "bias_init": bias_init}
+        plain = nnx.Conv(len(self.coords), features, (1,) * rank, **given, **inits)
+        self.kernel, self.bias, self.promote_dtype = plain.kernel, plain.bias, plain.promote_dtype
+
+    def __call__(self, inputs: jax.Array, *, window: Window | None = None) -> jax.Array:
+        """The inputs and P at each of their positions, maybe of a window."""
+        adding.check_pointwise(self.coords, self.rank, inputs, self.features)
+        bias = None if self.bias is None else self.bias[...]
+        arrays = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        return adding.add_pointwise(self.coords, self.rank, arrays, window)

@@ -55,11 +55,36 @@ def add_coords(
     inputs: jax.Array, coords: Coordinates, rank: int, given: Window | None = None
 ) -> jax.Array:
     """``inputs (..., *S, C)`` with the coordinates behind them, checked."""
-    if not jnp.issubdtype(inputs.dtype, jnp.inexact):
-        raise TypeError(f"input must be floating-point, got {inputs.dtype}")
-    check_input(inputs.shape, rank=rank, channels=None, coords=0, channel_axis=-1, batched=-1)
+    check_pointwise(coords, rank, inputs, None)
     inputs = jnp.asarray(inputs)
     return append(coords, inputs, rank, window=windows.window_of(given, inputs, rank))
+
+
+def add_pointwise(
+    coords: Coordinates, rank: int, arrays: Sequence[Any], given: Window | None = None
+) -> jax.Array:
+    """Inputs ``(..., *S, C)`` and what a pointwise convolution makes of their coordinates.
+
+    The arrays are those of :func:`coord_conv`, the kernel being over the coordinates alone.
+    """
+    inputs, kernel, bias = arrays
+    geometry, shape = ConvGeometry((1,) * rank), inputs.shape[-1 - rank : -1]
+    window = windows.window_of(given, inputs, rank)
+    if window is None:
+        added = position_bias(geometry, coords, shape, kernel)
+    else:
+        added = _bias_of_window(geometry, coords, shape, kernel, window)
+    if bias is not None:
+        added += bias.reshape((*(1,) * (added.ndim - 1), -1)).astype(added.dtype)
+    return add(inputs, added)
+
+
+def check_pointwise(coords: Coordinates, rank: int, inputs: Any, channels: int | None) -> None:
+    """Say what is wrong with the ``inputs (..., *S, C)`` of :func:`add_pointwise`."""
+    if not jnp.issubdtype(inputs.dtype, jnp.inexact):
+        raise TypeError(f"input must be floating-point, got {inputs.dtype}")
+    given = {"rank": rank, "coords": len(coords)}
+    check_input(inputs.shape, **given, channels=channels, channel_axis=-1, batched=-1)
 
 
 def coord_conv(
@@ -206,11 +231,15 @@ def _bias_of_window(
     kernel: jax.Array,
     window: Window,
 ) -> jax.Array:
-    """As :func:`position_bias`, of inputs that show parts of their frames, ``(N, *S, out)``."""
+    """As :func:`position_bias`, of inputs that show parts of their frames.
+
+    It is ``(N, *S, out)``, or ``(*S, out)`` where all samples have one window.
+    """
     kernel = kernel.astype(_wide(kernel.dtype))
     plan = MapPlan(geometry, coords, tuple(shape), geometry.lengths(shape))
     if not plan.is_affine:
-        return _convolved(plan, kernel, _in_frame(plan.padded_grid, coords, window, kernel.dtype))
+        grids = _in_frame(plan.padded_grid, coords, window, kernel.dtype)
+        return _of_samples(_convolved(plan, kernel, grids))
     if _is_known(plan.shape):
         basis = jax.device_put(core.known_basis(plan, _exact(kernel.dtype)))
     else:
@@ -221,9 +250,13 @@ def _bias_of_window(
     def factors(arange: Any, xp: Any, frame: Any) -> Any:
         return plan.coefficients(frame, arange, xp)
 
-    return jnp.tensordot(
-        _in_frame(factors, coords, window, kernel.dtype), maps, axes=1, precision=_HIGHEST
-    )
+    given = _in_frame(factors, coords, window, kernel.dtype)
+    return _of_samples(jnp.tensordot(given, maps, axes=1, precision=_HIGHEST))
+
+
+def _of_samples(maps: jax.Array) -> jax.Array:
+    """One map for each sample, or the one of all samples without an axis for them."""
+    return lax.squeeze(maps, (0,)) if maps.shape[0] == 1 else maps
 
 
 def position_bias(

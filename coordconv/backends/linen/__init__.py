@@ -5,7 +5,7 @@ from coordconv.backends.jax.files import write_variables as write_state
 from coordconv.backends.jax.networks import COMPILED, evaluate, trainer
 from coordconv.backends.linen.changing import add_coords, remove_coords
 from coordconv.backends.linen.fusing import fuse
-from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose
+from coordconv.backends.linen.layers import AddCoords, CoordConv, CoordConvTranspose, PositionBias
 from coordconv.backends.linen.networks import build
 from coordconv.backends.linen.recording import recorded
 
@@ -14,6 +14,7 @@ __all__ = [
     "AddCoords",
     "CoordConv",
     "CoordConvTranspose",
+    "PositionBias",
     "add_coords",
     "build",
     "evaluate",

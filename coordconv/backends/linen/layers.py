@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
+from flax.linen.dtypes import promote_dtype
 from jax import numpy as jnp
 
 from coordconv.backends.jax import adding, fusing, options
@@ -96,9 +97,7 @@ class _CoordLayer(FixedCoords, nn.Module):
             shapes["bias"] = (out,)
         layout = KernelLayout(self.coords, (width - n) * groups, groups, transposed)
         arrays = checked(mapping, shapes, {"": layout})
-        params = layer_params(arrays, reverse=options.is_reversed(self))
-        # Copies: asarray may share memory with the mapping.
-        return {"params": {name: jnp.array(a, self.param_dtype) for name, a in params.items()}}
+        return _variables(arrays, self.param_dtype, options.is_reversed(self))
 
 
 class CoordConv(_CoordLayer, nn.Conv):
@@ -157,3 +156,86 @@ class AddCoords(nn.Module):
         """The inputs with the coordinates, maybe of a window, behind their channels."""
         coordinates: Any = self.coords
         return adding.add_coords(inputs, coordinates, self.rank, window)
+
+
+class PositionBias(FixedCoords, nn.Module):
+    """``x + P(S)`` for inputs ``(..., *S, C)``, as :class:`coordconv.layers.PositionLayer` has it.
+
+    Args:
+        coords: the coordinate channels: tokens such as ``"xyr"``, a
+            :class:`~coordconv.Coordinates`, or None for all axes.
+        rank: the number of axes, 1 to 3: those before are the batch's.
+        use_bias: whether P has a constant for each channel, too.
+        coord_init: ``"fan_in"``, by which the two initializers draw, or ``"zeros"``.
+        dtype, param_dtype, kernel_init, bias_init: as ``flax.linen.Conv`` takes them, for a
+            pointwise kernel ``(1, ..., n, C)``.
+
+    Example:
+        >>> layer = PositionBias("xyr")
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.zeros((2, 16, 20, 8)))
+        >>> y.shape
+        (2, 16, 20, 8)
+        >>> variables["params"]["kernel"].shape
+        (1, 1, 3, 8)
+    """
+
+    coords: Any = None
+    rank: int = field(default=2, kw_only=True)
+    use_bias: bool = field(default=True, kw_only=True)
+    coord_init: str = field(default="fan_in", kw_only=True)
+    dtype: Any = field(default=None, kw_only=True)
+    param_dtype: Any = field(default=jnp.float32, kw_only=True)
+    kernel_init: Any = field(default=nn.initializers.lecun_normal(), kw_only=True)
+    bias_init: Any = field(default=nn.initializers.zeros_init(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "coords", Coordinates.resolve(self.coords, self.rank))
+        check_coord_init(self.coord_init)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, window: Window | None = None) -> jax.Array:
+        """The inputs and P at each of their positions, maybe of a window."""
+        made: Any = meta.unbox(self.get_variable("params", "kernel"))
+        channels = None if made is None else made.shape[-1]
+        adding.check_pointwise(self.coords, self.rank, inputs, channels)
+        zeros, features = self.coord_init == "zeros", inputs.shape[-1]
+        kernel_init, bias_init = (
+            nn.initializers.zeros if zeros else init for init in (self.kernel_init, self.bias_init)
+        )
+        shape = (*(1,) * self.rank, len(self.coords), features)
+        kernel, bias = self.param("kernel", kernel_init, shape, self.param_dtype), None
+        if self.use_bias:
+            bias = self.param("bias", bias_init, (features,), self.param_dtype)
+        arrays = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        return adding.add_pointwise(self.coords, self.rank, arrays, window)
+
+    @nn.nowrap
+    def export_weights(self, variables: Mapping[str, Any]) -> Weights:
+        """The canonical weights in ``variables``: ``weight`` and, where there is one, ``bias``."""
+        params = meta.unbox(variables["params"])
+        return Weights(layer_arrays(params, reverse=False), {"": self.coords})
+
+    @nn.nowrap
+    def import_weights(self, mapping: Mapping[str, Array]) -> dict[str, Any]:
+        """The variables ``{"params": ...}`` for canonical weights, in ``param_dtype``.
+
+        Raises:
+            ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
+                coordinates; all are listed. The number of channels is the weight's own.
+        """
+        weight: Any = mapping.get("weight") if isinstance(mapping, Mapping) else None
+        channels = np.shape(weight)[0] if np.ndim(weight) else 1
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight": (channels, len(self.coords), *(1,) * self.rank)
+        }
+        if self.use_bias:
+            shapes["bias"] = (channels,)
+        arrays = checked(mapping, shapes, {"": KernelLayout(self.coords, 0)})
+        return _variables(arrays, self.param_dtype)
+
+
+def _variables(arrays: Mapping[str, Array], dtype: Any, reverse: bool = False) -> dict[str, Any]:
+    """A layer's variables for canonical arrays; copies, since asarray may share memory."""
+    params = layer_params(arrays, reverse=reverse)
+    return {"params": {name: jnp.array(array, dtype) for name, array in params.items()}}

@@ -27,6 +27,7 @@ from coordconv.backends.paddle.networks import (
     trainer,
     write_state,
 )
+from coordconv.backends.paddle.position import PositionBias1D, PositionBias2D, PositionBias3D
 from coordconv.tape import adapt_state_dict
 
 __all__ = [
@@ -38,6 +39,9 @@ __all__ = [
     "CoordConv2DTranspose",
     "CoordConv3D",
     "CoordConv3DTranspose",
+    "PositionBias1D",
+    "PositionBias2D",
+    "PositionBias3D",
     "adapt_state_dict",
     "add_coords",
     "build",

@@ -191,6 +191,27 @@ def add_map_of_window(
         return (output + added).astype(output.dtype)
 
 
+def add_pointwise(layer: Any, x: Tensor, window: Window | None) -> Tensor:
+    """An input, and what a pointwise convolution makes of its coordinates, rounded once."""
+    coords, weight, bias, last = layer.coords, layer.weight, layer.bias, layer.channels_last
+    if is_low_precision(weight):
+        weight = weight.astype(paddle.float32)
+        bias = None if bias is None else bias.astype(paddle.float32)
+    with _no_autocast():
+        one = x[:1].detach().astype(weight.dtype)
+        if window is None:
+            grids = _coordinates(coords, one, last, weight.dtype)
+        else:
+            grids = _coordinates_of_window(coords, one, last, window)
+        # A product, since Paddle gets second derivatives of convolutions wrong.
+        matrix = weight.reshape([-1, len(coords)]).t()
+        added = nn.functional.linear(grids if last else grids.moveaxis(1, -1), matrix, bias)
+        added = added if last else added.moveaxis(-1, 1)
+        if _is_quick(x) and x.dtype == added.dtype and len(added) == 1:
+            return _add_product(x.clone(), _ones(len(x), x.dtype), added.reshape([1, -1]))
+        return (x + added).astype(x.dtype)
+
+
 def _coordinates_of_window(
     coords: Coordinates, x: Tensor, channels_last: bool, window: Window
 ) -> Tensor:

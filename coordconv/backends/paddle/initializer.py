@@ -47,6 +47,14 @@ class CoordinatesAtZero(nn.initializer.Initializer):  # type: ignore[name-define
         return None
 
 
+def at_zero(attr: Any) -> Any:
+    """A ``weight_attr`` or ``bias_attr`` like ``attr`` that starts at zero, or False."""
+    attr = copy.copy(paddle.ParamAttr._to_attr(attr))
+    if attr:
+        attr.initializer = nn.initializer.Constant(0.0)
+    return attr
+
+
 def coordinates_at_zero(attr: Any, layout: KernelLayout) -> Any:
     """A ``weight_attr`` that draws the features' part as a plain convolution would with ``attr``.
 

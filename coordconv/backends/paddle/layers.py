@@ -19,12 +19,22 @@ from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.position_bias import APPEND
-from coordconv.tape import TapeLayer, adapt_state_dict
+from coordconv.tape import TapeLayer, TapeWeights, adapt_state_dict
 from coordconv.weights.kernels import KernelLayout
 from coordconv.windows import Window
 
 
-class PaddleCoordLayer(TapeLayer):
+class PaddleWeights(TapeWeights):
+    """A layer that takes canonical weights."""
+
+    def _assign(self, arrays: Mapping[str, Array]) -> None:
+        with paddle.no_grad():
+            for name, array in arrays.items():
+                tensor = getattr(self, name)
+                tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
+
+
+class PaddleCoordLayer(PaddleWeights, TapeLayer):
     """What all CoordConvs of Paddle share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``set_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -116,12 +126,6 @@ class PaddleCoordLayer(TapeLayer):
         return super().set_state_dict(state_dict, use_structured_name)  # type: ignore[no-any-return]
 
     set_dict = load_dict = set_state_dict
-
-    def _assign(self, arrays: Mapping[str, Array]) -> None:
-        with paddle.no_grad():
-            for name, array in arrays.items():
-                tensor = getattr(self, name)
-                tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype))
 
 
 class _CoordConv(PaddleCoordLayer):

@@ -28,6 +28,7 @@ from coordconv.backends.torch.networks import (
     trainer,
     write_state,
 )
+from coordconv.backends.torch.position import PositionBias1d, PositionBias2d, PositionBias3d
 from coordconv.tape import adapt_state_dict
 
 __all__ = [
@@ -45,6 +46,9 @@ __all__ = [
     "LazyCoordConvTranspose1d",
     "LazyCoordConvTranspose2d",
     "LazyCoordConvTranspose3d",
+    "PositionBias1d",
+    "PositionBias2d",
+    "PositionBias3d",
     "adapt_state_dict",
     "add_coords",
     "build",

@@ -158,7 +158,7 @@ def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None
     at, coords, grid = -1 - rank, layer.coords, None
     shape = [x.shape[axis] for axis in range(-rank, 0)]
     if window is not None:
-        grid = _grid_in_frame(coords, x, rank, window)
+        grid = _grid_in_frame(coords, shape, x, window)
         grid = grid[0] if x.dim() == rank + 1 else grid
         grid = grid.unsqueeze(at - 1) if groups > 1 else grid
     elif is_known(x):
@@ -193,6 +193,12 @@ def add_map(
     coords, known = layer.coords, is_known(x) and is_known(output)
     plan = MapPlan(geometry, coords, shape, lengths)
     with _no_autocast(kernel, low):
+        if coords.own and not known:
+            grid = layer.own_padded_grid(
+                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
+            )
+            grid = replicated(grid, kernel)
+            return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         # Every tool that programs are exported for has a convolution, and not every one an einsum.
         exported = not known and _is_exported(x)
         divided = (None, plan) if exported else plan.divided(out if known else None)
@@ -202,12 +208,6 @@ def add_map(
             left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
-        if coords.own and not known:
-            grid = layer.own_padded_grid(
-                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
-            )
-            grid = replicated(grid, kernel)
-            return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         return add(output, _position_bias(plan, kernel, divided, out, known), low)
 
 
@@ -255,9 +255,36 @@ def add_map_of_window(
         return add(output, bias[0] if output.dim() < kernel.dim() else bias, low)
 
 
-def _grid_in_frame(coords: Coordinates, x: Any, rank: int, window: Window) -> Any:
-    """The coordinates of an input in its frame, ``(N, n, *S)``, N being 1 for all samples."""
+def add_pointwise(
+    layer: Any, x: Any, kernel: Any, bias: Any, low: bool, window: Window | None
+) -> Any:
+    """An input, and what a pointwise convolution makes of its coordinates, rounded once."""
+    kernel, bias = (t.float() if low and t is not None else t for t in (kernel, bias))
+    rank, coords = layer.rank, layer.coords
     shape = tuple(x.shape[axis] for axis in range(-rank, 0))
+    with _no_autocast(kernel, low):
+        if window is not None:
+            grids = _grid_in_frame(coords, shape, kernel, window)
+        elif is_known(x):
+            grids = _grid(coords, shape, kernel.dtype, kernel.device)[None]
+        elif coords.own:
+            grid = layer.own_grid(_fixed(shape), kernel.dtype, kernel.device)
+            grids = replicated(grid, kernel)[None]
+        else:
+            values = channel_values(coords, [_arange(n, kernel) for n in shape], shape, torch.sqrt)
+            grids = stacked(values, shape, torch)[None]
+        added = (kernel.flatten(1) @ grids.flatten(2)).unflatten(2, shape)
+        added = added if bias is None else added + bias.reshape(-1, *(1,) * rank)
+        added = added[0] if window is None or x.dim() == rank + 1 else added
+        return (x + added).to(x.dtype)
+
+
+def _grid_in_frame(coords: Coordinates, shape: Sequence[Any], x: Any, window: Window) -> Any:
+    """The coordinates of an input in its frame, ``(N, n, *S)``, N being 1 for all samples.
+
+    They have the type and the device of ``x``.
+    """
+    shape = tuple(shape)
 
     def values(arange: Callable[[Any], Any], xp: Any, frame: Any) -> Any:
         positions = [arange(n) for n in shape]

@@ -6,26 +6,23 @@ changes. Its transposed convolutions have none, so that their short ``forward`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from coordconv.backends.torch import adding, converting, options
+from coordconv.backends.torch import adding, converting, options, states
 from coordconv.backends.torch.fusing import FusedCoordConv
 from coordconv.coordinates import Coordinates, CoordinatesLike
-from coordconv.grid import Array
 from coordconv.position_bias import APPEND
-from coordconv.tape import TapeLayer, is_distributed, replicated, zeros
-from coordconv.weights.kernels import KernelLayout, Position, same_channels
+from coordconv.tape import TapeLayer, replicated, zeros
+from coordconv.weights.kernels import KernelLayout, Position
 from coordconv.windows import Window, called
 
-_COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
-
-class TorchCoordLayer(adding.OwnChannels, TapeLayer):
+class TorchCoordLayer(TapeLayer, states.TorchWeights):
     """What all CoordConvs of torch share; :class:`coordconv.layers.CoordLayer` has the arguments.
 
     ``load_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
@@ -98,10 +95,6 @@ class TorchCoordLayer(adding.OwnChannels, TapeLayer):
         """
         return FusedCoordConv(self, size, self.weight, self.bias)
 
-    def _is_low_precision(self, kernel: Any) -> bool:
-        known = isinstance(kernel, Tensor)  # a tracer's stand-in does not know its type
-        return adding.is_low_precision(kernel, (kernel if known else next(self.parameters())).dtype)
-
     def _coord_conv(
         self,
         x: Any,
@@ -122,54 +115,13 @@ class TorchCoordLayer(adding.OwnChannels, TapeLayer):
             return adding.add_map_of_window(self, geometry, output, x, coordinates, low, window)
         return adding.add_map(self, geometry, output, x, coordinates, out, low)
 
-    def _assign(self, arrays: Mapping[str, Array]) -> None:
-        with torch.no_grad():
-            for name, array in arrays.items():
-                parameter = getattr(self, name)
-                parameter.copy_(replicated(torch.tensor(array), parameter))
-
-    # Torch documents the next two as those to override for a state of one's own.
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
-        if metadata is not None and prefix[:-1] in metadata:
-            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
-    ) -> None:
-        *_, error_msgs = rest
-        try:
-            # In place: the state is a copy of the caller's.
-            if _COORDS in local_metadata:
-                self._reorder(state_dict, prefix, local_metadata[_COORDS])
-            self._adapt(state_dict, prefix)
-        except ValueError as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def _reorder(self, state: dict[str, Any], prefix: str, coords: Mapping[str, Any]) -> None:
-        """Put the coordinates of a state of ours in this layer's order."""
-        found, name = Coordinates.from_dict(coords), f"{prefix}weight"
-        # The tensors of a parametrization have other names, and nothing tells their channels apart.
-        in_order = found.names == self.coords.names
-        if not same_channels(found, self.coords) or (not in_order and name not in state):
-            raise ValueError(f"{name} was made for {found}, want {self.coords}")
-        if not in_order:
-            kernel = state[name]
-            whole = kernel.full_tensor() if is_distributed(kernel) else kernel
-            whole = self._layout_of(kernel).reordered(whole, found)
-            state[name] = replicated(whole, kernel)
-
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         if not is_lazy(self._parameters.get("weight")):  # its first input will tell its channels
             super()._adapt(state, prefix, position)
 
 
 class _CoordConv(TorchCoordLayer):
-    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+    def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The convolution of ``input`` and its coordinates, maybe of a ``window``."""
         options.check(input, self.rank, self.in_channels, len(self.coords))
         window = options.traced(window)
@@ -190,7 +142,6 @@ class _CoordConvTranspose(TorchCoordLayer):
         self,
         input: Tensor,
         output_size: Sequence[int] | None = None,
-        *,
         window: Window | None = None,
     ) -> Tensor:
         """The transposed convolution of ``input`` and its coordinates, maybe of a ``window``."""
@@ -256,7 +207,7 @@ class AddCoords(adding.OwnChannels, nn.Module):
         self.coords = Coordinates.resolve(coords, rank)
         self.rank = rank
 
-    def forward(self, input: Tensor, *, window: Window | None = None) -> Tensor:
+    def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The input with the coordinates, maybe of a ``window``, behind its channels."""
         options.check(input, self.rank)
         window = options.window(options.traced(window), input, self.rank)
