@@ -282,7 +282,7 @@ class MapPlan:
         channel alone; :meth:`coefficients` has the factors.
         """
         coords = Coordinates(
-            self.coords.channels, span=(0, 1), align="start", outside=self.coords.outside
+            self.coords.channels, units="pixels", align="start", outside=self.coords.outside
         )
         indices, masks = self._padded(arange)
         ramps = channel_values(coords, indices, self.shape, xp.sqrt)
@@ -297,14 +297,17 @@ class MapPlan:
     def coefficients(self, frame: Frame, arange: Callable[[Any], Any], xp: Any) -> Any:
         """How much of each map of :meth:`basis` is in P of each sample, ``(N, 2n)``."""
         shape, channels = self.shape, self.coords.channels
-        ends = [arange(2) * n for n in shape]  # of the ramp: 0 at the first, and 1 at the second
+        ends = [arange(2) * n for n in shape]  # far apart, so that their difference is good
         places, lengths = in_frame(self.coords, frame, ends, shape)
-        rank = self.geometry.rank
+        axes = [self.geometry.rank - 1 - AXES.index(token) for token in channels]
         pairs = [
-            ramp(self.coords, token, places[rank - 1 - AXES.index(token)], lengths, xp.sqrt, True)
-            for token in channels
+            ramp(self.coords, token, places[axis], lengths, xp.sqrt, True)
+            for token, axis in zip(channels, axes, strict=True)
         ]
-        values = [pair[:, 1] - pair[:, 0] for pair in pairs] + [pair[:, 0] for pair in pairs]
+        values = [
+            (pair[:, 1] - pair[:, 0]) / shape[axis] for pair, axis in zip(pairs, axes, strict=True)
+        ]
+        values += [pair[:, 0] for pair in pairs]
         zero = sum(value[-1:] * 0 for value in values)
         for value in values:  # one axis may have a window for each sample, and another for all
             zero = zero + value * 0

@@ -9,6 +9,7 @@ a function for each. All that they do alike is here, once.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,8 @@ from coordconv.weights.kernels import Position, fit_state
 
 def to_numpy(tensor: Any) -> Array:
     """A copy of a tensor's values; bfloat16, which NumPy lacks, becomes float32."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach()
+    tensor = (tensor.full_tensor() if is_distributed(tensor) else tensor).cpu()
     if str(tensor.dtype).endswith("bfloat16"):
         tensor = tensor.float()
     return np.array(tensor.numpy())
@@ -41,13 +43,28 @@ def zeros(shape: tuple[int, ...], like: Any) -> Any:
     return np.zeros(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_zeros(shape)
 
 
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is PyTorch's DTensor, of which every rank has a part."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # PyTorch loads it where it is used
+    return hasattr(module, "DTensor") and isinstance(tensor, module.DTensor)
+
+
+def replicated(tensor: Any, like: Any) -> Any:
+    """A tensor that is the same on every rank, as a DTensor beside one: PyTorch mixes no two."""
+    if is_distributed(like) and not is_distributed(tensor):
+        return type(like).from_local(tensor.to(like.device), like.device_mesh, run_check=False)
+    return tensor
+
+
 class TapeWeights(CanonicalLayer):
     """A layer whose ``weight`` and ``bias``, which may be None, are in canonical layout."""
 
     weight: Any
     bias: Any
+    state_dict: Any
 
     def _canonical(self) -> dict[str, Array]:
+        self.state_dict()  # whose hooks have FSDP2 let go of what it gathered for a call
         found = {"weight": self.weight, "bias": self.bias}
         return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
 
@@ -337,6 +354,7 @@ class NetworkModule:
 
     TAPE: ClassVar[Tape]
     named_parameters: Any  # of nn.Sequential
+    state_dict: Any
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -355,6 +373,7 @@ class NetworkModule:
 
     def export_weights(self) -> Weights:
         """The canonical weights under dotted names."""
+        self.state_dict()  # as in TapeLayer
         arrays = {name: to_numpy(tensor) for name, tensor in self.named_parameters()}
         return Weights.of(self.network, self.TAPE.from_state(self.network, arrays))
 
@@ -362,6 +381,7 @@ class NetworkModule:
         """Take canonical weights; ValueError, which lists what does not fit, changes nothing."""
         arrays = checked(mapping, self.network.weight_shapes(), layouts(self.network))
         state = self.TAPE.from_state(self.network, arrays)
+        self.state_dict()
         with self.TAPE.framework.set_grad_enabled(False):
             for name, parameter in self.named_parameters():
-                parameter.copy_(self.TAPE.tensor(state[name], parameter))
+                parameter.copy_(replicated(self.TAPE.tensor(state[name], parameter), parameter))

@@ -254,7 +254,7 @@ def window(window: Window | None) -> Iterator[None]:
     with ExitStack() as stack:
         for enter in LISTENERS:
             stack.enter_context(enter(window))
-        before, _local.window = _local.window, window
+        before, _local.window = _entered(), window
         stack.callback(setattr, _local, "window", before)
         yield
 
@@ -263,20 +263,19 @@ def window(window: Window | None) -> Iterator[None]:
 LISTENERS: list[Callable[[Window | None], AbstractContextManager[Any]]] = []
 
 
-class _Local(threading.local):
-    window: Window | None = None  # where the compiler of torch 2.4 looks
-
-    def __init__(self) -> None:  # in each thread
-        self.window = None
+# Of this very class, as the compiler of torch 2.4 knows no subclass of it.
+_local = threading.local()
 
 
-_local = _Local()
+def _entered() -> Window | None:
+    """What this thread has entered; a new thread has nothing yet."""
+    return getattr(_local, "window", None)
 
 
 def current(given: Any = None) -> Window | None:
     """The window of a layer's call, or else the one that was entered."""
     if given is None:
-        return _local.window
+        return _entered()
     if not isinstance(given, Window):
         raise TypeError(f"window must be a coordconv.Window or None, got {given!r}")
     return given
@@ -286,7 +285,7 @@ def called(window: Window | None, function: Callable[..., Any], *args: Any) -> A
     """What a function returns within a layer's window, for one that cannot be given it."""
     if window is None:
         return function(*args)
-    before, _local.window = _local.window, current(window)
+    before, _local.window = _entered(), current(window)
     try:
         return function(*args)
     finally:

@@ -28,6 +28,7 @@ from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, channel_values, coordinate_grid, stacked
 from coordconv.position_bias import MapPlan
+from coordconv.tape import is_distributed, replicated
 from coordconv.windows import Window
 
 _CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -163,7 +164,7 @@ def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None
     elif is_known(x):
         grid = _grid(coords, tuple(shape), x.dtype, x.device)
     elif coords.own:
-        grid = layer.own_grid(_fixed(shape), x.dtype, x.device)
+        grid = replicated(layer.own_grid(_fixed(shape), x.dtype, x.device), x)
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
     if grid is not None:
@@ -196,6 +197,7 @@ def add_map(
             grid = layer.own_padded_grid(
                 _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
             )
+            grid = replicated(grid, kernel)
             return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
         # Every tool that programs are exported for has a convolution, and not every one an einsum.
         exported = not known and _is_exported(x)
@@ -266,7 +268,8 @@ def add_pointwise(
         elif is_known(x):
             grids = _grid(coords, shape, kernel.dtype, kernel.device)[None]
         elif coords.own:
-            grids = layer.own_grid(_fixed(shape), kernel.dtype, kernel.device)[None]
+            grid = layer.own_grid(_fixed(shape), kernel.dtype, kernel.device)
+            grids = replicated(grid, kernel)[None]
         else:
             values = channel_values(coords, [_arange(n, kernel) for n in shape], shape, torch.sqrt)
             grids = stacked(values, shape, torch)[None]
@@ -314,7 +317,7 @@ def _converted(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, (int, float)):
         return torch.full((), value, device=like.device, dtype=like.real.dtype)
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    return tensor.to(like.device, like.real.dtype)  # type: ignore[no-any-return]
+    return replicated(tensor.to(like.device, like.real.dtype), like)  # type: ignore[no-any-return]
 
 
 def _is_exported(x: Any) -> bool:
@@ -417,7 +420,7 @@ def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bo
             grid = others.padded_grid(arange, torch).to(kernel.dtype)
         return others.convolve(part, grid[None], _CONVOLVE[plan.geometry.rank])[0]
 
-    return plan.position_bias(kernel, divided, contract, convolve)
+    return plan.position_bias(kernel, divided, contract, convolve, _picked)
 
 
 def _fixed(lengths: Sequence[Any]) -> tuple[int, ...]:
@@ -444,11 +447,13 @@ def _arange(n: Any, like: Any) -> Any:
         ramp = torch.arange(n, dtype=dtype, device=like.device)
     else:
         ramp = torch.arange(n, device=like.device).to(dtype)
-    distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import
-    if hasattr(distributed, "DTensor") and isinstance(like, distributed.DTensor):
-        # Torch refuses to mix the two kinds of tensors. This one is the same on every device.
-        return distributed.DTensor.from_local(ramp, like.device_mesh, run_check=False)
-    return ramp
+    return replicated(ramp, like)
+
+
+def _picked(kernel: Any, channels: list[int]) -> Any:
+    if is_distributed(kernel):  # which takes no list as an index
+        return torch.cat([kernel.narrow(1, channel, 1) for channel in channels], 1)
+    return kernel[:, channels]
 
 
 def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:

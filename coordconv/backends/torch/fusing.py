@@ -27,6 +27,7 @@ from coordconv.fusing import (
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
+from coordconv.tape import is_distributed
 from coordconv.windows import check_fused
 
 _MOST_MAPS = 8  # of the last sizes
@@ -46,8 +47,8 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         as the layer, with inputs of ``size`` alone if there is one.
 
     Raises:
-        ValueError: the layer is in training mode, or has a ``forward`` of its own; at the call, an
-            input of another size than ``size``.
+        ValueError: the layer is in training mode, has a ``forward`` of its own, or parameters that
+            are DTensors; at the call, an input of another size than ``size``.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         if layer.training:
             raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
         check_forward(layer)
+        if is_distributed(weight):
+            raise ValueError("a layer must have whole parameters to be fused, got DTensors")
         self.coords, self.size = layer.coords, None if size is None else tuple(size)
         features, coordinates = layer.layout.split(weight.detach())
         self.conv = _plain(layer, features, bias)

@@ -17,7 +17,7 @@ from coordconv.backends.torch import adding, converting, options, states
 from coordconv.backends.torch.fusing import FusedCoordConv
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.position_bias import APPEND
-from coordconv.tape import TapeLayer, zeros
+from coordconv.tape import TapeLayer, replicated, zeros
 from coordconv.weights.kernels import KernelLayout, Position
 from coordconv.windows import Window, called
 
@@ -70,9 +70,10 @@ class TorchCoordLayer(TapeLayer, states.TorchWeights):
             dtype=self.weight.dtype,
         )
         with torch.no_grad():
-            self.weight.copy_(layout.fitted(plain.weight, torch.cat, zeros))
+            drawn = layout.fitted(plain.weight, torch.cat, zeros)
+            self.weight.copy_(replicated(drawn, self.weight))
             if self.bias is not None:
-                self.bias.copy_(plain.bias)
+                self.bias.copy_(replicated(plain.bias, self.bias))
 
     @classmethod
     def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:

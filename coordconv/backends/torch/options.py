@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coordconv import windows
 from coordconv.geometry import ConvGeometry, check_input
+from coordconv.tape import is_distributed
 from coordconv.windows import Window
 
 _geometry = lru_cache(maxsize=256)(ConvGeometry)
@@ -29,6 +30,14 @@ def check(input: Any, rank: int, channels: int | None = None, coords: int = 0) -
         if input.is_quantized:
             instead = ": eager mode leaves this layer in float, PT2E and prepare_fx quantize it"
         raise TypeError(f"input must be floating-point, got {input.dtype}{instead}")
+    if channels is not None and is_distributed(input):
+        placements: Any = input.placements  # type: ignore[attr-defined]  # of a DTensor
+        axes = [each.dim for each in placements if each.is_shard()]
+        if any(axis >= input.dim() - rank for axis in axes):  # torch convolves each part by itself
+            raise ValueError(
+                "input must not be a DTensor that is split along a spatial axis, got "
+                f"{placements}: exchange the rows at the edges yourself, and pass window="
+            )
     if all(type(n) is int for n in input.shape):
         axis = -1 - rank
         check_input(

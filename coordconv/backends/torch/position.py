@@ -11,6 +11,7 @@ from coordconv.backends.torch import adding, options
 from coordconv.backends.torch.states import TorchWeights
 from coordconv.coordinates import Coordinates, CoordinatesLike, check_coord_init
 from coordconv.layers import PositionLayer, check_channels
+from coordconv.tape import replicated
 from coordconv.windows import Window
 
 
@@ -76,7 +77,8 @@ class TorchPositionLayer(TorchWeights, PositionLayer, nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 drawn = getattr(plain, name)
-                parameter.copy_(drawn if self.coord_init == "fan_in" else torch.zeros_like(drawn))
+                drawn = drawn if self.coord_init == "fan_in" else torch.zeros_like(drawn)
+                parameter.copy_(replicated(drawn, parameter))
 
     def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The input and P at each of its positions, maybe of a ``window``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from coordconv.backends.torch import adding
 from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
-from coordconv.tape import TapeWeights
+from coordconv.tape import TapeWeights, is_distributed, replicated
 from coordconv.weights.kernels import KernelLayout, same_channels
 
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
@@ -31,7 +31,8 @@ class TorchWeights(adding.OwnChannels, TapeWeights):
     def _assign(self, arrays: Mapping[str, Array]) -> None:
         with torch.no_grad():
             for name, array in arrays.items():
-                getattr(self, name).copy_(torch.tensor(array))
+                parameter = getattr(self, name)
+                parameter.copy_(replicated(torch.tensor(array), parameter))
 
     # Torch documents the next two as those to override for a state of one's own.
 
@@ -63,7 +64,9 @@ class TorchWeights(adding.OwnChannels, TapeWeights):
         if not same_channels(found, self.coords) or (not in_order and name not in state):
             raise ValueError(f"{name} was made for {found}, want {self.coords}")
         if not in_order:
-            state[name] = self._layout_of(state[name]).reordered(state[name], found)
+            kernel = state[name]
+            whole = kernel.full_tensor() if is_distributed(kernel) else kernel
+            state[name] = replicated(self._layout_of(kernel).reordered(whole, found), kernel)
 
     def _adapt(self, state: Any, prefix: str) -> None:
         """Give a state, in place, this layer's names and kernel."""
