@@ -275,27 +275,32 @@ class MapPlan:
         return len(self.coords.along_axes) == len(self.coords)
 
     def basis(self, arange: Callable[[Any], Any], xp: Any) -> Any:
-        """Grids of which those of every window are sums, ``(2n, n, *padded shape)``.
+        """For each channel a ramp, and a constant: two grids ``(2, n, *padded shape)``.
 
         A coordinate that runs along an axis is ``a * ramp + b`` in every window, with a ramp that
-        all windows have. So P is a sum of the maps of as many ramps and constants, each in one
-        channel alone; :meth:`coefficients` has the factors.
+        all windows have. So P is a sum of the maps of these, each channel alone: of
+        :meth:`maps`, of which :meth:`coefficients` has the factors.
         """
         coords = Coordinates(
             self.coords.channels, units="pixels", align="start", outside=self.coords.outside
         )
         indices, masks = self._padded(arange)
         ramps = channel_values(coords, indices, self.shape, xp.sqrt)
-        ones, zeros = ([ramp * 0 + number for ramp in ramps] for number in (1, 0))
-        grids = [
-            [*zeros[:channel], each[channel], *zeros[channel + 1 :]]
-            for each in (ramps, ones)
-            for channel in range(len(coords))
-        ]
-        return xp.stack([self._masked(grid, masks, xp) for grid in grids])
+        ones = [ramp * 0 + 1 for ramp in ramps]
+        return xp.stack([self._masked(grid, masks, xp) for grid in (ramps, ones)])
+
+    def maps(self, basis: Any, convolve: Callable[[int, Any], Any]) -> list[Any]:
+        """What each channel's ramp and constant give, ``2n`` maps ``(out, *lengths)``.
+
+        ``convolve(channel, grids)`` is the convolution of several grids with that channel alone,
+        ``(2, 1, *padded shape)``. To convolve all channels at once, of which all but one are zero,
+        takes ten times as long: libraries are slow at a batch of a few channels.
+        """
+        pairs = [convolve(c, basis[:, c : c + 1]) for c in range(len(self.coords))]
+        return [pair[i] for pair in pairs for i in (0, 1)]
 
     def coefficients(self, frame: Frame, arange: Callable[[Any], Any], xp: Any) -> Any:
-        """How much of each map of :meth:`basis` is in P of each sample, ``(N, 2n)``."""
+        """How much of each of :meth:`maps` is in P of each sample, ``(N, 2n)``."""
         shape, channels = self.shape, self.coords.channels
         ends = [arange(2) * n for n in shape]  # far apart, so that their difference is good
         places, lengths = in_frame(self.coords, frame, ends, shape)
@@ -305,9 +310,10 @@ class MapPlan:
             for token, axis in zip(channels, axes, strict=True)
         ]
         values = [
-            (pair[:, 1] - pair[:, 0]) / shape[axis] for pair, axis in zip(pairs, axes, strict=True)
+            each
+            for pair, axis in zip(pairs, axes, strict=True)
+            for each in ((pair[:, 1] - pair[:, 0]) / shape[axis], pair[:, 0])
         ]
-        values += [pair[:, 0] for pair in pairs]
         zero = sum(value[-1:] * 0 for value in values)
         for value in values:  # one axis may have a window for each sample, and another for all
             zero = zero + value * 0

@@ -152,9 +152,11 @@ class TestMaps:
         wanted = plan.padded_grid(np.arange, np, frame)
         factors = plan.coefficients(frame, np.arange, np)
         basis = known_basis(plan, np.float64)
-        assert basis.shape[:2] == (2 * len(coords), len(coords))
-        found = np.tensordot(factors, basis, 1)
-        size = np.tensordot(np.abs(factors), np.abs(basis), 1)
+        assert basis.shape[:2] == (2, len(coords))
+        pairs = factors.reshape(2, len(coords), 2, *[1] * rank)
+        ramps, ones = basis
+        found = pairs[:, :, 0] * ramps + pairs[:, :, 1] * ones
+        size = np.abs(pairs[:, :, 0] * ramps) + np.abs(pairs[:, :, 1] * ones)
         assert (np.abs(found - wanted) <= 64 * 2.0**-53 * (size + np.abs(factors).max())).all()
 
     def test_the_reference_of_a_crop_is_that_of_the_whole(self):

@@ -245,7 +245,11 @@ def _bias_of_window(
     else:
         with _lenient():
             basis = plan.basis(lambda n: lax.iota(kernel.dtype, n), jnp)
-    maps = _convolved(plan, kernel, basis)
+
+    def convolve(channel: int, grids: jax.Array) -> jax.Array:
+        return _convolved(plan, _channels(kernel, [channel]), grids)
+
+    maps = jnp.stack(plan.maps(basis, convolve))
 
     def factors(arange: Any, xp: Any, frame: Any) -> Any:
         return plan.coefficients(frame, arange, xp)

@@ -174,7 +174,11 @@ def add_map_of_window(
             added = plan.convolve(kernel, grids, conv, bias)
             added = added.moveaxis(1, -1) if last else added
             return (output + added).astype(output.dtype)
-        maps = plan.convolve(kernel, _basis_of(plan, kernel), conv)
+
+        def convolve(channel: int, grids: Tensor) -> Tensor:
+            return plan.convolve(kernel[:, channel : channel + 1], grids, conv)  # type: ignore[no-any-return]
+
+        maps = paddle.stack(plan.maps(_basis_of(plan, kernel), convolve))
         maps = maps.moveaxis(1, -1) if last else maps
 
         def factors(arange: Any, xp: Any, frame: Any) -> Any:

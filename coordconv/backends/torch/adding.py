@@ -240,7 +240,11 @@ def add_map_of_window(
                 if known
                 else plan.basis(arange, torch).to(kernel.dtype)
             )
-            maps = plan.convolve(kernel, basis, convolution)
+
+            def convolve(channel: int, grids: Any) -> Any:
+                return plan.convolve(kernel[:, channel : channel + 1], grids, convolution)
+
+            maps = torch.stack(plan.maps(basis, convolve))
             factors = plan.coefficients(frame, arange, torch).to(kernel.dtype)
             if torch.compiler.is_compiling():
                 # A compiler fuses the sum with what P is added to; for a product of matrices it
@@ -249,7 +253,11 @@ def add_map_of_window(
                 parts = zip(factors.unbind(1), maps, strict=True)
                 bias = sum(factor.reshape(-1, *ones) * each for factor, each in parts)
             elif not low and output.dim() == kernel.dim() and factors.shape[0] != 1:
-                return torch.addmm(output.flatten(1), factors, maps.flatten(1)).view(output.shape)
+                given = output.flatten(1), factors, maps.flatten(1)
+                if known and output.is_contiguous() and _is_constant(output, kernel, factors):
+                    given[0].addmm_(*given[1:])  # a view
+                    return output
+                return torch.addmm(*given).view(output.shape)
             else:
                 bias = (factors @ maps.flatten(1)).unflatten(1, maps.shape[1:])
         return add(output, bias[0] if output.dim() < kernel.dim() else bias, low)
@@ -395,9 +403,14 @@ def _is_one_without_gradient(output: Tensor, kernel: Tensor, low: bool) -> bool:
         not low
         and output.numel() == len(kernel) * math.prod(output.shape[2 - kernel.dim() :])
         and output.is_contiguous()
-        and has_storage(output)  # vmap has no such product
-        and not (torch.is_grad_enabled() and (output.requires_grad or kernel.requires_grad))
+        and _is_constant(output, kernel)
     )
+
+
+def _is_constant(*tensors: Tensor) -> bool:
+    """Whether a product of tensors can be added to the first in place: none takes a gradient."""
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return has_storage(tensors[0]) and not differentiable  # vmap has no such product
 
 
 def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bool) -> Any:
