@@ -249,13 +249,18 @@ def _bias_of_window(
     def convolve(channel: int, grids: jax.Array) -> jax.Array:
         return _convolved(plan, _channels(kernel, [channel]), grids)
 
-    maps = jnp.stack(plan.maps(basis, convolve))
+    maps = plan.maps(basis, convolve)
 
     def factors(arange: Any, xp: Any, frame: Any) -> Any:
         return plan.coefficients(frame, arange, xp)
 
     given = _in_frame(factors, coords, window, kernel.dtype)
-    return _of_samples(jnp.tensordot(given, maps, axes=1, precision=_HIGHEST))
+    if not isinstance(kernel, jax.core.Tracer):
+        product = jnp.tensordot(given, jnp.stack(maps), axes=1, precision=_HIGHEST)
+        return _of_samples(product)
+    # XLA fuses the sum with what P is added to, and not a product of matrices.
+    columns = (given[:, i].reshape((-1,) + (1,) * maps[0].ndim) for i in range(len(maps)))
+    return _of_samples(sum(a * b for a, b in zip(columns, maps, strict=True)))
 
 
 def _of_samples(maps: jax.Array) -> jax.Array:
