@@ -192,7 +192,7 @@ def ramp(
     if coords.units == "pixels":
         return position * 1.0 + (0.5 if coords.align == "edges" else 0)  # of NumPy's ints a float
     steps = steps_of(coords, length, shape, position, sqrt, framed)
-    quotient = (2 * position + (0 if coords.align == "start" else 1) - length) / steps
+    quotient = (2 * position + ((0 if coords.align == "start" else 1) - length)) / steps
     half, middle = scale(coords, token)
     values = quotient if half == 1 else quotient * half
     if middle:
