@@ -7,8 +7,7 @@ crosses. A network is trained on random crops of 32x32 that contain the target, 
 in the frame the target is. A crop does not show that, its window does. The network is three
 convolutions, a softmax over positions, and the mean, by its weights, of two maps: with coordinates,
 without any, and with coordinates in its window. Five runs each; the error is that of new crops, in
-pixels of the frame. A network that knows nothing but the crop's own position in the frame, and not
-where the target is in it, has the error that is printed as ``crop``.
+pixels of the frame. The last row is what can be known without a window: the middle of the crop.
 """
 
 from __future__ import annotations

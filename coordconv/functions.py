@@ -33,10 +33,8 @@ class Function:
         name: what files and error messages call it.
         axes: the tokens of the axes whose coordinates it takes, in the order of its arguments.
         fn: takes an array for each axis, float64 and all of one shape, and returns one of this
-            shape. It is called anew for each size, and may be called for each sample.
-
-    The function is evaluated in NumPy, once for each size, so that it follows no size that a
-    compiled or exported program leaves open.
+            shape. It is called once for each size, with a window at every call: so it follows no
+            size that a compiled or exported program leaves open.
 
     Raises:
         TypeError: a name that is no string; ``fn`` that cannot be called.

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from coordconv.coordinates import Coordinates, CoordinatesLike, axis_tokens
 from coordconv.functions import AXES, Function, Given
+from coordconv.functions import Array as Array
 from coordconv.geometry import is_int
 from coordconv.windows import Window
 
-Array = npt.NDArray[Any]
 # Of positions and lengths of an input the places and lengths in its frame: Window.in_frame.
 Frame: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], tuple[Sequence[Any], Sequence[Any]]]
 

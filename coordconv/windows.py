@@ -25,10 +25,12 @@ class Window:
 
     With ``n`` samples of the input on an axis, the frame has ``F = n * frame / (stop - start)``
     samples, and sample ``i`` of the input has the coordinate of place ``start / frame * F + i`` of
-    the frame. So ``Window(0, 1)`` is the whole frame. A place need not be a whole number, as when
-    the input was resized after it was cut out, and beyond the frame the scale goes on. With
-    ``align="edges"`` one window is right at every stride of a network. A frame of at most one
-    sample has coordinate 0 with ``align="corners"``, as an axis of length 1.
+    the frame. So ``Window(0, 1)`` is the whole frame. Of a flipped input, with ``start`` greater
+    than ``stop``, ``F`` counts as positive and the place is ``start / frame * F - 1 - i``. A place
+    need not be a whole number, as when the input was resized after it was cut out, and beyond the
+    frame the scale goes on. With ``align="edges"`` one window is right at every stride of a
+    network. A frame of at most one sample has coordinate 0 with ``align="corners"``, as an axis of
+    length 1.
 
     Args:
         start: where the input starts, as a share of ``frame``: a number for all axes; one for each,
@@ -108,6 +110,10 @@ class Window:
             index: which part, from 0 on, as ``jax.lax.axis_index`` or a rank say; may be traced.
             count: how many there are.
             axis: the token of the axis.
+
+        Raises:
+            TypeError: an index or a count that is neither a number nor an array.
+            ValueError: an axis that is not x, y or z; a count that is not positive.
 
         Example:
             >>> Window.of_shard(1, 2, "y").start_y
