@@ -5,7 +5,7 @@ python benchmarks/paper.py --all --quick
 python benchmarks/paper.py --all --out benchmarks/results
 python benchmarks/paper.py --report benchmarks/results --pictures docs
 
-The tasks: `classification`, `regression` and `rendering` are the paper's, of a 9x9 square on a canvas
+`classification`, `regression` and `rendering` are the paper's tasks, of a 9x9 square on a canvas
 of 64x64 (Liu et al., NeurIPS 2018, sections 2 to 5), on its two splits of the positions;
 `frameworks` trains one setting of each in every framework from the same start; `article` compares
 the two networks of the article that this project started from; `sizes` tests at other sizes than it
