@@ -23,7 +23,7 @@ Run: TypeAlias = Callable[[Array], Mapping[str, Array]]
 
 _WIDTH = 100
 _NAME_WIDTH = 36
-_MAPS = 4  # in a picture, for each network
+_TICKS = 24  # as many names fit below a picture
 _NUMBERS = ("constant", "constant_middle", "shuffled", "shuffled_middle")
 
 
@@ -45,7 +45,7 @@ class PositionRow:
             little below 0 where there is nothing.
         shuffled_middle: the same over the middle, as above.
         map: the response ``(*S)`` to a constant image, in the image and channel where it varies
-            most, less its mean, in units of the root of the layer's mean ``A + B``.
+            most, less its median, in units of the root of the layer's mean ``A + B``.
     """
 
     name: str
@@ -226,38 +226,48 @@ def plot(reports: Mapping[str, PositionReport], path: str | os.PathLike[str]) ->
     """
     from matplotlib.figure import Figure  # only the picture needs it
 
-    figure = Figure(figsize=(9, 3.2 * len(reports)), layout="constrained")
-    grid = figure.subplots(len(reports), 1 + _MAPS, width_ratios=[3] + [1] * _MAPS, squeeze=False)
-    for (title, report), (curves, *maps) in zip(reports.items(), grid, strict=True):
-        places = range(len(report.rows))
-        for name, color in (("constant", "C0"), ("shuffled", "C1")):
-            for suffix, style in (("", "-"), ("_middle", ":")):
-                shares = [getattr(row, name + suffix) for row in report.rows]
+    # For a narrow screen: in inches, with letters of a size that stays legible there.
+    figure = Figure(figsize=(8.5, 3.3 * len(reports) + 0.5), layout="constrained")
+    grid = figure.subplots(len(reports), 2, width_ratios=[1.25, 1], squeeze=False)
+    for (title, report), (curves, right) in zip(reports.items(), grid, strict=True):
+        places = np.arange(len(report.rows))
+        for region, color in (("", "C0"), ("_middle", "C1")):
+            for name, style in (
+                ("constant", {"linewidth": 6, "alpha": 0.3}),
+                ("shuffled", {"linewidth": 1.5, "marker": "o", "markersize": 4}),
+            ):
+                shares = [getattr(row, name + region) for row in report.rows]
                 values = [np.nan if share is None else 100 * share for share in shares]
-                label = f"{name}{suffix.replace('_', ', ')}"
-                curves.plot(places, values, style, marker="o", color=color, label=label)
-        names = [_shortened(row.name, 14) for row in report.rows]
-        curves.set_xticks(places, names, rotation=90)
-        curves.set(title=title, ylabel="% by position", ylim=(-5, 105))
-        chosen = np.unique(np.linspace(0, len(report.rows) - 1, _MAPS).round().astype(int))
-        for axes, place in zip(maps, chosen, strict=False):
-            _draw_map(axes, report.rows[place])
-        for axes in maps[len(chosen) :]:
-            axes.set_axis_off()
-    grid[0][0].legend()
+                label = f"{name}: {region[1:] or 'all'}"
+                curves.plot(places, values, color=color, label=label, **style)
+        shown = places[:: -(-len(places) // _TICKS)]
+        names = [_escaped(_shortened(report.rows[place].name, 16)) for place in shown]
+        curves.set_xticks(shown, names, rotation=90)
+        curves.set_title(_escaped(title), fontsize=14, loc="left")
+        curves.set_ylabel("due to position, %", fontsize=12)
+        curves.set(ylim=(-5, 105), yticks=range(0, 101, 25))
+        _draw_maps(right, report)
+    grid[0][0].legend(fontsize=11)
     figure.savefig(path, dpi=110)
 
 
-def _draw_map(axes: Any, row: PositionRow) -> None:
-    """A map as an image: the middle slice of one with three axes, and a curve of one with one."""
-    values = row.map
-    if values.ndim == 1:
-        axes.plot(values)
-        axes.set(ylim=(-1, 1))
-    else:
-        shown = values if values.ndim == 2 else values[len(values) // 2]
-        axes.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes.set(xticks=[], yticks=[], title=_shortened(row.name, 14))
+def _draw_maps(panel: Any, report: PositionReport) -> None:
+    """The maps of a few layers from first to last, in a square of four; red is more, blue less."""
+    panel.set_axis_off()
+    chosen = np.unique(np.linspace(0, len(report.rows) - 1, 4).round().astype(int))
+    for i, place in enumerate(chosen):
+        row = report.rows[place]
+        axes = panel.inset_axes((i % 2 * 0.5, 0.54 - i // 2 * 0.58, 0.5, 0.47))
+        values = row.map
+        if values.ndim == 1:
+            axes.plot(values)
+            axes.set(ylim=(-3, 3))
+        else:
+            while values.ndim > 2:
+                values = values[len(values) // 2]
+            axes.imshow(values, cmap="RdBu_r", vmin=-3, vmax=3)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(_escaped(_shortened(row.name, 16)), fontsize=11)
 
 
 class _Layer:
@@ -284,7 +294,8 @@ class _Layer:
         response = _centred(blank)
         sizes = np.sum(response**2, axis=tuple(range(2, found.ndim)))
         most = np.unravel_index(sizes.argmax(), sizes.shape)
-        self.map = (response[most] / np.sqrt(totals[0] or 1)).astype(np.float32)
+        shown = response[most] - np.median(response[most])
+        self.map = (shown / np.sqrt(totals[0] or 1)).astype(np.float32)
         self.draws, self.sum = 0, np.zeros(self.shape[1:])
         self.squares, self.totals = np.zeros((2, len(self.parts)))
 
@@ -330,7 +341,8 @@ def _pair(shares: list[float]) -> tuple[float, float | None]:
 
 def _centred(array: Array, first: int = 2) -> Array:
     """Less the mean over positions, which are the axes from the ``first`` on."""
-    return array - array.mean(tuple(range(first, array.ndim)), keepdims=True)
+    centred: Array = array - array.mean(tuple(range(first, array.ndim)), keepdims=True)
+    return centred
 
 
 def _check(input: Array, draws: int, seed: int) -> None:
@@ -341,7 +353,7 @@ def _check(input: Array, draws: int, seed: int) -> None:
         raise ValueError(f"input must be (N, C, *S) with axes of positions, got {input.shape}")
     if not np.isfinite(input).all():
         raise ValueError("input must be finite, got NaN or infinities")
-    if not (input != input[(..., *[slice(1)] * (input.ndim - 2))]).any():
+    if not np.ptp(input.reshape(*input.shape[:2], -1), axis=2).any():
         raise ValueError(
             "input must vary over positions: constant images stay as they are when shuffled"
         )
@@ -408,6 +420,11 @@ def _module(name: str) -> str:
 
 def _shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def _escaped(text: str) -> str:
+    """The text with its dollars escaped: to matplotlib they would start a formula."""
+    return text.replace("$", r"\$")
 
 
 def _percent(share: float | None) -> str:
