@@ -22,7 +22,6 @@ from coordconv.recording import OUTPUT
 Run: TypeAlias = Callable[[Array], Mapping[str, Array]]
 
 _WIDTH = 100
-_NAME_WIDTH = 36
 _TICKS = 24  # as many names fit below a picture
 _NUMBERS = ("constant", "constant_middle", "shuffled", "shuffled_middle")
 
@@ -94,10 +93,11 @@ class PositionReport:
         plot({"": self}, path)
 
     def __str__(self) -> str:
-        names = [_shortened(row.name, _NAME_WIDTH) for row in self.rows]
-        kinds = [_shortened(row.kind, 20) for row in self.rows]
+        kinds = [_shortened(row.kind, 16) for row in self.rows]
         shapes = ["x".join(map(str, row.shape)) for row in self.rows]
-        widths = [max(5, *map(len, column)) for column in (names, kinds, shapes)]
+        _, kind, shape = widths = [0, *(max(5, *map(len, column)) for column in (kinds, shapes))]
+        names = [_shortened(row.name, _WIDTH - kind - shape - 40) for row in self.rows]
+        widths[0] = max(5, *map(len, names))
 
         def line(*cells: str) -> str:
             words = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
