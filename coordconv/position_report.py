@@ -30,18 +30,20 @@ _NUMBERS = ("constant", "constant_middle", "shuffled", "shuffled_middle")
 class PositionRow:
     """What one layer's output owes to position: shares from 0, nothing, to 1, all of it.
 
+    Variances are those over the positions of an image, as means over images and channels, so that
+    channels of large values count for more.
+
     Args:
         name: the layer's name, as ``recorded`` has it.
         kind: the layer's class, or "".
         shape: the output's shape ``(N, C, *S)``.
-        constant: how much an image without content has of the variance over positions:
-            ``A / (A + B)``, with ``A`` the variance of the response to constant images, each the
-            mean color of an image, and ``B`` that of what the images themselves add to this.
+        constant: ``A / (A + B)``, with ``A`` the variance of the response to constant images, each
+            of the mean color of one image, and ``B`` the variance of what the image itself adds.
         constant_middle: the same over the middle half of each axis alone; None where an axis has
-            two or three positions.
-        shuffled: how much of the variance over positions, of the response to shuffled images, the
-            mean over all images and draws has. The estimate is unbiased, so that it may be a
-            little below 0 where there is nothing.
+            two or three positions, of which none is cut off.
+        shuffled: of the variance of the response to shuffled images, the share that its mean over
+            all images and draws has. The estimate has no bias, so that it may be below 0 where
+            there is nothing: :attr:`PositionReport.chance` says how far.
         shuffled_middle: the same over the middle, as above.
         map: the response ``(*S)`` to a constant image, in the image and channel where it varies
             most, less its median, in units of the root of the layer's mean ``A + B``.
@@ -73,6 +75,16 @@ class PositionReport:
     draws: int
     note: str = ""
 
+    @property
+    def chance(self) -> float:
+        """The largest standard deviation of ``shuffled`` where there is no position.
+
+        It falls with images times draws, and is less where positions or channels vary apart.
+        """
+        # Products of two draws, in images' means: each varies by the variance of one at most, and
+        # one pair's product is uncorrelated with another's.
+        return float(np.sqrt(2 / (self.draws * (self.draws - 1))) / self.rows[0].shape[0])
+
     def __getitem__(self, name: str) -> PositionRow:
         """The row of a layer; KeyError, which says why, if there is none."""
         for row in self.rows:
@@ -95,9 +107,9 @@ class PositionReport:
     def __str__(self) -> str:
         kinds = [_shortened(row.kind, 16) for row in self.rows]
         shapes = ["x".join(map(str, row.shape)) for row in self.rows]
-        _, kind, shape = widths = [0, *(max(5, *map(len, column)) for column in (kinds, shapes))]
-        names = [_shortened(row.name, _WIDTH - kind - shape - 40) for row in self.rows]
-        widths[0] = max(5, *map(len, names))
+        room = _WIDTH - 40 - max(5, *map(len, kinds)) - max(5, *map(len, shapes))
+        names = [_shortened(row.name, room) for row in self.rows]
+        widths = [max(5, *map(len, column)) for column in (names, kinds, shapes)]
 
         def line(*cells: str) -> str:
             words = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
@@ -113,7 +125,13 @@ class PositionReport:
         for name, why in self.left_out.items():
             reasons.setdefault(why, []).append(name)
         notes = [f"left out, {why}: {', '.join(names)}" for why, names in reasons.items()]
-        for text in [*notes, self.note]:
+        legend = [
+            "constant: the share in the variance over positions that images without content have",
+            "shuffled: the share that the mean over shuffled images has; by chance up to "
+            f"±{_percent(self.chance)} (1 sigma)",
+            "middle: of the middle half of each axis alone, which padding reaches last",
+        ]
+        for text in [*legend, *notes, self.note]:
             lines += textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
@@ -135,12 +153,12 @@ def position_report(
     creeps inwards from layer to layer, so that at first the middle has none, or from coordinates
     and position embeddings, which the middle has at once. :class:`PositionRow` has the measures.
 
-    What it cannot tell: what a fully connected layer knows of position, whose output has no
-    positions; tokens ``(N, L, C)``; how a network that looks at real images differs from one that
-    looks at noise, which shuffled images are. A transposed convolution's checkerboard counts as
-    position, everywhere. An instance normalization magnifies what little a constant image leaves,
-    down to rounding. With circular padding nothing is found, but where a stride does not divide a
-    circular length: the pixels on both sides of the seam are then closer than others.
+    What it cannot tell: what a fully connected layer knows of position, as its output has no
+    positions; tokens ``(N, L, C)``; what a network does to real images and not to noise, which
+    shuffled images are. A transposed convolution's checkerboard counts as position, everywhere; an
+    instance normalization magnifies what little varies in the response to a constant image. With
+    circular padding there is nothing, but for a thousandth or so where a stride does not divide a
+    length: the samples on the two sides of the seam then share more of the image than others.
 
     Args:
         run: the network: what ``recorded`` of a backend returns, or another function from an array
@@ -155,7 +173,7 @@ def position_report(
         A report: a row for each array of the network that has positions, and why others have none.
 
     Raises:
-        TypeError: ``input`` is no floating-point array.
+        TypeError: ``input`` is no floating-point array; ``run`` returns no arrays by name.
         ValueError: ``input`` is not ``(N, C, *S)``, not finite, or has no image that varies;
             ``draws`` below 2; a negative ``seed``; ``layers`` that were not seen; no layer that
             can be measured.
@@ -168,20 +186,27 @@ def position_report(
 
     Example:
         >>> images = np.random.default_rng(0).random((4, 1, 16, 16))
-        >>> ramp = np.linspace(-1, 1, 16)
         >>> def network(x):
-        ...     cut = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))[..., 2:, 2:]
-        ...     return {"shift": cut, "ramp": cut + ramp, "mean": cut.mean((2, 3))}
+        ...     moved = np.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1)))[..., 1:, 1:]
+        ...     ramp = np.linspace(-1, 1, x.shape[3])
+        ...     return {"move": moved, "add": moved + ramp, "mean": moved.mean((2, 3))}
         >>> print(position_report(network, images))
-                                   constant           shuffled
-        layer   kind   shape           all   middle      all   middle
-        ...
+                                 constant           shuffled
+        layer  kind   shape          all   middle      all   middle
+        move          4x1x16x16    28.5%     0.0%    28.1%     0.1%
+        add           4x1x16x16    83.0%    55.2%    82.7%    52.9%
+        constant: the share in the variance over positions that images without content have
+        shuffled: the share that the mean over shuffled images has; by chance up to ±2.3% (1 sigma)
+        middle: of the middle half of each axis alone, which padding reaches last
+        left out, not (N, C, *S) as the input's (4, 1, 16, 16): mean
     """
     _check(input, draws, seed)
     kinds = kinds or {}
     rng = np.random.default_rng(seed)
     axes = tuple(range(2, input.ndim))
     found = run(input)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"run must return arrays by name, got a {type(found).__name__}")
     mean = input.mean(axes, keepdims=True, dtype=np.float64).astype(input.dtype)
     blank = run(np.broadcast_to(mean, input.shape).copy())
     names = _chosen(found, layers)
@@ -197,7 +222,7 @@ def position_report(
             why = measured[name].unfit
         if why:
             left[name] = why
-    del found, blank, double  # they are large
+    del found, blank  # they are large
     for _ in range(draws):
         seen = run(_shuffled(input, rng))
         for name in [name for name in measured if name not in left]:
@@ -373,11 +398,11 @@ def _chosen(found: Mapping[str, Array], layers: Collection[str] | None) -> list[
     return [name for name in found if name in wanted]
 
 
-def _doubled(run: Run, input: Array) -> tuple[Mapping[str, Array], str]:
-    """The outputs for an image of twice the size, or none and a note on why."""
+def _doubled(run: Run, input: Array) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The shapes of the outputs for an image of twice the size, or none and a note on why."""
     tiled = np.tile(input[:1], (1, 1, *[2] * (input.ndim - 2)))
     try:
-        return run(tiled), ""
+        return {name: output.shape for name, output in run(tiled).items()}, ""
     except Exception as error:  # noqa: BLE001  # a network of one size may raise anything
         said = (str(error).splitlines() or [""])[0]
         return {}, (
@@ -386,7 +411,7 @@ def _doubled(run: Run, input: Array) -> tuple[Mapping[str, Array], str]:
         )
 
 
-def _unfit(output: Array, input: Array, double: Array | None) -> str:
+def _unfit(output: Array, input: Array, double: tuple[int, ...] | None) -> str:
     """Why an output has no share of position, or ""."""
     if output.dtype.kind != "f":
         return f"of type {output.dtype}"
@@ -394,7 +419,7 @@ def _unfit(output: Array, input: Array, double: Array | None) -> str:
         return f"not (N, C, *S) as the input's {input.shape}"
     if output[0, 0].size < 2:
         return "of one position"
-    if double is not None and double.shape[1:2] != output.shape[1:2]:
+    if double is not None and double[1:2] != output.shape[1:2]:
         return "axis 1 grows with the image, so that it is not that of channels"
     return "" if np.isfinite(output).all() else "has NaN or infinities"
 

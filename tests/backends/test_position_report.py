@@ -179,6 +179,12 @@ class TestTorch:
         assert found["pool"].constant <= ROUNDING
         assert abs(found["pool"].shuffled_middle) <= CHANCE
 
+    def test_a_checkerboard_is_everywhere(self, torch):
+        found = report(torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 4, 2, 2)))["0"]
+        assert found.constant > 0.1
+        assert found.constant_middle == pytest.approx(found.constant, rel=0.1)
+        assert found.shuffled_middle == pytest.approx(found.shuffled, rel=0.1)
+
     def test_what_is_left_out(self, torch):
         found = report(residual(torch, "zeros"))
         shape = "not (N, C, *S) as the input's (32, 3, 16, 16)"

@@ -23,13 +23,13 @@ def within(x):
     return x.var(axis=tuple(range(2, x.ndim))).mean()
 
 
-def blind_error(count, draws):
+def chance(count, draws):
     """What chance may make of the shuffled share of a network that is blind to position.
 
     Let z be the mean over the images of a draw, less its mean over positions. For such a network z
     is 0 on average, and the products of two draws are uncorrelated from pair to pair, each with a
     standard deviation of at most the variance of z: that is reached if all positions and channels
-    vary as one. That variance is 1 / count of the total at most.
+    vary as one. That variance is 1 / count of the total.
     """
     return SIGMAS * np.sqrt(2 / (draws * (draws - 1))) / count
 
@@ -37,6 +37,10 @@ def blind_error(count, draws):
 def one(function, x, **options):
     """The row of a network that is a function."""
     return position_report(lambda x: {"it": function(x)}, x, **options)["it"]
+
+
+def row(name, kind="Conv2d", shape=(2, 3, 8, 8), share=0.5, middle=None):
+    return PositionRow(name, kind, shape, share, middle, share, middle, np.zeros(shape[2:]))
 
 
 class TestShares:
@@ -84,8 +88,22 @@ class TestShares:
         share = position / (position + within(network(x - mean)))
         assert row.constant == pytest.approx(share, abs=1e-12)
         assert row.constant_middle == 0
-        assert row.shuffled > blind_error(8, 16) >= abs(row.shuffled_middle)
+        assert row.shuffled > chance(8, 16) >= abs(row.shuffled_middle)
         assert (row.map != 0).tolist() == [True, *[False] * (LENGTH - 2), True]
+
+    def test_chance_is_bounded_and_the_bound_reached(self):
+        """By the two orders of two pixels, which vary as one: over all that four draws may be."""
+        orders = [np.array([[[a, 1 - a]]]) for a in (0.0, 1.0)]
+        found = []
+        for drawn in itertools.product(orders, repeat=4):
+            layer = _Layer(*orders)
+            for output in drawn:
+                layer.add(output)
+            found.append(layer.shuffled()[0])
+        report = PositionReport((row("it", shape=(1, 1, 2)),), {}, 4)
+        assert np.mean(found) == pytest.approx(0, abs=1e-12)
+        assert np.std(found) == pytest.approx(report.chance)
+        assert chance(1, 4) == pytest.approx(SIGMAS * report.chance)
 
     def test_the_estimate_has_no_bias(self):
         """Over all pairs of orders of three pixels its mean is the variance due to position."""
@@ -107,7 +125,7 @@ class TestShares:
         edge = np.abs(RAMP) == 1
         row = one(lambda x: np.where(edge, 0, x), np.concatenate([x, -x]), draws=32)
         assert row.constant > 0.1
-        assert abs(row.shuffled) <= blind_error(8, 32)
+        assert abs(row.shuffled) <= chance(8, 32)
 
     def test_of_a_stride_that_does_not_divide_a_circle(self):
         """The pixels beside the seam share an input that others do not, which a square shows."""
@@ -120,8 +138,8 @@ class TestShares:
         for length, seen in ((8, False), (9, True)):
             report = position_report(network, images(64, 1, length), draws=64)
             assert all(row.constant < 1e-20 for row in report.rows)
-            assert abs(report["first"].shuffled) <= blind_error(64, 64)
-            assert (report["second"].shuffled > blind_error(64, 64)) == seen
+            assert abs(report["first"].shuffled) <= chance(64, 64)
+            assert (report["second"].shuffled > chance(64, 64)) == seen
 
     @pytest.mark.parametrize(
         ("size", "middle"), [((8,), 1), ((3, 8), 0), ((2, 8), 0), ((1, 8), 1), ((4, 4, 4), 1)]
@@ -130,6 +148,13 @@ class TestShares:
         row = one(np.tanh, images(2, 1, *size))
         assert (row.constant_middle is not None) == (row.shuffled_middle is not None) == middle
         assert row.map.shape == size
+
+    def test_what_rounding_leaves_of_the_middle_is_nothing(self):
+        """In float32, 1e7 and a number below 1 is 1e7 or the next number."""
+        edge = np.abs(RAMP) == 1
+        row = one(lambda x: (1e7 + x + 1e3 * edge).astype(np.float32), images())
+        assert row.constant > 0.99
+        assert row.constant_middle == row.shuffled_middle == 0
 
     def test_the_same_seed_gives_the_same(self):
         first, again, other = (one(np.exp, images(), seed=seed) for seed in (3, 3, 4))
@@ -182,7 +207,7 @@ class TestLeftOut:
             nan = np.where(x > 0.5, np.nan, x)
             late = x if call < 5 else x[..., 1:]
             gone = {"gone": x} if call < 4 else {}
-            dead = {"dead": x * 0, "saturated": 1e9 + x.astype(np.float32)}
+            dead = {"dead": x * 0, "rounding": (1e7 + x).astype(np.float32)}
             pooled = x.mean((2, 3), keepdims=True)
             tokens = last.reshape(len(x), -1, 1)
             more = {"pool": pooled, "tokens": tokens, "last": last, "nan": nan, "late": late}
@@ -201,7 +226,7 @@ class TestLeftOut:
             "last": "axis 1 grows with the image, so that it is not that of channels",
             "nan": "has NaN or infinities",
             "dead": "alike at all positions",
-            "saturated": "alike at all positions",
+            "rounding": "alike at all positions",
             "late": changed,
             "gone": changed,
             "never": "no output was seen",
@@ -249,6 +274,11 @@ class TestLeftOut:
         assert list(report.left_out) == ["unused"]
 
 
+def test_a_function_that_names_nothing_is_refused():
+    with pytest.raises(TypeError, match="run must return arrays by name, got a ndarray"):
+        position_report(np.tanh, images())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -271,10 +301,6 @@ def test_what_is_refused_before_the_network_runs(change, error, match):
 
     with pytest.raises(error, match=match):
         position_report(network, **{"input": images(), **change})
-
-
-def row(name, kind="Conv2d", shape=(2, 3, 8, 8), share=0.5, middle=None):
-    return PositionRow(name, kind, shape, share, middle, share, middle, np.zeros(shape[2:]))
 
 
 class TestTable:

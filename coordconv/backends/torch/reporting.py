@@ -57,7 +57,7 @@ def position_report(
         >>> report["0"].constant > 0, report["0"].constant_middle < 1e-9
         (True, True)
         >>> report.left_out["2"]
-        'not (N, C, *S) as the input's (4, 3, 16, 16)'
+        "not (N, C, *S) as the input's (4, 3, 16, 16)"
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
