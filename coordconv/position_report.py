@@ -210,13 +210,13 @@ def position_report(
     mean = input.mean(axes, keepdims=True, dtype=np.float64).astype(input.dtype)
     blank = run(np.broadcast_to(mean, input.shape).copy())
     names = _chosen(found, layers)
-    double, note = _doubled(run, input)
+    longer, note = _longer(run, input)
 
     left: dict[str, str] = {}
     measured: dict[str, _Layer] = {}
     for name in names:
         shape = found[name].shape
-        why = _unfit(found[name], input, double.get(name)) or _changed(blank.get(name), shape)
+        why = _unfit(found[name], input, longer.get(name)) or _changed(blank.get(name), shape)
         if not why:
             measured[name] = _Layer(found[name], blank[name])
             why = measured[name].unfit
@@ -372,8 +372,8 @@ def _centred(array: Array, first: int = 2) -> Array:
 
 def _check(input: Array, draws: int, seed: int) -> None:
     if not isinstance(input, np.ndarray) or input.dtype.kind != "f":
-        what = getattr(input, "dtype", type(input).__name__)
-        raise TypeError(f"input must be a floating-point array, got {what}")
+        what = f"{type(input).__name__} {getattr(input, 'dtype', '')}".rstrip()
+        raise TypeError(f"input must be a floating-point array of NumPy, got {what}")
     if input.ndim < 3 or not input.size:
         raise ValueError(f"input must be (N, C, *S) with axes of positions, got {input.shape}")
     if not np.isfinite(input).all():
@@ -398,20 +398,23 @@ def _chosen(found: Mapping[str, Array], layers: Collection[str] | None) -> list[
     return [name for name in found if name in wanted]
 
 
-def _doubled(run: Run, input: Array) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The shapes of the outputs for an image of twice the size, or none and a note on why."""
-    tiled = np.tile(input[:1], (1, 1, *[2] * (input.ndim - 2)))
+def _longer(run: Run, input: Array) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The shapes of the outputs for one image, of twice the length on the first axis of positions.
+
+    They tell axes apart. Without any there is a note on why.
+    """
+    twice = np.concatenate([input[:1]] * 2, axis=2)
     try:
-        return {name: output.shape for name, output in run(tiled).items()}, ""
+        return {name: output.shape for name, output in run(twice).items()}, ""
     except Exception as error:  # noqa: BLE001  # a network of one size may raise anything
         said = (str(error).splitlines() or [""])[0]
         return {}, (
-            "not checked, that channels are on axis 1, by an image of twice the size: "
+            "not checked, that axes are (N, C, *S), by one image of twice the first length: "
             f"{type(error).__name__}: {said}"
         )
 
 
-def _unfit(output: Array, input: Array, double: tuple[int, ...] | None) -> str:
+def _unfit(output: Array, input: Array, longer: tuple[int, ...] | None) -> str:
     """Why an output has no share of position, or ""."""
     if output.dtype.kind != "f":
         return f"of type {output.dtype}"
@@ -419,8 +422,9 @@ def _unfit(output: Array, input: Array, double: tuple[int, ...] | None) -> str:
         return f"not (N, C, *S) as the input's {input.shape}"
     if output[0, 0].size < 2:
         return "of one position"
-    if double is not None and double[1:2] != output.shape[1:2]:
-        return "axis 1 grows with the image, so that it is not that of channels"
+    # Else these are channels on the last axis, kernels that a module computes, maps of attention.
+    if longer is not None and longer != (1, output.shape[1], *longer[2:3], *output.shape[3:]):
+        return "of other axes than (N, C, *S), as one image of twice the first length shows"
     return "" if np.isfinite(output).all() else "has NaN or infinities"
 
 

@@ -206,7 +206,27 @@ class TestTorch:
         found = report(Block())
         assert [row.name for row in found.rows] == ["conv", "model output"]
         assert found.rows[1].kind == "Block"
-        assert found.left_out["norm"].startswith("axis 1 grows with the image")
+        assert found.left_out["norm"].startswith("of other axes than (N, C, *S)")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+    def test_a_scripted_part_is_said_to_be_unseen(self, torch):
+        nn = torch.nn
+        part = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), part)
+        found = report(net)
+        assert [row.name for row in found.rows] == ["0", "model output"]
+        assert found.left_out == dict.fromkeys(("1", "1.0", "1.1"), "no output was seen")
+        assert all(module.training for module in net.modules())
+
+    def test_kernels_that_modules_compute_are_left_out(self, torch):
+        conv = torch.nn.Conv2d(3, COUNT, 3, padding=1)
+        net = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(conv))
+        found = report(net)
+        assert [row.name for row in found.rows] == ["0", "model output"]
+        reason = "of other axes than (N, C, *S), as one image of twice the first length shows"
+        assert found.left_out == {"0.parametrizations.weight": reason} | {
+            "0.parametrizations.weight.0": reason
+        }
 
     def test_a_position_embedding_of_one_size(self, torch):
         nn = torch.nn
@@ -298,7 +318,7 @@ class TestTorch:
         [
             (lambda torch: ("model", torch.rand(1, 1, 4)), "model must be a torch.nn.Module"),
             (lambda torch: (torch.nn.ReLU(), np.ones((1, 1, 4))), "input must be a torch.Tensor"),
-            (lambda torch: (torch.nn.ReLU(), torch.ones(1, 1, 4).int()), "got int32"),
+            (lambda torch: (torch.nn.ReLU(), torch.ones(1, 1, 4).int()), "got ndarray int32"),
         ],
     )
     def test_other_arguments_are_refused(self, torch, given, match):

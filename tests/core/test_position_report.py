@@ -210,20 +210,31 @@ class TestLeftOut:
             dead = {"dead": x * 0, "rounding": (1e7 + x).astype(np.float32)}
             pooled = x.mean((2, 3), keepdims=True)
             tokens = last.reshape(len(x), -1, 1)
+            attention = np.einsum("ncl,ncm->nclm", tokens[..., 0][:, None], tokens[..., 0][:, None])
+            odd = {"weight": images(), "attention": attention}
             more = {"pool": pooled, "tokens": tokens, "last": last, "nan": nan, "late": late}
-            return {"it": x, "index": x > 0.5, **more, **gone, **dead, "mean": pooled[:, :, 0, 0]}
+            return {
+                "it": x,
+                "index": x > 0.5,
+                **more,
+                **odd,
+                **gone,
+                **dead,
+                "mean": pooled[:, :, 0, 0],
+            }
 
         kinds = {"it": "Conv", "never": "Linear"}
         report = position_report(network, images(), kinds=kinds)
         assert [row.name for row in report.rows] == ["it"]
         shape = "not (N, C, *S) as the input's (8, 1, 16, 16)"
+        axes = "of other axes than (N, C, *S), as one image of twice the first length shows"
         changed = "not of the same shape for other values of the input"
         assert report.left_out == {
             "index": "of type bool",
             "tokens": shape,
             "pool": "of one position",
             "mean": shape,
-            "last": "axis 1 grows with the image, so that it is not that of channels",
+            **dict.fromkeys(("last", "weight", "attention"), axes),
             "nan": "has NaN or infinities",
             "dead": "alike at all positions",
             "rounding": "alike at all positions",
@@ -244,7 +255,7 @@ class TestLeftOut:
             return {"it": x + RAMP}
 
         report = position_report(network, images())
-        assert report.note.endswith("by an image of twice the size: RuntimeError: want 16")
+        assert report.note.endswith("by one image of twice the first length: RuntimeError: want 16")
         assert report["it"].constant > 0.5
 
     def test_no_layer_at_all(self):
@@ -282,8 +293,8 @@ def test_a_function_that_names_nothing_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"input": [[1.0]]}, TypeError, "input must be a floating-point array, got list"),
-        ({"input": np.ones((1, 1, 4), int)}, TypeError, "input must be .* got int64"),
+        ({"input": [[1.0]]}, TypeError, "input must be a floating-point array of NumPy, got list"),
+        ({"input": np.ones((1, 1, 4), int)}, TypeError, "input must be .* got ndarray int64"),
         ({"input": np.ones((4, 4))}, ValueError, r"input must be \(N, C, \*S\) .*, got \(4, 4\)"),
         ({"input": np.ones((0, 1, 4))}, ValueError, r"input must be .*, got \(0, 1, 4\)"),
         ({"input": np.full((1, 1, 4), np.nan)}, ValueError, "input must be finite"),

@@ -15,6 +15,9 @@ from coordconv.position_report import PositionReport
 from coordconv.recording import OUTPUT
 from coordconv.tape import to_numpy
 
+# Modules that are not called.
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 
 def position_report(
     model: nn.Module,
@@ -63,9 +66,11 @@ def position_report(
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got a {type(input).__name__}")
-    # Without lists of modules, which have no call.
-    named = {n: m for n, m in model.named_modules() if type(m).forward is not nn.Module.forward}
-    kinds = {name or OUTPUT: type(module).__name__ for name, module in named.items()}
+    kinds = {
+        name or OUTPUT: type(module).__name__
+        for name, module in model.named_modules()
+        if not isinstance(module, _LISTS)
+    }
     with _evaluated(model):
         return core.position_report(
             recorded(model, **kwargs),
