@@ -104,6 +104,8 @@ class TestShares:
         assert np.mean(found) == pytest.approx(0, abs=1e-12)
         assert np.std(found) == pytest.approx(report.chance)
         assert chance(1, 4) == pytest.approx(SIGMAS * report.chance)
+        more = PositionReport((row("it", shape=(8, 1, 2)),), {}, 16)
+        assert chance(8, 16) == pytest.approx(SIGMAS * more.chance)
 
     def test_the_estimate_has_no_bias(self):
         """Over all pairs of orders of three pixels its mean is the variance due to position."""
