@@ -85,7 +85,9 @@ def _trained(name: str, split: str | None, backend: str, seeds: int, quick: bool
         raise common.fail(f"--backend must be one of {wanted} for {name}, got {backend!r}")
     splits = found.SPLITS if split is None else (split,)
     seeds = QUICK_SEEDS if quick else seeds
-    return study.train([job for s in splits for job in found.jobs(s, backend, seeds, quick)])
+    runs = study.train([job for s in splits for job in found.jobs(s, backend, seeds, quick)])
+    chosen = getattr(found, "chosen", None)
+    return runs if chosen is None else runs + study.train(chosen(runs, seeds))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Run:
     """A job that was done.
 
     ``seconds`` are those of training alone, ``curve`` has what was measured after so many steps,
-    ``measures`` what was measured at the end.
+    ``measures`` what was measured at the end, ``details`` what only a picture needs.
     """
 
     job: Job
@@ -54,6 +54,7 @@ class Run:
     seconds: float
     curve: list[tuple[int, float]]
     measures: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Sheet:
 
 
 class Study(Protocol):
-    """What a module of this folder offers to ``paper.py``."""
+    """What a module of this folder offers to ``paper.py``.
+
+    It may also have ``chosen(runs, seeds)``: further jobs, with what the first runs found best.
+    """
 
     SPLITS: tuple[str, ...]
     """The parts of the study that can run alone; ``("",)`` where there is one."""
@@ -156,6 +160,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Run]]:
             run["seconds"],
             [(int(step), float(value)) for step, value in run["curve"]],
             run["measures"],
+            run.get("details", {}),
         )
         for run in found["runs"]
     ]
