@@ -136,7 +136,7 @@ def rates(first: float, steps: int) -> Array:
     return first * (_LAST_RATE + (1 - _LAST_RATE) * (1 + np.cos(np.pi * done)) / 2)
 
 
-def train(job: Job, problem: Problem, evaluations: int = 20) -> Run:
+def train(job: Job, problem: Problem, evaluations: int = 12) -> Run:
     """Train for so many epochs, or until the problem is solved on all positions.
 
     Options of the job: ``rate``, ``epochs``. The curve has the mean score of the held-out
