@@ -21,7 +21,7 @@ __all__ = ("BACKENDS", "SPLITS", "chosen", "draw", "jobs", "problem", "run", "sh
 _DECONV = "deconvolutions"
 _RATES, _WIDTHS = (0.002, 0.005, 0.01), (1, 2, 3)
 _SEARCH_EPOCHS = 6
-_EPOCHS = {UNIFORM: 40, QUADRANT: 15}
+_EPOCHS = {UNIFORM: 30, QUADRANT: 12}
 
 
 def jobs(split: str, backend: str, seeds: int, quick: bool) -> list[Job]:
@@ -47,7 +47,8 @@ def problem(job: Job) -> Problem:
     data = squares.split(job.split, job.seed)
 
     def scores(outputs: Array, which: Array) -> Array:
-        return outputs.argmax(axis=1) == data.labels[which]
+        right: Array = outputs.argmax(axis=1) == data.labels[which]
+        return right
 
     return Problem(
         network,
@@ -92,15 +93,12 @@ def _claims(results: Results) -> list[tuple[str, str, str, bool | None]]:
     ):
         shares = results.values(part, variant)
         confirmed = all(map(holds, shares)) if shares else None
-        found.append(
-            (f"{variant}, {part} split", paper, spread(shares, _percent) if shares else "", confirmed)
-        )
+        measured = spread(shares, _percent) if shares else ""
+        found.append((f"{variant}, {part} split", paper, measured, confirmed))
     coord, plain = (results.groups.get((UNIFORM, v), []) for v in (COORD, _DECONV))
     if coord and plain:
         ratio = plain[0].parameters / coord[0].parameters
-        found.append(
-            ("times fewer parameters", "10 to 100", f"{ratio:.1f}", 10 <= ratio <= 100)
-        )
+        found.append(("times fewer parameters", "10 to 100", f"{ratio:.1f}", 10 <= ratio <= 100))
         found.append(("times faster", "150", *_faster(coord, plain)))
     return found
 

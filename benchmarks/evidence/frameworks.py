@@ -32,7 +32,7 @@ _BATCH, _STEPS, _QUICK_STEPS = 2, 50, 10
 _RATE, _EPSILON = 0.001, 1e-4
 _TASKS = {
     "classification": (COORD, {"rate": 0.005, "epochs": 1}),
-    "regression": ("strided, linear, coordinates", {"rate": 0.003, "width": 16, "epochs": 8}),
+    "regression": ("strided, linear, coordinates", {"rate": 0.003, "width": 16, "epochs": 4}),
     "rendering": (COORD, {"rate": 0.01, "epochs": 2}),
 }
 _QUICK_EPOCHS = 0.2
@@ -83,9 +83,7 @@ def run(job: Job) -> Run:
         found = squares.train(_setting(job), _problem(_setting(job)))
         return replace(found, job=job, details={})
     problem = replace(_problem(_setting(job)), batch=_BATCH)
-    task = _PapersTask(
-        problem.network, "adam", _RATE, _BATCH, job.seed, _EPSILON, problem=problem
-    )
+    task = _PapersTask(problem.network, "adam", _RATE, _BATCH, job.seed, _EPSILON, problem=problem)
     exact = exact_run(task, _QUICK_STEPS if job.quick else _STEPS)
     curve: list[tuple[int, float]] = []
     details: dict[str, Any] = {}

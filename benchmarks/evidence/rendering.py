@@ -56,7 +56,9 @@ def problem(job: Job) -> Problem:
 
     def scores(outputs: Array, which: Array) -> Array:
         painted, wanted = outputs > 0.5, canvases(which) > 0.5
-        return (painted & wanted).sum(axis=1) / (painted | wanted).sum(axis=1)
+        shared, either = painted & wanted, painted | wanted
+        ratio: Array = shared.sum(axis=1) / either.sum(axis=1)
+        return ratio
 
     return Problem(
         network,
@@ -93,7 +95,7 @@ def _iou(share: float) -> str:
 
 def _claims(results: Results) -> list[tuple[str, str, str, bool | None]]:
     """What the paper says of both splits; "better" is: the worst CoordConv above the best other."""
-    found = []
+    found: list[tuple[str, str, str, bool | None]] = []
     for part in SPLITS:
         coord, plain = (results.values(part, variant) for variant in (COORD, _DECONV))
         if coord and plain:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,7 +63,7 @@ def chain(
 ) -> tuple[Layer, ...]:
     """Convolutions, the first with the coordinates, ReLUs between them, and Flatten."""
     layers: list[Layer] = []
-    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False), 1):
+    for i, (before, after) in enumerate(pairwise(channels), 1):
         layers += [Conv(f"{prefix}{i}", before, after, geometry, coords), ReLU()]
         coords = None
     return (*layers[:-1], Flatten())
@@ -175,6 +176,14 @@ def is_search(job: Job) -> bool:
     return job.variant.startswith(SEARCH)
 
 
+def grouped(runs: Iterable[Run]) -> Iterable[tuple[tuple[str, str], list[Run]]]:
+    """By split and variant, in the order in which these first appear."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.job.split, run.job.variant), []).append(run)
+    return groups.items()
+
+
 def searches(
     job: Job, learning_rates: Iterable[float], widths: Iterable[int], epochs: float
 ) -> list[Job]:
@@ -200,13 +209,13 @@ def chosen(
     runs: Sequence[Run], seeds: int, highest: bool, epochs: Mapping[str, float]
 ) -> list[Job]:
     """After the searches, the best settings with all seeds; ``epochs`` by the split."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in filter(lambda run: is_search(run.job), runs):
-        groups.setdefault((run.job.split, run.job.variant), []).append(run)
     jobs = []
-    for (part, variant), group in groups.items():
+    for (part, variant), group in grouped(run for run in runs if is_search(run.job)):
         found = best(group, highest).job
-        options = {**found.options, "epochs": found.options["epochs"] if found.quick else epochs[part]}
+        options = {
+            **found.options,
+            "epochs": found.options["epochs"] if found.quick else epochs[part],
+        }
         name = variant.removeprefix(SEARCH)
         jobs += [replace(found, variant=name, seed=s, options=options) for s in range(seeds)]
     return jobs
@@ -217,10 +226,7 @@ class Results:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
-        self.groups: dict[tuple[str, str], list[Run]] = {}
-        for run in runs:
-            if not is_search(run.job):
-                self.groups.setdefault((run.job.split, run.job.variant), []).append(run)
+        self.groups = dict(grouped(run for run in runs if not is_search(run.job)))
 
     @cached_property
     def splits(self) -> list[str]:
@@ -256,11 +262,8 @@ class Results:
 
     def searched(self, form: Callable[[float], str], highest: bool) -> Sheet:
         """What the searches chose from how many runs."""
-        groups: dict[tuple[str, str], list[Run]] = {}
-        for run in filter(lambda run: is_search(run.job), self.runs):
-            groups.setdefault((run.job.split, run.job.variant), []).append(run)
-        rows = []
-        for (part, variant), group in groups.items():
+        rows: list[tuple[str, ...]] = []
+        for (part, variant), group in grouped(run for run in self.runs if is_search(run.job)):
             found = best(group, highest)
             tried = {key: sorted({r.job.options[key] for r in group}) for key in ("rate", "width")}
             rows.append(
@@ -297,9 +300,7 @@ def claims(title: str, rows: Iterable[tuple[str, str, str, bool | None]]) -> She
     """What the paper reports beside what was measured; None where the runs cannot tell."""
     words = {True: "yes", False: "no", None: "not measured"}
     columns = (title, "the paper reports", "we measure", "confirmed")
-    return Sheet(
-        "The paper's claims", columns, [(a, b, c or "-", words[d]) for a, b, c, d in rows]
-    )
+    return Sheet("The paper's claims", columns, [(a, b, c or "-", words[d]) for a, b, c, d in rows])
 
 
 def draw(
