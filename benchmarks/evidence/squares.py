@@ -33,6 +33,7 @@ SEARCH = "search: "  # before the variant, of its short runs
 TEST, TRAINED = "test", "trained"  # the measures: means over the held-out and the other positions
 _DIGITS = "digits"
 _CHUNK = 16  # positions that a network sees at once when it is judged: they fit into a cache
+_TICKS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _LAST_RATE = 0.01  # of the first learning rate
 
 
@@ -137,7 +138,7 @@ def rates(first: float, steps: int) -> Array:
     return first * (_LAST_RATE + (1 - _LAST_RATE) * (1 + np.cos(np.pi * done)) / 2)
 
 
-def train(job: Job, problem: Problem, evaluations: int = 12) -> Run:
+def train(job: Job, problem: Problem) -> Run:
     """Train for so many epochs, or until the problem is solved on all positions.
 
     Options of the job: ``rate``, ``epochs``. The curve has the mean score of the held-out
@@ -148,7 +149,7 @@ def train(job: Job, problem: Problem, evaluations: int = 12) -> Run:
     step, export = backend.trainer(backend.build(problem.network, start), start)
     judge, data = Judge(problem, job.backend, start), problem.data
     epochs, steps = job.options["epochs"], problem.steps(job.options["epochs"])
-    every, seconds, curve = max(1, steps // evaluations), 0.0, []
+    every, seconds, curve = max(1, steps // _evaluations(job)), 0.0, []
     schedule = rates(job.options["rate"], steps)
     begin = time.perf_counter()
     for count, (x, target) in enumerate(problem.batches(job.seed, epochs), 1):
@@ -170,6 +171,13 @@ def train(job: Job, problem: Problem, evaluations: int = 12) -> Run:
     digits = np.clip(np.round(9 * problem.shades(scores)), 0, 9).astype(int)
     details = {} if is_search(job) else {_DIGITS: "".join(map(str, digits))}
     return Run(job, parameters(problem.network), seconds, curve, measures, details)
+
+
+def _evaluations(job: Job) -> int:
+    """How often the held-out positions are judged; of a search only the end counts."""
+    if is_search(job):
+        return 1
+    return 3 if job.quick else 12
 
 
 def is_search(job: Job) -> bool:
@@ -314,28 +322,36 @@ def draw(
 
     variants, parts = results.variants, results.splits
     rows = len(variants) + 1
-    figure = Figure(figsize=(3.0 * len(parts), 2.75 * rows), layout="constrained")
+    figure = Figure(figsize=(2.7 * len(parts), 2.75 * rows), layout="constrained")
     axes = figure.subplots(rows, len(parts), squeeze=False)
-    colours = {variant: f"C{i}" for i, variant in enumerate(variants)}
     for column, part in zip(axes.T, parts, strict=True):
         for axis, variant in zip(column, variants, strict=False):
             _map(axis, results.median_run(part, variant))
-            axis.set_title(f"{part}: {variant}", fontsize=9)
+            axis.set_title(f"{part} split\n{variant}", fontsize=10)
         curves = column[-1]
-        for variant in variants:
+        for colour, variant in enumerate(variants):
             for i, run in enumerate(results.groups.get((part, variant), [])):
                 seconds = [run.seconds * step / run.measures["steps"] for step, _ in run.curve]
                 values = [value for _, value in run.curve]
                 name = None if i else variant
-                curves.plot(seconds, values, color=colours[variant], label=name, linewidth=1)
-        curves.set_title(f"{part}: held out", fontsize=9)
-        curves.set_xlabel("seconds of training")
-        curves.set_ylabel(label)
-        curves.set_xscale("log")
+                curves.plot(seconds, values, color=f"C{colour}", label=name, linewidth=1)
+        curves.set_title(f"{part} split\nheld out", fontsize=10)
+        curves.set(xlabel="seconds of training", ylabel=label)
+        _log_scale(curves.set_xscale, curves.set_xticks, curves.get_xlim, curves.set_xlim)
         if log:
-            curves.set_yscale("log")
-    axes[-1][0].legend(fontsize=8)
+            _log_scale(curves.set_yscale, curves.set_yticks, curves.get_ylim, curves.set_ylim)
+    handles, names = axes[-1][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def _log_scale(scale: Any, ticks: Any, limits: Any, limit: Any) -> None:
+    """A logarithmic axis with few plain numbers, whatever its range."""
+    scale("log")
+    found = limits()
+    ticks([], minor=True)
+    ticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    limit(found)
 
 
 def _map(axis: Any, run: Run | None) -> None:
