@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coordconv import networks
-from coordconv.cli.demo import BATCH, DECAY_EPOCHS, LEARNING_RATE
+from coordconv.cli.demo import BATCH, LEARNING_RATE
 from coordconv.grid import Array
 from evidence import squares
 from evidence.squares import BACKENDS, COORD, QUADRANT, SPLITS, UNIFORM, Problem, Results
@@ -20,12 +20,12 @@ __all__ = ("BACKENDS", "SPLITS", "chosen", "draw", "jobs", "problem", "run", "sh
 
 _DECONV = "deconvolutions"
 _RATES, _WIDTHS = (0.002, 0.005, 0.01), (1, 2, 3)
-_SEARCH_EPOCHS = 6
-_EPOCHS = {UNIFORM: 30, QUADRANT: 12}
+_COORD_EPOCHS, _SEARCH_EPOCHS = 5, 5
+_EPOCHS = {UNIFORM: 20, QUADRANT: 15}
 
 
 def jobs(split: str, backend: str, seeds: int, quick: bool) -> list[Job]:
-    epochs = 1 if quick else DECAY_EPOCHS
+    epochs = 1 if quick else _COORD_EPOCHS
     options = {"rate": LEARNING_RATE, "epochs": epochs}
     first = [
         Job("classification", split, COORD, seed, backend, quick, options) for seed in range(seeds)

@@ -25,8 +25,8 @@ __all__ = ("BACKENDS", "SPLITS", "chosen", "draw", "jobs", "problem", "run", "sh
 
 _DECONV = "deconvolutions"
 _RATES, _WIDTHS = (0.001, 0.003, 0.01), (1, 2)
-_RATE, _EPOCHS, _SEARCH_EPOCHS = 0.01, 6, 6
-_PLAIN_EPOCHS = {UNIFORM: 30, QUADRANT: 12}
+_RATE, _EPOCHS, _SEARCH_EPOCHS = 0.01, 4, 5
+_PLAIN_EPOCHS = {UNIFORM: 20, QUADRANT: 12}
 _BATCH = 8
 _CHANNELS = (2, 32, 32, 32, 1)
 
