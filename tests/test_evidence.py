@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 pytest.importorskip("matplotlib")
-from evidence import classification, regression, rendering, squares, study
+from evidence import classification, frameworks, regression, rendering, squares, study
 from evidence.study import Job, Run
 
 PAPERS = classification, regression, rendering
@@ -110,6 +110,29 @@ def test_the_best_settings_are_run_with_all_seeds_and_reported(module, tmp_path)
 
 def test_claims_that_no_run_is_about_are_not_confirmed():
     assert {row[3] for row in classification.sheets([])[2].rows} == {"not measured"}
+
+
+def test_the_frameworks_are_held_to_the_bound_and_reported(monkeypatch, tmp_path):
+    """The real parity run of the cheapest task, and runs to the end that were made up."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(frameworks, "FRAMEWORKS", ("torch",))
+    job = next(
+        job
+        for job in frameworks.jobs(frameworks.PARITY, "torch", 5, quick=True)
+        if job.variant == "regression"
+    )
+    parity = frameworks.run(job)
+    assert 0 < parity.details["torch"]["10"] <= 1
+    assert parity.measures["torch holds"] == parity.measures["steps"] == 10
+    whole = [
+        Run(job, 10, 1.0, [(5, 0.5)], {"test": 0.5, "trained": 0.6, "steps": 5})
+        for job in frameworks.jobs(frameworks.WHOLE, "torch", 5, quick=True)
+    ]
+    held, ended = frameworks.sheets([parity, *whole])
+    assert [row[:2] for row in held.rows] == [("regression", "torch")]
+    assert [row[3] for row in ended.rows] == ["0.5", "0.6", "5"] * 3
+    frameworks.draw(tmp_path / "picture.png", [parity, *whole])
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_training_improves_and_is_the_same_again():

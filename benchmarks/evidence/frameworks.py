@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from coordconv.grid import Array
-from coordconv.parity.training import Task, exact_run
+from coordconv.parity.training import EVERY, Task, exact_run
 from evidence import squares
 from evidence.squares import COORD, UNIFORM, Problem
 from evidence.study import Job, Run, Sheet
@@ -90,8 +90,8 @@ def run(job: Job) -> Run:
     measures: dict[str, float] = {"steps": len(exact.losses)}
     for name in FRAMEWORKS:
         outcome = exact.check_backend(name)
-        held = [step for step, error in outcome.errors.items() if error > 1]
-        measures[f"{name} holds"] = min(held, default=len(exact.losses) + 1) - 1
+        beyond = [step for step, error in outcome.errors.items() if error > 1]
+        measures[f"{name} holds"] = min(beyond) - EVERY if beyond else len(exact.losses)
         off = np.abs(np.subtract(outcome.losses, exact.losses))
         measures[f"{name} losses"] = float((off / np.abs(exact.losses)).max())
         details[name] = {str(step): error for step, error in outcome.errors.items()}
@@ -104,12 +104,19 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     found = []
     if parity:
         steps = list(parity[0].details[FRAMEWORKS[0]])
-        columns = ("task", "framework", *(f"step {step}" for step in steps), "losses differ by")
+        columns = (
+            "task",
+            "framework",
+            *(f"step {step}" for step in steps),
+            "holds for",
+            "losses off by",
+        )
         rows = [
             (
                 run.job.variant,
                 name,
                 *(f"{run.details[name][step]:.3f}" for step in steps),
+                f"{run.measures[f'{name} holds']:g} steps",
                 f"{run.measures[f'{name} losses']:.1e}",
             )
             for run in parity

@@ -118,6 +118,7 @@ def spread(values: Iterable[float], form: Callable[[float], str] = "{:.3g}".form
 def train(jobs: Sequence[Job]) -> list[Run]:
     """Do all jobs, in the order given, as many at once as there are cores, behind a bar."""
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # before a process imports a framework
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     done: dict[int, Run] = {}
     workers = min(len(jobs), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
