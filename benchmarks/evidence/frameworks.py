@@ -135,7 +135,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
             for measure in (squares.TEST, squares.TRAINED, "steps"):
                 values = (f"{run.measures[measure]:.5g}" if run else "-" for run in of)
                 rows.append((task, f"{first.parameters:,}", measure, *values))
-        title = "Trained to the end: share right, pixels off, and intersection over union"
+        title = "Trained to the end: share right, pixels off, IoU"
         found.append(Sheet(title, columns, rows))
     return found
 

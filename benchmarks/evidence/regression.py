@@ -4,7 +4,8 @@ The paper shows the networks a single white pixel. A mean over all positions har
 (a public re-run of the paper, vfdev-5/CoordConvExperiments, could not train the paper's network on
 it), so that the pictures here have the whole square. The scores are distances in pixels.
 
-``CoordConv`` keeps the canvas's size, as the paper's network does. The others halve it four times,
+``CoordConv`` keeps the canvas's size, as the paper's network does; that one has no ReLUs in the
+released code, and takes the maximum over the canvas, not the mean. The others halve it four times,
 as networks in use do, and end in a linear layer over what is left or in a mean over it; each comes
 without coordinates and with them in its first layer.
 """
