@@ -92,6 +92,7 @@ def test_the_best_settings_are_run_with_all_seeds_and_reported(module, tmp_path)
                 if (run.job.variant, run.job.split) == (squares.SEARCH + variant, split)
             ]
             assert [job.seed for job in found] == [0, 1]
+            assert module.problem(found[0]).network == module.problem(tried[2]).network
             for key in ("rate", "width"):
                 assert found[0].options[key] == tried[2].options[key]
             assert found[0].options["epochs"] > tried[2].options["epochs"]

@@ -31,7 +31,7 @@ __all__ = ("BACKENDS", "SPLITS", "chosen", "draw", "jobs", "problem", "run", "sh
 _LINEAR, _MEAN = "strided, linear", "strided, mean"
 _WITH = ", coordinates"
 _RATES, _WIDTHS = (0.001, 0.003, 0.01), (8, 16)
-_RATE, _EPOCHS, _STRIDED_EPOCHS, _SEARCH_EPOCHS = 0.003, 5, 12, 4
+_RATE, _EPOCHS, _STRIDED_EPOCHS, _SEARCH_EPOCHS = 0.003, 10, 12, 4
 _BATCH = 8
 _SOLVED = 0.5  # pixels: all are nearer to their own centre than to another
 
@@ -87,7 +87,7 @@ def problem(job: Job) -> Problem:
         return distances
 
     return Problem(
-        network(job.variant, int(job.options.get("width", 0))),
+        network(job.variant.removeprefix(squares.SEARCH), int(job.options.get("width", 0))),
         data,
         lambda which: squares.pictures(data, which)[:, None],
         lambda which: data.coordinates[which],

@@ -33,7 +33,7 @@ SEARCH = "search: "  # before the variant, of its short runs
 TEST, TRAINED = "test", "trained"  # the measures: means over the held-out and the other positions
 _DIGITS = "digits"
 _CHUNK = 16  # positions that a network sees at once when it is judged: they fit into a cache
-_TICKS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 _LAST_RATE = 0.01  # of the first learning rate
 
 
