@@ -287,7 +287,7 @@ class Results:
                 )
             )
         columns = ("split", "network", "runs", "rates", "widths", "epochs", "best", "its test")
-        return Sheet("The search for the networks without coordinates", columns, rows)
+        return Sheet("The search for a learning rate and a width", columns, rows)
 
     def median_run(self, part: str, variant: str) -> Run | None:
         """The run in the middle by its score."""
