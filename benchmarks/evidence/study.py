@@ -161,7 +161,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Run]]:
             run["seconds"],
             [(int(step), float(value)) for step, value in run["curve"]],
             run["measures"],
-            run.get("details", {}),
+            run["details"],
         )
         for run in found["runs"]
     ]

@@ -1,0 +1,164 @@
+"""The article's two networks, which it describes and does not train, on a task of their size.
+
+``plain_cnn`` and ``coord_cnn`` make one number of a picture of 32x32, with 158,913 and 160,065
+parameters. Here they are trained to say where on the canvas a handwritten digit is, in two ways:
+``x`` is its x, whatever digit it is; ``x or y`` is the x of an even digit and the y of an odd one.
+The digits are the 1,797 of scikit-learn's ``load_digits``, real and 8x8, in a random colour on a
+dark ground of another. A third of them are for tests alone. So are some positions: a random fifth
+(``uniform``), or those in the lower right quarter (``quadrant``).
+
+Both networks end in Flatten and Linear, which know positions by themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import common
+from common import Array
+from coordconv import backends, networks, summary
+from evidence.study import Job, Run, Sheet, spread
+
+SPLITS = ("uniform", "quadrant")
+BACKENDS = tuple(backends.BACKENDS)
+NETWORKS = {"plain_cnn": "plain_cnn", "coord_cnn": "coord_cnn"}
+TASKS = ("x", "x or y")
+CANVAS, DIGIT = 32, 8
+PLACES = CANVAS - DIGIT + 1  # of a digit's left or upper edge
+BINS = 5  # of the map of errors, on a side
+STEPS, BATCH, TESTED, EVERY = 600, 32, 1024, 100
+QUICK_STEPS = 40
+RATES = (5e-4, 1e-3, 2e-3)  # tried with the first seed of the uniform split, for each network
+RATE = {(task, network): 1e-3 for task in TASKS for network in NETWORKS}  # the best of them
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pictures ``(n, 8, 8)`` from 0 to 1, and which digits they are."""
+
+    pictures: Array
+    labels: Array
+
+
+def digits() -> tuple[Digits, Digits]:
+    """Scikit-learn's handwritten digits, to train and to test on."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise common.fail(
+            "the study `article` takes its digits from scikit-learn: pip install scikit-learn"
+        ) from None
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    pictures, labels = found.images[order] / 16, found.target[order]
+    cut = len(order) * 2 // 3
+    return Digits(pictures[:cut], labels[:cut]), Digits(pictures[cut:], labels[cut:])
+
+
+def places(split: str) -> tuple[Array, Array]:
+    """The y and x of a digit's upper left corner, to train and to test on."""
+    every = np.stack(np.divmod(np.arange(PLACES**2), PLACES), 1)
+    if split == "quadrant":
+        held_out = (every > PLACES // 2).all(1)
+    else:
+        held_out = np.random.default_rng(0).random(len(every)) < 0.2
+    return every[~held_out], every[held_out]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pictures ``(n, 3, CANVAS, CANVAS)``, what to answer ``(n, 1)`` on -1 to 1, and the places."""
+
+    pictures: Array
+    answers: Array
+    places: Array
+
+
+def sample(rng: np.random.Generator, count: int, of: Digits, where: Array, task: str) -> Data:
+    """Digits in random places of those given."""
+    chosen, at = rng.integers(len(of.labels), size=count), where[rng.integers(len(where), size=count)]
+    ground, ink = rng.uniform(0, 0.3, (count, 3, 1, 1)), rng.uniform(0.4, 1, (count, 3, 1, 1))
+    shown = np.zeros((count, 1, CANVAS, CANVAS))
+    for canvas, digit, (y, x) in zip(shown, of.pictures[chosen], at, strict=True):
+        canvas[0, y : y + DIGIT, x : x + DIGIT] = digit
+    pictures = (ground + (ink - ground) * shown).astype(np.float32)
+    centres = (at + DIGIT / 2) * 2 / CANVAS - 1
+    axis = 1 if task == "x" else np.where(of.labels[chosen] % 2, 0, 1)
+    answers = centres[np.arange(count), axis, None].astype(np.float32)
+    return Data(pictures, answers, at)
+
+
+def jobs(split: str, backend: str, seeds: int, quick: bool) -> list[Job]:
+    """Each network on each task, and with the first seed of the uniform split at every rate."""
+    found = []
+    for task in TASKS:
+        for name in NETWORKS:
+            for seed in range(seeds):
+                chosen = RATE[task, name]
+                tried = RATES if split == "uniform" and seed == 0 and not quick else (chosen,)
+                found += [
+                    Job("article", split, f"{name}, {task}", seed, backend, quick, {"rate": rate})
+                    for rate in tried
+                ]
+    return found
+
+
+def run(job: Job) -> Run:
+    """Train one network on batches drawn anew; test it on digits and places it never had."""
+    name, task = job.variant.split(", ")
+    network, framework = networks.get(name), backends.load(job.backend)
+    start = networks.initial_weights(network, job.seed)
+    module = networks.build(network, job.backend)
+    step, export = framework.trainer(module, start)
+    rng = np.random.default_rng(job.seed)
+    (seen, unseen), (trained, held_out) = digits(), places(job.split)
+    tests = {
+        "held out": sample(np.random.default_rng(10_000), TESTED, unseen, held_out, task),
+        "trained": sample(np.random.default_rng(10_001), TESTED, unseen, trained, task),
+    }
+
+    def errors(test: Data) -> Array:
+        found = [
+            framework.evaluate(module, export(), part)[0] for part in np.split(test.pictures, 8)
+        ]
+        return np.asarray(np.abs(np.concatenate(found) - test.answers)[:, 0] * CANVAS / 2)
+
+    steps = QUICK_STEPS if job.quick else STEPS
+    curve, seconds = [], 0.0
+    for done in range(steps):
+        batch = sample(rng, BATCH, seen, trained, task)
+        rate = job.options["rate"] * (1 + np.cos(np.pi * done / steps)) / 2
+        began = time.perf_counter()
+        step(batch.pictures, batch.answers, rate)
+        seconds += time.perf_counter() - began
+        if (done + 1) % EVERY == 0:
+            curve.append((done + 1, float(errors(tests["held out"]).mean())))
+    last = {where: errors(test) for where, test in tests.items()}
+    measures = {where: float(each.mean()) for where, each in last.items()}
+    both = np.concatenate([test.places for test in tests.values()])
+    return Run(
+        job,
+        summary.summary(name).parameters,
+        seconds,
+        curve,
+        {**measures, "steps": steps},
+        {"map": _map(both, np.concatenate(list(last.values())))},
+    )
+
+
+def _map(at: Array, errors: Array) -> list[list[float | None]]:
+    """The mean error by position, in BINS by BINS."""
+    total, count = np.zeros((BINS, BINS)), np.zeros((BINS, BINS))
+    index = tuple((at * BINS // PLACES).T)
+    np.add.at(total, index, errors)
+    np.add.at(count, index, 1)
+    return [
+        [round(float(t / c), 3) if c else None for t, c in zip(*rows, strict=True)]
+        for rows in zip(total, count, strict=True)
+    ]

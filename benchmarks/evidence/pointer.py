@@ -1,0 +1,77 @@
+"""The network of ``sizes.py``, in PyTorch, and its training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import Array
+from coordconv import Coordinates, Window, window
+from coordconv.backends.torch import CoordConv2d
+from evidence.sizes import FRAME, RATE, Batch
+
+WIDTH, DILATIONS = 16, (1, 2, 4, 8)
+
+
+class Pointer(nn.Module):
+    """Convolutions, a softmax over places, and the mean of two maps by its weights.
+
+    The first has stride 2 and a kernel of 4, whose middle is that of the two pixels which a sample
+    stands for. The dilated ones look 62 pixels far to each side, so that without coordinates they
+    can see the zeros of the padding. The first of them and the last convolution have coordinates.
+    """
+
+    def __init__(self, coords: Coordinates | None) -> None:
+        super().__init__()
+
+        def conv(channels: int, out: int, kernel: int, **options: Any) -> nn.Module:
+            if coords is None:
+                return nn.Conv2d(channels, out, kernel, **options)
+            return CoordConv2d(channels, out, kernel, coords=coords, **options)
+
+        layers: list[nn.Module] = [nn.Conv2d(1, WIDTH, 4, stride=2, padding=1), nn.ReLU()]
+        for i, by in enumerate(DILATIONS):
+            make = conv if i == 0 else nn.Conv2d
+            layers += [make(WIDTH, WIDTH, 3, padding=by, dilation=by), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.last = conv(WIDTH, 3, 1)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Places ``(N, 2)``, x and y."""
+        maps = self.last(self.features(pictures)).flatten(2)
+        weights = maps[:, 2].softmax(1)
+        return (maps[:, :2] * weights[:, None]).sum(-1)
+
+
+class Training:
+    """A network of a variant, and the steps of its training."""
+
+    def __init__(self, variant: str, seed: int, steps: int) -> None:
+        torch.manual_seed(seed)
+        align: Any = "edges" if variant == "window" else variant
+        self.in_windows = variant == "window"
+        self.network = Pointer(None if variant == "none" else Coordinates("xy", align=align))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), RATE)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, RATE, steps)
+        self.parameters = sum(p.numel() for p in self.network.parameters())
+
+    def _places(self, of: Batch) -> torch.Tensor:
+        pictures = torch.from_numpy(of.pictures)
+        if not self.in_windows:
+            return self.network(pictures)
+        with window(Window.from_boxes(of.boxes, (FRAME, FRAME))):
+            return self.network(pictures)
+
+    def step(self, of: Batch) -> None:
+        off = self._places(of) - torch.from_numpy(of.answers)
+        self.optimizer.zero_grad()
+        off.square().sum(1).mean().backward()
+        self.optimizer.step()
+        self.schedule.step()
+
+    def answers(self, of: Batch) -> Array:
+        with torch.no_grad():
+            return np.asarray(self._places(of))
