@@ -162,3 +162,117 @@ def _map(at: Array, errors: Array) -> list[list[float | None]]:
         [round(float(t / c), 3) if c else None for t, c in zip(*rows, strict=True)]
         for rows in zip(total, count, strict=True)
     ]
+
+
+def _each(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[Run]]:
+    """The runs by task, split and network, at the rate of that network."""
+    found: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        name, task = run.job.variant.split(", ")
+        if run.job.options["rate"] == RATE[task, name]:
+            found.setdefault((task, run.job.split, name), []).append(run)
+    return found
+
+
+def sheets(runs: Sequence[Run]) -> list[Sheet]:
+    """Mean errors in pixels, and those of the learning rates that were tried."""
+    form = "{:.2f}".format
+    rows = []
+    for (task, split, name), own in sorted(_each(runs).items(), key=lambda each: each[0][:2]):
+        errors = [spread((r.measures[where] for r in own), form) for where in ("trained", "held out")]
+        seconds = spread((run.seconds for run in own), "{:.0f}".format)
+        label = f"{task}, {split}, {name}"
+        rows.append((label, f"{own[0].parameters:,}", *errors, seconds))
+    steps = runs[0].measures["steps"]
+    found = [
+        Sheet(
+            f"article: error in pixels on new digits, after {steps:.0f} steps of {BATCH}",
+            ("answer, split, network", "parameters", "places trained on", "held out", "seconds"),
+            rows,
+        )
+    ]
+    tried = {
+        (run.job.variant, run.job.options["rate"]): run.measures["trained"]
+        for run in runs
+        if run.job.split == "uniform" and run.job.seed == 0
+    }
+    names = sorted({variant for variant, _ in tried})
+    if any((name, rate) in tried for name in names for rate in RATES if rate != 1e-3):
+        found.append(
+            Sheet(
+                "article: error in pixels of the first seed, places trained on, by learning rate",
+                ("network, answer", *map("{:g}".format, RATES)),
+                [
+                    (name, *(form(tried[name, rate]) if (name, rate) in tried else "" for rate in RATES))
+                    for name in names
+                ],
+            )
+        )
+    return found
+
+
+def draw(path: Path, runs: Sequence[Run]) -> None:
+    """Some pictures with their answers, every run's error, and where on the canvas errors are."""
+    import matplotlib as mpl  # only the picture needs it
+    from matplotlib.figure import Figure
+
+    each = _each(runs)
+    colours = dict(zip(NETWORKS, ("C1", "C0"), strict=True))
+    with mpl.rc_context({"font.size": 16}):
+        figure = Figure(figsize=(9, 14), layout="constrained")
+        shown, dots, maps = figure.subfigures(3, 1, height_ratios=[0.75, 1.3, 2])
+        _examples(shown)
+        axes = dots.subplots()
+        groups = [(task, split) for task in TASKS for split in SPLITS]
+        for place, (task, split) in enumerate(groups):
+            for shift, name in ((-0.15, "plain_cnn"), (0.15, "coord_cnn")):
+                errors = [run.measures["held out"] for run in each.get((task, split, name), ())]
+                label = name if place == 0 else None
+                where = [place + shift] * len(errors)
+                axes.plot(where, errors, "o", color=colours[name], ms=9, alpha=0.7, label=label)
+        names = [f"{task},\n{split}" for task, split in groups]
+        axes.set(xticks=range(len(groups)), xticklabels=names, yscale="log", ylabel="pixels")
+        axes.set_title("error at the places held out, each run")
+        axes.grid(alpha=0.3, axis="y", which="both")
+        axes.legend()
+        _maps(maps, each)
+        figure.savefig(path, dpi=100)
+
+
+def _examples(figure: Any) -> None:
+    seen, _ = digits()
+    drawn = sample(np.random.default_rng(3), 4, seen, places("uniform")[0], "x or y")
+    for axes, picture, answer, at in zip(
+        figure.subplots(1, 4), drawn.pictures, drawn.answers, drawn.places, strict=True
+    ):
+        axes.imshow(picture.transpose(1, 2, 0), extent=(0, CANVAS, CANVAS, 0))
+        value = (answer[0] + 1) * CANVAS / 2
+        is_x = value == at[1] + DIGIT / 2
+        (axes.axvline if is_x else axes.axhline)(value, color="white", ls="--")
+        axes.set(xticks=[], yticks=[], title=f"{'x' if is_x else 'y'} = {value:g}")
+    figure.suptitle("x of an even digit, y of an odd one")
+
+
+def _maps(figure: Any, each: dict[tuple[str, str, str], list[Run]]) -> None:
+    found = {
+        (task, name): np.mean(
+            [np.array(run.details["map"], float) for run in each[task, "quadrant", name]], 0
+        )
+        for task in TASKS
+        for name in NETWORKS
+        if (task, "quadrant", name) in each
+    }
+    if not found:
+        return
+    panels = figure.subplots(len(TASKS), len(NETWORKS))
+    most = max(float(np.nanmax(values)) for values in found.values())
+    for line, task in zip(panels, TASKS, strict=True):
+        for axes, name in zip(line, NETWORKS, strict=True):
+            if (task, name) in found:
+                values = found[task, name]
+                axes.imshow(values, cmap="viridis", vmin=0, vmax=most)
+                for (y, x), value in np.ndenumerate(values):
+                    colour = "black" if value > most * 0.7 else "white"
+                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour)
+            axes.set(xticks=[], yticks=[], title=f"{task}: {name}")
+    figure.suptitle("mean error in pixels by place; the lower right quarter was held out")

@@ -13,18 +13,20 @@ from coordconv import Coordinates, Window, window
 from coordconv.backends.torch import CoordConv2d
 from evidence.sizes import FRAME, RATE, Batch
 
-WIDTH, DILATIONS = 16, (1, 2, 4, 8)
+WIDTH = 16
+DILATIONS, WIDE = (1, 2, 2), (1, 2, 4, 8)
 
 
 class Pointer(nn.Module):
     """Convolutions, a softmax over places, and the mean of two maps by its weights.
 
     The first has stride 2 and a kernel of 4, whose middle is that of the two pixels which a sample
-    stands for. The dilated ones look 62 pixels far to each side, so that without coordinates they
-    can see the zeros of the padding. The first of them and the last convolution have coordinates.
+    stands for. The dilated ones look 10 pixels far, about as far as an object reaches; the ``wide``
+    ones 30, so that nearly all of them see the zeros of the padding at 64x64, and can learn places
+    from these. The first of the dilated ones and the last convolution have coordinates.
     """
 
-    def __init__(self, coords: Coordinates | None) -> None:
+    def __init__(self, coords: Coordinates | None, wide: bool = False) -> None:
         super().__init__()
 
         def conv(channels: int, out: int, kernel: int, **options: Any) -> nn.Module:
@@ -33,9 +35,10 @@ class Pointer(nn.Module):
             return CoordConv2d(channels, out, kernel, coords=coords, **options)
 
         layers: list[nn.Module] = [nn.Conv2d(1, WIDTH, 4, stride=2, padding=1), nn.ReLU()]
-        for i, by in enumerate(DILATIONS):
+        for i, by in enumerate(WIDE if wide else DILATIONS):
             make = conv if i == 0 else nn.Conv2d
-            layers += [make(WIDTH, WIDTH, 3, padding=by, dilation=by), nn.ReLU()]
+            made = make(WIDTH, WIDTH, 3, padding=by, dilation=by, bias=False)
+            layers += [made, nn.BatchNorm2d(WIDTH), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.last = conv(WIDTH, 3, 1)
 
@@ -51,9 +54,10 @@ class Training:
 
     def __init__(self, variant: str, seed: int, steps: int) -> None:
         torch.manual_seed(seed)
-        align: Any = "edges" if variant == "window" else variant
         self.in_windows = variant == "window"
-        self.network = Pointer(None if variant == "none" else Coordinates("xy", align=align))
+        align: Any = "edges" if self.in_windows else variant
+        coords = None if variant in ("none", "wide") else Coordinates("xy", align=align)
+        self.network = Pointer(coords, variant == "wide")
         self.optimizer = torch.optim.Adam(self.network.parameters(), RATE)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, RATE, steps)
         self.parameters = sum(p.numel() for p in self.network.parameters())
@@ -73,5 +77,8 @@ class Training:
         self.schedule.step()
 
     def answers(self, of: Batch) -> Array:
+        self.network.eval()
         with torch.no_grad():
-            return np.asarray(self._places(of))
+            found = np.asarray(self._places(of))
+        self.network.train()
+        return found

@@ -34,6 +34,7 @@ QUICK_STEPS = 60
 VARIANTS = {
     "frames": {
         "none": "no coordinates",
+        "wide": "none, looking farther",
         "corners": 'align="corners"',
         "edges": 'align="edges"',
         "start": 'align="start"',
@@ -157,3 +158,85 @@ def run(job: Job) -> Run:
             curve.append((done, error(readings[-1], TRAINED)))
     measures = {f"{reading} {size}": error(reading, size) for reading in readings for size in SIZES}
     return Run(job, train.parameters, seconds, curve, {**measures, "steps": steps})
+
+
+def _of(runs: Sequence[Run], split: str, variant: str) -> list[Run]:
+    return [run for run in runs if (run.job.split, run.job.variant) == (split, variant)]
+
+
+def _each(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, list[Run]]]]]:
+    """By split and reading, the label of each variant and its runs, where there are any."""
+    found = []
+    for split, readings in READINGS.items():
+        lines = [
+            (label, own) for name, label in VARIANTS[split].items() if (own := _of(runs, split, name))
+        ]
+        found += [(split, reading, lines) for reading in readings if lines]
+    return found
+
+
+TITLES = {
+    "resized": "resized: the same scene at other numbers of pixels",
+    "canvas": "canvas: frames of other sizes, objects of as many pixels",
+    "crops": f"crops: parts of a frame of {FRAME}x{FRAME}",
+}
+
+
+def sheets(runs: Sequence[Run]) -> list[Sheet]:
+    """The error at each size, a sheet for each meaning of a larger picture."""
+    found = []
+    for _, reading, lines in _each(runs):
+        rows = []
+        for label, own in lines:
+            errors = [
+                spread((run.measures[f"{reading} {size}"] for run in own), "{:.2f}".format)
+                for size in SIZES
+            ]
+            seconds = spread((run.seconds for run in own), "{:.0f}".format)
+            rows.append((label, f"{own[0].parameters:,}", *errors, seconds))
+        steps = lines[0][1][0].measures["steps"]
+        found.append(
+            Sheet(
+                f"sizes, {TITLES[reading]}; trained at {TRAINED}, {steps:.0f} steps of {BATCH}: "
+                "error in percent of the frame's side",
+                ("coordinates", "parameters", *map(str, SIZES), "seconds"),
+                rows,
+            )
+        )
+    return found
+
+
+def draw(path: Path, runs: Sequence[Run]) -> None:
+    """The error against the size of the test picture, with the range of the seeds."""
+    import matplotlib as mpl  # only the picture needs it
+    from matplotlib.figure import Figure
+
+    each = _each(runs)
+    with mpl.rc_context({"font.size": 16}):
+        figure = Figure(figsize=(9, 1 + 5 * len(each)), layout="constrained")
+        for axes, (split, reading, lines) in zip(
+            figure.subplots(len(each), 1, squeeze=False)[:, 0], each, strict=True
+        ):
+            labels = list(VARIANTS[split].values())
+            for label, own in lines:
+                values = np.array(
+                    [[run.measures[f"{reading} {size}"] for size in SIZES] for run in own]
+                )
+                middle = np.median(values, 0)
+                place = labels.index(label)
+                colour = ("grey", "C1", "C0", "C2")[place] if split == "frames" else (
+                    "grey",
+                    "C0",
+                    "C3",
+                )[place]
+                spreads = np.abs(values[[0, 0]] * 0 + [values.min(0), values.max(0)] - middle)
+                shifted = np.array(SIZES) + (place - 1.5)  # so that the ranges stand apart
+                options = {"label": label, "color": colour, "lw": 2.5, "capsize": 5, "marker": "o"}
+                axes.errorbar(shifted, middle, spreads, **options)
+            axes.axvline(TRAINED, color="black", lw=1, ls=":")
+            axes.set(xticks=SIZES, yscale="log", title=TITLES[reading].replace(": ", ":\n"))
+            axes.set(ylabel="error, % of the side")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize=14)
+        axes.set_xlabel(f"side of the test picture, pixels; trained at {TRAINED}")
+        figure.savefig(path, dpi=100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from coordconv.backends.torch import CoordConv2d
-from evidence.dense import CELLS, Found, Scene, Variant, cells_of, suppressed
+from evidence.dense import CELLS, RATE, Found, Scene, Variant, cells_of, suppressed
 
 MASK_WEIGHT = 3.0  # SOLO, section 3.3
 LEAST_SCORE = 0.1  # SOLO, section 3.4
@@ -108,10 +108,22 @@ def answers(network: Solo, scenes: Sequence[Scene], batch: int = 50) -> list[Fou
     return found
 
 
-def train(
-    variant: Variant,
-    seed: int,
-    batches: Sequence[Callable[[], Sequence[Scene]]],
-    rate: float,
-) -> Any:
-    raise NotImplementedError
+class Training:
+    """A network of a variant, and the steps of its training."""
+
+    def __init__(self, variant: Variant, seed: int, steps: int) -> None:
+        torch.manual_seed(seed)
+        self.network = Solo(variant)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), RATE)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, RATE, steps)
+        self.parameters = sum(p.numel() for p in self.network.parameters())
+
+    def step(self, scenes: Sequence[Scene]) -> None:
+        found = loss(self.network, scenes)
+        self.optimizer.zero_grad()
+        found.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.schedule.step()
+
+    def answers(self, scenes: Sequence[Scene]) -> list[Found]:
+        return answers(self.network, scenes)
