@@ -200,7 +200,7 @@ def run(job: Job) -> Run:
 
 
 def _painted(found: Found) -> list[str]:
-    """A digit for each pixel, that of the instance with the highest score; 0 where there is none."""
+    """A digit for each pixel: that of its best instance, or 0."""
     canvas = np.zeros((CANVAS, CANVAS), int)
     best = np.argsort(-found.scores, kind="stable")[:9]
     for i, each in reversed([*enumerate(best, 1)]):

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -169,7 +168,9 @@ def _each(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, list[Run]
     found = []
     for split, readings in READINGS.items():
         lines = [
-            (label, own) for name, label in VARIANTS[split].items() if (own := _of(runs, split, name))
+            (label, own)
+            for name, label in VARIANTS[split].items()
+            if (own := _of(runs, split, name))
         ]
         found += [(split, reading, lines) for reading in readings if lines]
     return found
@@ -224,11 +225,15 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
                 )
                 middle = np.median(values, 0)
                 place = labels.index(label)
-                colour = ("grey", "C1", "C0", "C2")[place] if split == "frames" else (
-                    "grey",
-                    "C0",
-                    "C3",
-                )[place]
+                colour = (
+                    ("grey", "C1", "C0", "C2")[place]
+                    if split == "frames"
+                    else (
+                        "grey",
+                        "C0",
+                        "C3",
+                    )[place]
+                )
                 spreads = np.abs(values[[0, 0]] * 0 + [values.min(0), values.max(0)] - middle)
                 shifted = np.array(SIZES) + (place - 1.5)  # so that the ranges stand apart
                 options = {"label": label, "color": colour, "lw": 2.5, "capsize": 5, "marker": "o"}
