@@ -183,12 +183,6 @@ class TestArticle:
         assert "pip install scikit-learn" in capsys.readouterr().err
 
 
-def made(name, split, variant, seed, measures, **further):
-    options = further.pop("options", {})
-    job = Job(name, split, variant, seed, options=options)
-    return Run(job, 1234, 5.0, [(100, 1.0 + seed), (200, 0.5)], measures, further)
-
-
 def runs_of(name):
     """Tiny runs of all that a study trains, two seeds each."""
     found = []

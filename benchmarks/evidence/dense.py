@@ -109,7 +109,7 @@ def cells_of(mask: Array) -> list[int]:
 
 def overlaps(first: Array, second: Array) -> Array:
     """Intersection over union of each mask of one ``(n, H, W)`` with each of another."""
-    a, b = (masks.reshape(len(masks), -1).astype(np.float32) for masks in (first, second))
+    a, b = (m.reshape(len(m), m.shape[1] * m.shape[2]).astype("f4") for m in (first, second))
     common = a @ b.T
     union = a.sum(1)[:, None] + b.sum(1) - common
     return np.asarray(common / np.maximum(union, 1))

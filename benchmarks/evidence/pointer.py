@@ -72,7 +72,7 @@ class Training:
     def step(self, of: Batch) -> None:
         off = self._places(of) - torch.from_numpy(of.answers)
         self.optimizer.zero_grad()
-        off.square().sum(1).mean().backward()
+        off.norm(dim=1).mean().backward()
         self.optimizer.step()
         self.schedule.step()
 

@@ -28,7 +28,7 @@ BACKENDS = ("torch",)
 TRAINED, SIZES, FRAME = 64, (48, 64, 96, 128), 128
 RADII, RADIUS = (2.0, 8.0), 3.5  # of objects in training and, at the size of training, in tests
 RINGS = 3  # on 64x64
-STEPS, BATCH, RATE, TESTED, EVERY = 600, 16, 5e-3, 256, 100
+STEPS, BATCH, RATE, TESTED, EVERY = 1000, 16, 5e-3, 256, 100
 QUICK_STEPS = 60
 VARIANTS = {
     "frames": {
@@ -43,6 +43,10 @@ VARIANTS = {
         "edges": "those of the crop",
         "window": "those of its window",
     },
+}
+COLOURS = {
+    label: f"C{i}"
+    for i, label in enumerate({v: 0 for each in VARIANTS.values() for v in each.values()})
 }
 READINGS = {"frames": ("resized", "canvas"), "crops": ("crops",)}
 
@@ -163,8 +167,8 @@ def _of(runs: Sequence[Run], split: str, variant: str) -> list[Run]:
     return [run for run in runs if (run.job.split, run.job.variant) == (split, variant)]
 
 
-def _each(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, list[Run]]]]]:
-    """By split and reading, the label of each variant and its runs, where there are any."""
+def _each(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[Run]]]]]:
+    """By reading, the label of each variant and its runs, where there are any."""
     found = []
     for split, readings in READINGS.items():
         lines = [
@@ -172,7 +176,7 @@ def _each(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, list[Run]
             for name, label in VARIANTS[split].items()
             if (own := _of(runs, split, name))
         ]
-        found += [(split, reading, lines) for reading in readings if lines]
+        found += [(reading, lines) for reading in readings if lines]
     return found
 
 
@@ -186,7 +190,7 @@ TITLES = {
 def sheets(runs: Sequence[Run]) -> list[Sheet]:
     """The error at each size, a sheet for each meaning of a larger picture."""
     found = []
-    for _, reading, lines in _each(runs):
+    for reading, lines in _each(runs):
         rows = []
         for label, own in lines:
             errors = [
@@ -215,29 +219,18 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     each = _each(runs)
     with mpl.rc_context({"font.size": 16}):
         figure = Figure(figsize=(9, 1 + 5 * len(each)), layout="constrained")
-        for axes, (split, reading, lines) in zip(
+        for axes, (reading, lines) in zip(
             figure.subplots(len(each), 1, squeeze=False)[:, 0], each, strict=True
         ):
-            labels = list(VARIANTS[split].values())
-            for label, own in lines:
+            for place, (label, own) in enumerate(lines):
                 values = np.array(
                     [[run.measures[f"{reading} {size}"] for size in SIZES] for run in own]
                 )
                 middle = np.median(values, 0)
-                place = labels.index(label)
-                colour = (
-                    ("grey", "C1", "C0", "C2")[place]
-                    if split == "frames"
-                    else (
-                        "grey",
-                        "C0",
-                        "C3",
-                    )[place]
-                )
-                spreads = np.abs(values[[0, 0]] * 0 + [values.min(0), values.max(0)] - middle)
-                shifted = np.array(SIZES) + (place - 1.5)  # so that the ranges stand apart
-                options = {"label": label, "color": colour, "lw": 2.5, "capsize": 5, "marker": "o"}
-                axes.errorbar(shifted, middle, spreads, **options)
+                ranges = [middle - values.min(0), values.max(0) - middle]
+                shifted = np.array(SIZES) + 1.2 * (place - 2)  # so that the ranges stand apart
+                options = {"label": label, "color": COLOURS[label], "lw": 2.5, "capsize": 5}
+                axes.errorbar(shifted, middle, ranges, marker="o", **options)
             axes.axvline(TRAINED, color="black", lw=1, ls=":")
             axes.set(xticks=SIZES, yscale="log", title=TITLES[reading].replace(": ", ":\n"))
             axes.set(ylabel="error, % of the side")
