@@ -7,7 +7,7 @@ The digits are the 1,797 of scikit-learn's ``load_digits``, real and 8x8, in a r
 dark ground of another. A third of them are for tests alone. So are some positions: a random fifth
 (``uniform``), or those in the lower right quarter (``quadrant``).
 
-Both networks end in Flatten and Linear, which know positions by themselves.
+Both networks end in Flatten and Linear, which know positions by themselves. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _each(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[Run]]:
 def sheets(runs: Sequence[Run]) -> list[Sheet]:
     """Mean errors in pixels, and those of the learning rates that were tried."""
     form = "{:.2f}".format
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (task, split, name), own in sorted(_each(runs).items(), key=lambda each: each[0][:2]):
         errors = [
             spread((r.measures[where] for r in own), form) for where in ("trained", "held out")
@@ -229,7 +229,8 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     colours = dict(zip(NETWORKS, ("C1", "C0"), strict=True))
     with mpl.rc_context({"font.size": 16}):
         figure = Figure(figsize=(9, 14), layout="constrained")
-        shown, dots, maps = figure.subfigures(3, 1, height_ratios=[0.75, 1.3, 2])
+        parts: Any = figure.subfigures(3, 1, height_ratios=[0.75, 1.3, 2])
+        shown, dots, maps = parts
         _examples(shown)
         axes = dots.subplots()
         groups = [(task, split) for task in TASKS for split in SPLITS]

@@ -69,7 +69,7 @@ def scene(rng: np.random.Generator) -> Scene:
     while len(masks) < wanted:
         radius = rng.uniform(6, 11)
         left, top = rng.uniform(radius, CANVAS - radius, 2)
-        depth = _depth(rng.integers(3), x - left, y - top, radius, rng.uniform(0, 2 * np.pi))
+        depth = _depth(int(rng.integers(3)), x - left, y - top, radius, rng.uniform(0, 2 * np.pi))
         shape = depth > 0
         visible = [mask & ~shape for mask in masks]
         if any(2 * m.sum() < area for m, area in zip(visible, areas, strict=True)):
@@ -216,7 +216,8 @@ def _of(runs: Sequence[Run], variant: str) -> list[Run]:
 def sheets(runs: Sequence[Run]) -> list[Sheet]:
     """AP of each variant, and what coordinates add to it, seed by seed."""
     form = "{:.1f}".format
-    rows, gains = [], []
+    rows: list[tuple[str, ...]] = []
+    gains: list[tuple[str, ...]] = []
     for name, variant in VARIANTS.items():
         if own := _of(runs, name):
             aps = [
@@ -261,7 +262,8 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     test = scenes(10_000, EXAMPLES)
     with mpl.rc_context({"font.size": 16}):
         figure = Figure(figsize=(9, 14), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.75])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[1, 1.75])
+        top, bottom = parts
         axes = top.subplots()
         for place, (name, variant) in enumerate(VARIANTS.items()):
             if own := [run for run in _of(runs, name) if run.curve]:
@@ -277,7 +279,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         panels = bottom.subplots(2 + len(shown), EXAMPLES, squeeze=False)
         pictures = [each.picture for each in test]
         truth = [_painted(Found(each.masks, np.ones(len(each.masks)))) for each in test]
-        rows = {"picture": pictures, "truth": truth}
+        rows: dict[str, Any] = {"picture": pictures, "truth": truth}
         for name in shown:
             (first, *_) = (run for run in _of(runs, name) if run.details)
             rows[VARIANTS[name].label.replace(", ", ",\n")] = first.details["examples"]

@@ -23,30 +23,24 @@ class Pointer(nn.Module):
     The first has stride 2 and a kernel of 4, whose middle is that of the two pixels which a sample
     stands for. The dilated ones look 10 pixels far, about as far as an object reaches; the ``wide``
     ones 30, so that nearly all of them see the zeros of the padding at 64x64, and can learn places
-    from these. The first of the dilated ones and the last convolution have coordinates.
+    from these. The last convolution, of 1x1, has the coordinates.
     """
 
     def __init__(self, coords: Coordinates | None, wide: bool = False) -> None:
         super().__init__()
-
-        def conv(channels: int, out: int, kernel: int, **options: Any) -> nn.Module:
-            if coords is None:
-                return nn.Conv2d(channels, out, kernel, **options)
-            return CoordConv2d(channels, out, kernel, coords=coords, **options)
-
         layers: list[nn.Module] = [nn.Conv2d(1, WIDTH, 4, stride=2, padding=1), nn.ReLU()]
-        for i, by in enumerate(WIDE if wide else DILATIONS):
-            make = conv if i == 0 else nn.Conv2d
-            made = make(WIDTH, WIDTH, 3, padding=by, dilation=by, bias=False)
+        for by in WIDE if wide else DILATIONS:
+            made = nn.Conv2d(WIDTH, WIDTH, 3, padding=by, dilation=by, bias=False)
             layers += [made, nn.BatchNorm2d(WIDTH), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        self.last = conv(WIDTH, 3, 1)
+        self.last = CoordConv2d(WIDTH, 3, 1, coords=coords) if coords else nn.Conv2d(WIDTH, 3, 1)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Places ``(N, 2)``, x and y."""
         maps = self.last(self.features(pictures)).flatten(2)
         weights = maps[:, 2].softmax(1)
-        return (maps[:, :2] * weights[:, None]).sum(-1)
+        places: torch.Tensor = (maps[:, :2] * weights[:, None]).sum(-1)
+        return places
 
 
 class Training:
@@ -64,10 +58,10 @@ class Training:
 
     def _places(self, of: Batch) -> torch.Tensor:
         pictures = torch.from_numpy(of.pictures)
-        if not self.in_windows:
-            return self.network(pictures)
-        with window(Window.from_boxes(of.boxes, (FRAME, FRAME))):
-            return self.network(pictures)
+        seen = Window.from_boxes(of.boxes, (FRAME, FRAME)) if self.in_windows else None
+        with window(seen):
+            places: torch.Tensor = self.network(pictures)
+        return places
 
     def step(self, of: Batch) -> None:
         off = self._places(of) - torch.from_numpy(of.answers)

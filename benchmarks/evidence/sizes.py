@@ -28,7 +28,7 @@ BACKENDS = ("torch",)
 TRAINED, SIZES, FRAME = 64, (48, 64, 96, 128), 128
 RADII, RADIUS = (2.0, 8.0), 3.5  # of objects in training and, at the size of training, in tests
 RINGS = 3  # on 64x64
-STEPS, BATCH, RATE, TESTED, EVERY = 1000, 16, 5e-3, 256, 100
+STEPS, BATCH, RATE, TESTED, EVERY = 800, 16, 5e-3, 256, 100
 QUICK_STEPS = 60
 VARIANTS = {
     "frames": {
@@ -44,10 +44,8 @@ VARIANTS = {
         "window": "those of its window",
     },
 }
-COLOURS = {
-    label: f"C{i}"
-    for i, label in enumerate({v: 0 for each in VARIANTS.values() for v in each.values()})
-}
+_LABELS = dict.fromkeys(label for each in VARIANTS.values() for label in each.values())
+COLOURS = {label: f"C{i}" for i, label in enumerate(_LABELS)}
 READINGS = {"frames": ("resized", "canvas"), "crops": ("crops",)}
 
 
@@ -101,7 +99,7 @@ def corners(rng: np.random.Generator, found: Scenes, size: int) -> Array:
     disc, reach = found.middles[:, 0], found.radius[:, None]
     low = np.maximum(0, np.ceil(disc + reach) - size)
     high = np.minimum(found.frame - size, np.floor(disc - reach))
-    return rng.integers(low.astype(int), high.astype(int) + 1)
+    return np.asarray(rng.integers(low.astype(int), high.astype(int) + 1))
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     """The error at each size, a sheet for each meaning of a larger picture."""
     found = []
     for reading, lines in _each(runs):
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for label, own in lines:
             errors = [
                 spread((run.measures[f"{reading} {size}"] for run in own), "{:.2f}".format)

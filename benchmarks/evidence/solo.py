@@ -71,8 +71,8 @@ def loss(network: Solo, scenes: Sequence[Scene]) -> torch.Tensor:
     cells, masks = network(_inputs(scenes))
     places: list[tuple[int, int]] = []
     wanted: list[np.ndarray[Any, Any]] = []
-    for i, each in enumerate(scenes):
-        owner = {cell: mask for mask in each.masks for cell in cells_of(mask)}
+    for i, one in enumerate(scenes):
+        owner = {cell: mask for mask in one.masks for cell in cells_of(mask)}
         places += [(i, cell) for cell in owner]
         wanted += owner.values()
     index = torch.tensor(places)
@@ -84,7 +84,8 @@ def loss(network: Solo, scenes: Sequence[Scene]) -> torch.Tensor:
     found = _full(masks[index[:, 0], index[:, 1]]).flatten(1)
     true = torch.from_numpy(np.stack(wanted)).float().flatten(1)
     both = 2 * (found * true).sum(1) / (found.square().sum(1) + true.sum(1))
-    return focal + MASK_WEIGHT * (1 - both).mean()
+    total: torch.Tensor = focal + MASK_WEIGHT * (1 - both).mean()
+    return total
 
 
 def answers(network: Solo, scenes: Sequence[Scene], batch: int = 50) -> list[Found]:
