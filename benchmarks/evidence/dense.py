@@ -12,6 +12,7 @@ variants with it have no positions but those of the coordinates.
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,11 +44,11 @@ class Variant:
 
 
 VARIANTS = {
-    "none": Variant("no coordinates", "none"),
-    "first": Variant("in the mask branch's first convolution", "first"),
-    "all": Variant("in every convolution", "all"),
-    "none-circular": Variant("no coordinates, circular padding", "none", "circular"),
-    "first-circular": Variant("in the first, circular padding", "first", "circular"),
+    "none": Variant("none", "none"),
+    "first": Variant("in the mask branch's first", "first"),
+    "all": Variant("in every one", "all"),
+    "none-circular": Variant("none, circular padding", "none", "circular"),
+    "first-circular": Variant("in its first, circular padding", "first", "circular"),
 }
 
 
@@ -242,12 +243,12 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     return [
         Sheet(
             f"dense: mask AP in percent after {steps:.0f} steps of {BATCH} pictures",
-            ("coordinates", "parameters", "AP", "AP50", "AP75", "seconds"),
+            ("coordinates in convolutions", "parameters", "AP", "AP50", "AP75", "seconds"),
             rows,
         ),
         Sheet(
-            "dense: AP more than without coordinates, same padding and seed (SOLO on COCO: +3.6)",
-            ("coordinates", "more AP"),
+            "dense: AP above none, same padding and seed\n(SOLO on COCO: +3.6)",
+            ("coordinates in convolutions", "more AP"),
             gains,
         ),
     ]
@@ -275,14 +276,15 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
                 axes.fill_between(steps, values.min(0), values.max(0), color=f"C{place}", alpha=0.2)
         axes.set(xlabel="steps", ylabel="mask AP, percent", ylim=(0, 100))
         axes.grid(alpha=0.3)
-        top.legend(loc="outside upper center", fontsize=15)
+        if axes.lines:
+            top.legend(loc="outside upper center", fontsize=15)
         panels = bottom.subplots(2 + len(shown), EXAMPLES, squeeze=False)
         pictures = [each.picture for each in test]
         truth = [_painted(Found(each.masks, np.ones(len(each.masks)))) for each in test]
         rows: dict[str, Any] = {"picture": pictures, "truth": truth}
         for name in shown:
             (first, *_) = (run for run in _of(runs, name) if run.details)
-            rows[VARIANTS[name].label.replace(", ", ",\n")] = first.details["examples"]
+            rows[textwrap.fill(VARIANTS[name].label, 15)] = first.details["examples"]
         for line, (label, each) in zip(panels, rows.items(), strict=True):
             for axes, one in zip(line, each, strict=True):
                 _show(axes, one)

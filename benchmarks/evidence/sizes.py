@@ -200,8 +200,8 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
         steps = lines[0][1][0].measures["steps"]
         found.append(
             Sheet(
-                f"sizes, {TITLES[reading]}; trained at {TRAINED}, {steps:.0f} steps of {BATCH}: "
-                "error in percent of the frame's side",
+                f"sizes, {reading}: error in percent of the frame's side, by the picture's;\n"
+                f"trained at {TRAINED}, {steps:.0f} steps of {BATCH}",
                 ("coordinates", "parameters", *map(str, SIZES), "seconds"),
                 rows,
             )
