@@ -23,7 +23,7 @@ import typer
 import common
 from common import console
 from evidence import study
-from evidence.study import STUDIES, Run
+from evidence.study import STUDIES, Job, Run
 
 SEEDS, QUICK_SEEDS = 5, 1
 
@@ -62,14 +62,18 @@ def main(
         splits = study.load(task).SPLITS if task else ()
         if split not in splits:
             raise common.fail(f"--split must be a part of --task, one of {splits}, got {split!r}")
-    for name in (task,) if task else STUDIES:
+    names = (task,) if task else STUDIES
+    # All at once: a study that lacks something says so before another has trained.
+    jobs = {} if report else {name: _jobs(name, split, backend, seeds, quick) for name in names}
+    for name in names:
         if report is not None:
             path = report / f"{name}.json"
             if not path.exists():
                 raise common.fail(f"--report: {path} is missing; --all --out {report} writes it")
             machine, runs = study.read(path)
         else:
-            machine, runs = common.machine("cpu"), _trained(name, split, backend, seeds, quick)
+            machine, runs = common.machine("cpu"), study.train(jobs[name])
+            runs += study.train(study.load(name).chosen(runs, QUICK_SEEDS if quick else seeds))
             if out is not None:
                 study.save(out / f"{name}.json", runs)
         _show(name, common.describe(machine), runs, markdown)
@@ -78,16 +82,14 @@ def main(
             study.load(name).draw(pictures / f"evidence-{name}.png", runs)
 
 
-def _trained(name: str, split: str | None, backend: str, seeds: int, quick: bool) -> list[Run]:
+def _jobs(name: str, split: str | None, backend: str, seeds: int, quick: bool) -> list[Job]:
     found = study.load(name)
     if backend not in found.BACKENDS:
         wanted = ", ".join(found.BACKENDS)
         raise common.fail(f"--backend must be one of {wanted} for {name}, got {backend!r}")
     splits = found.SPLITS if split is None else (split,)
     seeds = QUICK_SEEDS if quick else seeds
-    runs = study.train([job for s in splits for job in found.jobs(s, backend, seeds, quick)])
-    chosen = getattr(found, "chosen", None)
-    return runs if chosen is None else runs + study.train(chosen(runs, seeds))
+    return [job for s in splits for job in found.jobs(s, backend, seeds, quick)]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from evidence import article, dense, sizes, study
-from evidence.study import Job, Run
+from evidence.study import Run
 
 
 def square(left, right, size=8):
