@@ -198,7 +198,7 @@ def runs_of(name):
                 details = {}
             else:
                 measures = {"held out": 2.0 + job.seed, "trained": 0.25, "steps": 200}
-                details = {"map": [[0.5] * 5] * 5}
+                details = {"map": [[0.5] * 4] * 4}
             found.append(
                 Run(job, 1234, 5.0, [(100, 1.0 + job.seed), (200, 9.0)], measures, details)
             )
