@@ -191,7 +191,7 @@ def runs_of(name):
             if name == "dense":
                 measures = {"AP": 50.0 + job.seed, "AP50": 80.0, "AP75": 40.0, "steps": 200}
                 rows = ["0" * 32 + "1" * 32] * 64
-                details = {"examples": [rows] * 3} if job.seed == 0 else {}
+                details = {"examples": [rows] * dense.EXAMPLES} if job.seed == 0 else {}
             elif name == "sizes":
                 readings = [f"{r} {n}" for r in sizes.READINGS[split] for n in sizes.SIZES]
                 measures = dict.fromkeys(readings, 1.5 + job.seed) | {"steps": 200}

@@ -30,7 +30,7 @@ CANVAS, CELLS = 64, 8
 CENTRE = 0.2  # of an instance's width and height: whose cells predict it (SOLO, section 3.3)
 STEPS, BATCH, RATE, TESTED, EVERY = 800, 16, 4e-3, 200, 200
 QUICK_STEPS, QUICK_TESTED = 60, 50
-EXAMPLES, SHOWN_SCORE = 3, 0.3  # of the pictures of one run; what is drawn of its answers
+EXAMPLES, SHOWN_SCORE = 5, 0.3  # of the pictures of one run; what is drawn of its answers
 THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))  # of COCO's average precision
 
 
@@ -255,7 +255,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """AP over the steps, and what one run of each variant finds in three pictures."""
+    """AP over the steps, and what one run of each variant finds in some pictures."""
     import matplotlib as mpl  # only the picture needs it
     from matplotlib.figure import Figure
 
