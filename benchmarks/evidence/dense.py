@@ -277,7 +277,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         axes.set(xlabel="steps", ylabel="mask AP, percent", ylim=(0, 100))
         axes.grid(alpha=0.3)
         if axes.lines:
-            top.legend(loc="outside upper center", fontsize=15)
+            top.legend(loc="outside upper center", fontsize=15, ncols=2, title="coordinates")
         panels = bottom.subplots(2 + len(shown), EXAMPLES, squeeze=False)
         pictures = [each.picture for each in test]
         truth = [_painted(Found(each.masks, np.ones(len(each.masks)))) for each in test]
