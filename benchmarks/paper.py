@@ -73,7 +73,8 @@ def main(
             machine, runs = study.read(path)
         else:
             machine, runs = common.machine("cpu"), study.train(jobs[name])
-            runs += study.train(study.load(name).chosen(runs, QUICK_SEEDS if quick else seeds))
+            if chosen := getattr(study.load(name), "chosen", None):
+                runs += study.train(chosen(runs, QUICK_SEEDS if quick else seeds))
             if out is not None:
                 study.save(out / f"{name}.json", runs)
         _show(name, common.describe(machine), runs, markdown)

@@ -78,7 +78,10 @@ class Sheet:
 
 
 class Study(Protocol):
-    """What a module of this folder offers to ``paper.py``."""
+    """What a module of this folder offers to ``paper.py``.
+
+    It may also have ``chosen(runs, seeds)``: further jobs, with what the first runs found best.
+    """
 
     SPLITS: tuple[str, ...]
     """The parts of the study that can run alone; ``("",)`` where there is one."""
@@ -88,9 +91,6 @@ class Study(Protocol):
 
     def jobs(self, split: str, backend: str, seeds: int, quick: bool) -> list[Job]:
         """What to train; ``quick`` jobs end within seconds, and show that all of it runs."""
-
-    def chosen(self, runs: Sequence[Run], seeds: int) -> list[Job]:
-        """Further jobs, with the settings that a search among the first ones found best."""
 
     def run(self, job: Job) -> Run:
         """Train one, in a process of its own."""
@@ -117,8 +117,6 @@ def spread(values: Iterable[float], form: Callable[[float], str] = "{:.3g}".form
 
 def train(jobs: Sequence[Job]) -> list[Run]:
     """Do all jobs, in the order given, as many at once as there are cores, behind a bar."""
-    if not jobs:
-        return []
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # before a process imports a framework
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     done: dict[int, Run] = {}
