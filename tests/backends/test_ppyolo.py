@@ -5,19 +5,14 @@ square. Each convolution is held to the float64 reference for what it was given 
 the bound of ``coordconv.parity``; what the networks of two frameworks return, to ``compare``.
 """
 
-import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ppyolo_neck
 from coordconv.backends import BACKENDS
 from coordconv.parity import compare
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import ppyolo_neck
 from ppyolo_neck import CONCAT, OURS
 
 STEPS = ppyolo_neck.steps((64, 32, 16), 16)

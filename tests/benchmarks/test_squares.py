@@ -1,14 +1,10 @@
 """The studies behind docs/evidence.md: their data, their search, and what they print of runs."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 pytest.importorskip("matplotlib")
 from evidence import classification, frameworks, regression, rendering, squares, study

@@ -1,14 +1,12 @@
 """Three studies of ``benchmarks/evidence``: their data, their measure, and what they print."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from evidence import article, dense, sizes, study
 from evidence.study import Run
