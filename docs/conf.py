@@ -1,0 +1,84 @@
+"""The site: `sphinx-build -W -n -b html docs OUT`; `tox -e docs` builds it and tests it.
+
+README, CHANGELOG and CONTRIBUTING are pages of it as they stand. It loads nothing from elsewhere.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+import coordconv
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import house
+
+project = "coordconv"
+author = "The coordconv contributors"
+copyright = f"{author}, MIT licence"  # noqa: A001  # Sphinx's own name for it
+version = release = coordconv.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
+source_suffix = {".md": "markdown"}
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Shape", "Source"]
+python_maximum_signature_line_length = 90
+python_use_unqualified_type_names = True
+
+# Names that have no page here; what lists the pages of other projects would need the network.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|filterlib|flax|hypothesis|jax|nn|nnx|npt|numpy|os)\.\w.*"),
+    (r"py:.*", r"(paddle|re|torch|tp|weakref)\.\w.*"),
+    (r"py:class", r"Array|Choice|CoordinatesLike|Position|(Flax|Paddle|Torch)Changes"),
+    # Aliases of Paddle in the signatures of its layers, which ours take over.
+    (r"py:class", r"DTypeLike|DataLayout\dD|ParamAttrLike|PlaceLike|Size\d|_Padding\w+Mode"),
+]
+
+html_theme = "furo"
+html_title = f"coordconv {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+
+
+class House(SphinxDirective):
+    """``{house}``: the picture of what imports what, as the imports are when the site is built."""
+
+    def run(self) -> list[nodes.Node]:
+        return [nodes.raw("", house.svg(), format="html")]
+
+
+def of_the_site(app: Sphinx, path: Path, parent: str, text: list[str]) -> None:
+    """Turn the links between the files of the root, and from them to docs/, into those of pages."""
+    links = re.sub(r"\]\(docs/", "](", text[0])
+    text[0] = re.sub(
+        r"\]\((CHANGELOG|CONTRIBUTING)\.md", lambda found: f"]({found[1].lower()}.md", links
+    )
+
+
+def with_short_types(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, arguments: str, returned: str
+) -> tuple[str, str]:
+    """Call NumPy's arrays Array in signatures, as the code does."""
+    array = re.escape("~numpy.ndarray[tuple[~typing.Any, ...], ~numpy.dtype[~typing.Any]]")
+    return tuple(text and re.sub(array, "Array", text) for text in (arguments, returned))
+
+
+def setup(app: Sphinx) -> None:
+    """Tell Sphinx of these."""
+    app.connect("autodoc-process-signature", with_short_types)
+    app.add_directive("house", House)
+    app.connect("include-read", of_the_site)

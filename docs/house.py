@@ -1,0 +1,1 @@
+def svg(): return "<svg></svg>"
