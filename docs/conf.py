@@ -20,7 +20,7 @@ import house
 
 project = "coordconv"
 author = "The coordconv contributors"
-copyright = f"{author}, MIT licence"  # noqa: A001  # Sphinx's own name for it
+copyright = f"{author}, MIT licence"
 version = release = coordconv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
@@ -51,6 +51,7 @@ html_title = f"coordconv {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_use_index = html_domain_indices = False  # the search finds it all
 html_show_sourcelink = False
 
 

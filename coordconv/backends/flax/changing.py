@@ -164,8 +164,8 @@ def add_coords(
         rngs: what ``init="fan_in"`` draws with.
 
     Returns:
-        What changed and what was left, and why. It is to be printed, kept as JSON, or undone; it fits
-        states and optimizers of before. A layer that has coordinates is left.
+        What changed and what was left, and why. It is to be printed, kept as JSON, or undone, and
+        fits states and optimizers of before. A layer that has coordinates is left.
 
     Raises:
         TypeError: ``model`` is no module; ``layers`` or ``exclude`` of another type.

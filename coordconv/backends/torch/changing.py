@@ -122,8 +122,8 @@ def add_coords(
             standardizes its kernel, is left. This is found by running it on random numbers.
 
     Returns:
-        What changed and what was left, and why. It is to be printed, kept as JSON, or undone. A layer that
-        has coordinates is left.
+        What changed and what was left, and why. It is to be printed, kept as JSON, or undone. A
+        layer that has coordinates is left.
 
     Raises:
         TypeError: ``model`` is no module; ``layers`` or ``exclude`` of another type.
