@@ -16,7 +16,7 @@ from coordconv.windows import Window
 
 
 class PaddlePositionLayer(PaddleWeights, PositionLayer, nn.Layer):
-    """What :class:`PositionBias2D` and its kin share; :class:`.PositionLayer` has what they are.
+    """What :class:`PositionBias2D` and its kin share; see :class:`.PositionLayer` for what P is.
 
     Args:
         channels: of the input and the output.
