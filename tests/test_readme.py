@@ -67,17 +67,12 @@ NOT_HERE = {
     "tox": "runs this test",
     "sphinx-build": "ran before, in tox's environment docs",
     "python -m http.server": "does not end",
-    "python docs/versions.py": "needs what tox leaves; tests/core/test_distribution.py calls it",
+    "python docs/versions.py": "reads what tox leaves of a whole run",
     "python benchmarks/": "takes minutes, and a quiet machine",
 }
 
 # What a block may raise, where the fault is in another project.
-KNOWN = {
-    "paddle.flops(": (
-        TypeError,
-        "paddle.flops itself fails with NumPy 2.4: see test_fusing_paddle",
-    ),
-}
+KNOWN = {"paddle.flops(": (TypeError, "paddle.flops fails with NumPy 2.4: see test_fusing_paddle")}
 
 
 def needed(block: Block) -> set[str]:
@@ -136,20 +131,22 @@ def test_example(block, tmp_path, monkeypatch, record_property):
 @pytest.mark.parametrize("page", sorted({at.partition(":")[0] for at, _ in COMMANDS}))
 def test_commands(page, tmp_path, record_property):
     """Those of a page run one after the other in a folder, but for what NOT_HERE names."""
+    pytest.importorskip("typer")
     commands = [
         command
         for at, command in COMMANDS
         if at.startswith(f"{page}:") and not command.startswith(tuple(NOT_HERE))
     ]
-    for name in ("torch", "flax") * (page == "docs/weights.md"):
-        if BACKENDS[name].missing:
-            pytest.skip(f"{name} is not installed")
+    if page == "docs/weights.md":  # its first block writes the file that the commands read
+        if missing := [name for name in BACKENDS if BACKENDS[name].missing]:
+            pytest.skip(f"{', '.join(missing)} not installed")
+        run([sys.executable, "-c", blocks(page, "python")[0].text], tmp_path)
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program in ("coordconv", "python"), f"{page}: run it or name it: {command}"
         module = ["-m", "coordconv"] if program == "coordconv" else []
         run([sys.executable, *module, *arguments], tmp_path)
-        record_property("commands run", 1)
+    record_property("commands run", len(commands))
 
 
 def test_no_reason_is_left_over():
