@@ -3,6 +3,7 @@
 README, CHANGELOG and CONTRIBUTING are pages of it as they stand. It loads nothing from elsewhere.
 """
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
 import coordconv
 
@@ -40,13 +42,15 @@ python_use_unqualified_type_names = True
 # Names that have no page here; what lists the pages of other projects would need the network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|filterlib|flax|hypothesis|jax|nn|nnx|npt|numpy|os)\.\w.*"),
-    (r"py:.*", r"(paddle|re|torch|tp|weakref)\.\w.*"),
+    (r"py:.*", r"(paddle|re|rnglib|torch|tp|weakref)\.\w.*"),
     (r"py:class", r"Array|Choice|CoordinatesLike|Position|(Flax|Paddle|Torch)Changes"),
-    # Aliases of Paddle in the signatures of its layers, which ours take over.
+    # Aliases of Paddle and Flax in the signatures of their layers, which ours take over.
     (r"py:class", r"DTypeLike|DataLayout\dD|ParamAttrLike|PlaceLike|Size\d|_Padding\w+Mode"),
+    (r"py:class", r"ConvGeneralDilatedT|Dtype|Initializer|P(adding|recision)Like|PromoteDtypeFn"),
 ]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"coordconv {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -73,13 +77,28 @@ def of_the_site(app: Sphinx, path: Path, parent: str, text: list[str]) -> None:
 def with_short_types(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, arguments: str, returned: str
 ) -> tuple[str, str]:
-    """Call NumPy's arrays Array in signatures, as the code does."""
-    array = re.escape("~numpy.ndarray[tuple[~typing.Any, ...], ~numpy.dtype[~typing.Any]]")
-    return tuple(text and re.sub(array, "Array", text) for text in (arguments, returned))
+    """Write signatures as the code does: arrays as Array, functions and classes by their names."""
+    if what == "class" and arguments == "(*args: Any, **kwargs: Any)":  # a metaclass's
+        signature = inspect.signature(obj.__init__)
+        _, *own = signature.parameters.values()
+        arguments = stringify_signature(inspect.Signature(own))
+    array = "~numpy.ndarray[tuple[~typing.Any, ...], ~numpy.dtype[~typing.Any]]"
+    named = re.compile(r"<(?:function|class) '?(?:[\w<>]+\.)*(\w+)'?>")
+    return tuple(
+        text and named.sub(r"\1", text.replace(array, "Array")) for text in (arguments, returned)
+    )
+
+
+def with_kinds_of_cells(app: Sphinx, document: nodes.document) -> None:
+    """Tell site.css which cells of tables are short, such as numbers, and which are long."""
+    for cell in document.findall(nodes.entry):
+        length = len(cell.astext())
+        cell["classes"] += ["short"] * (length <= 16) + ["long"] * (length > 40)
 
 
 def setup(app: Sphinx) -> None:
     """Tell Sphinx of these."""
+    app.connect("doctree-read", with_kinds_of_cells)
     app.connect("autodoc-process-signature", with_short_types)
     app.add_directive("house", House)
     app.connect("include-read", of_the_site)

@@ -207,7 +207,7 @@ def test_a_framework_is_chosen_once(views):
     sets = page.locator(".sd-tab-set").count()
     assert sets >= 3
     assert page.evaluate(shown) == ["PyTorch"] * sets
-    for framework in ("Flax Linen", "Paddle"):
+    for framework in ("Linen", "Paddle"):
         page.get_by_text(framework, exact=True).nth(1).click()
         assert page.evaluate(shown) == [framework] * sets
     page.reload()
