@@ -50,6 +50,7 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
+highlight_language = "none"  # of a block that names none: what a command printed
 pygments_dark_style = "github-dark"
 html_title = f"coordconv {version}"
 html_static_path = ["_static"]
@@ -93,7 +94,7 @@ def with_kinds_of_cells(app: Sphinx, document: nodes.document) -> None:
     """Tell site.css which cells of tables are short, such as numbers, and which are long."""
     for cell in document.findall(nodes.entry):
         length = len(cell.astext())
-        cell["classes"] += ["short"] * (length <= 16) + ["long"] * (length > 40)
+        cell["classes"] += ["short"] * (length <= 20) + ["long"] * (length > 40)
 
 
 def setup(app: Sphinx) -> None:

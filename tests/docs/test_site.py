@@ -5,6 +5,7 @@ COORDCONV_SITE names the folder that sphinx-build wrote, as in tox's ``docs`` en
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
@@ -14,6 +15,8 @@ from threading import Thread
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+
+from coordconv.backends import BACKENDS
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -181,6 +184,18 @@ def test_every_page_is_in_the_contents():
     listed = {urldefrag(link)[0] for link in re.findall(r'href="([^"]*)"', tree)}
     own = {"index.html", "search.html"}
     assert set(PAGES) - own == {link for link in listed if link}
+
+
+@pytest.mark.parametrize("name", ["", ".weights", ".parity", *(f".backends.{b}" for b in BACKENDS)])
+def test_every_public_name_is_in_the_reference(name):
+    if not PAGES:
+        pytest.skip("there is no site")
+    _, _, _, _, packed = (SITE / "objects.inv").read_bytes().split(b"\n", 4)
+    listed = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
+    package = pytest.importorskip(f"coordconv{name}")
+    elsewhere = {"COMPILED"}  # a flag, which the protocol of a backend describes
+    elsewhere |= {"load_weights", "save_weights"} if name == ".weights" else set()
+    assert {f"coordconv{name}.{each}" for each in set(package.__all__) - elsewhere} <= listed
 
 
 @pytest.mark.parametrize("word", ["windows", "fuse", "CoordConv2d", "quantize", "paddledetection"])
