@@ -53,6 +53,7 @@ html_theme = "furo"
 highlight_language = "none"  # of a block that names none: what a command printed
 pygments_dark_style = "github-dark"
 html_title = f"coordconv {version}"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
