@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -42,6 +42,10 @@ class ConvGeometry:
             convolution ``"zeros"``, or ``"circular"`` for an output of ``stride`` times the input
             that goes round, shifted by the padding before (Flax's ``CIRCULAR``).
 
+    Attributes:
+        per_axis: kernel, stride, dilation, output_padding and input_dilation, one int per axis.
+        pointwise: whether each output sample is a matrix times its own input sample, and no more.
+
     Raises:
         TypeError: a value that is not an int, or not one per axis.
         ValueError: a value out of range, an unknown padding mode, or options that exclude one
@@ -64,6 +68,10 @@ class ConvGeometry:
     input_dilation: int | tuple[int, ...] = 1
     padding_mode: str = "zeros"
 
+    # Kept, since a layer asks in every call.
+    per_axis: PerAxis = field(init=False, repr=False, compare=False)
+    pointwise: bool = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if not isinstance(self.kernel, Sequence):
             raise TypeError(f"kernel must be one int per axis, got {self.kernel!r}")
@@ -73,6 +81,8 @@ class ConvGeometry:
         for name in PerAxis._fields:
             least = 0 if name == "output_padding" else 1
             object.__setattr__(self, name, _per_axis(name, getattr(self, name), rank, least))
+        per_axis = PerAxis(*(getattr(self, name) for name in PerAxis._fields))
+        object.__setattr__(self, "per_axis", per_axis)
         if self.padding != "same":
             pairs = _pairs(self.padding, rank)
             object.__setattr__(self, "padding", pairs)
@@ -98,6 +108,7 @@ class ConvGeometry:
             )
         if not self.transposed and any(self.per_axis.output_padding):
             raise ValueError("output_padding belongs to a transposed convolution")
+        object.__setattr__(self, "pointwise", self._is_pointwise())
 
     @property
     def rank(self) -> int:
@@ -105,18 +116,11 @@ class ConvGeometry:
         return len(self.kernel)
 
     @property
-    def per_axis(self) -> PerAxis:
-        """Kernel, stride, dilation, output_padding and input_dilation, each one int per axis."""
-        return PerAxis(*(getattr(self, name) for name in PerAxis._fields))
-
-    @property
     def taps(self) -> int:
         """The number of taps of the kernel."""
         return math.prod(self.kernel)
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether each output sample is a matrix times its own input sample, and nothing else."""
+    def _is_pointwise(self) -> bool:
         steps = self.per_axis.stride + self.per_axis.input_dilation
         return (
             self.taps == self.groups == max(steps) == 1

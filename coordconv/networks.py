@@ -101,7 +101,18 @@ class Flatten(_Layer):
         return (math.prod(shape),)
 
 
-Layer: TypeAlias = Conv | Linear | ReLU | Flatten
+@dataclass(frozen=True)
+class MeanPool(_Layer):
+    """The mean over all positions: of a map ``(C, *S)`` the ``(C,)``."""
+
+    name: str = ""
+    kind = "MeanPool"
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:1]
+
+
+Layer: TypeAlias = Conv | Linear | ReLU | Flatten | MeanPool
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 from coordconv.coordinates import CoordinatesLike, check_coord_init
 from coordconv.grid import Array
 from coordconv.layers import CanonicalLayer, CoordLayer
-from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
+from coordconv.networks import Conv, Flatten, Layer, Linear, MeanPool, Network, ReLU
 from coordconv.recording import Names, OutputGradient, Recorded, See, record
 from coordconv.weights.canonical import Weights, checked, layouts
 from coordconv.weights.files import replace_file
@@ -159,6 +159,7 @@ class Tape:
 
     framework: Any  # the package itself, with ``nn``, ``save`` and ``set_grad_enabled``
     conv: Callable[[Conv], Any]  # a convolution from its description
+    mean_pool: Callable[[int], Any]  # the framework's adaptive average pooling over one axis
     # tensor(array, like): on the device and, if floating-point, of the type of `like`, unless None.
     tensor: Callable[[Array, Any], Any]
     is_array: Callable[[Any], bool]  # whether it is a tensor whose values NumPy can have
@@ -185,6 +186,9 @@ class Tape:
                 return self.framework.nn.ReLU()
             case Flatten():
                 return self.framework.nn.Flatten()
+            case MeanPool():
+                nn = self.framework.nn
+                return nn.Sequential(nn.Flatten(2), self.mean_pool(1), nn.Flatten())
 
     def evaluate(
         self,

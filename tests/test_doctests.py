@@ -33,6 +33,8 @@ MUST_HAVE = {
     *(f"coordconv.backends.{name}.changing" for name in ("torch", "paddle")),
     *(f"coordconv.backends.{name}.position" for name in ("torch", "paddle")),
     "coordconv.fusing",
+    "coordconv.position_report",
+    "coordconv.backends.torch.reporting",
     "coordconv.backends.torch.fusing",
 }
 

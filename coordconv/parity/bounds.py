@@ -16,7 +16,7 @@ from coordconv import windows
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array
-from coordconv.networks import Conv, Flatten, Layer, Linear, Network, ReLU
+from coordconv.networks import Conv, Flatten, Layer, Linear, MeanPool, Network, ReLU
 from coordconv.reference import Reference
 from coordconv.weights import split_kernel
 
@@ -225,6 +225,8 @@ def _forward(
         return Expected(np.maximum(x.value, 0), x.bound)
     if isinstance(layer, Flatten):
         return x.reshape(len(x.value), -1)
+    if isinstance(layer, MeanPool):
+        return _mean(x, precision)
     conv, weight, bias = _as_convolution(layer, weights)
     z, g, reference = (
         _with_places(x),
@@ -254,6 +256,8 @@ def _backward(
         return {}, Expected(dy.value * positive, error)
     if isinstance(layer, Flatten):
         return {}, dy.reshape(*x.value.shape)
+    if isinstance(layer, MeanPool):
+        return {}, _spread(dy, x.value.shape, precision)
     conv, weight, bias = _as_convolution(layer, weights)
     z, dy, g = _with_places(x), _with_places(dy), conv.geometry
     reference = Reference(g, conv.coords, windows.current())
@@ -288,6 +292,23 @@ def _backward(
     if isinstance(layer, Linear):
         gradients["weight"] = gradients["weight"].reshape(*weight.shape[:2])
     return gradients, dx
+
+
+def _mean(x: Expected, precision: Precision) -> Expected:
+    """The mean over the positions: a sum, whose quotient is rounded, or its factor and product."""
+    axes = tuple(range(2, x.value.ndim))
+    positions = math.prod(x.value.shape[2:])
+    error = precision.error(x.largest.mean(axes), positions + 2, 2)
+    return Expected(x.value.mean(axes), error + x.bound.mean(axes))
+
+
+def _spread(dy: Expected, shape: tuple[int, ...], precision: Precision) -> Expected:
+    """The gradient of such a mean: the same share for every position."""
+    positions = math.prod(shape[2:])
+    value, largest = dy.value / positions, dy.largest / positions
+    found = Expected(value, precision.error(largest, 2, 2) + dy.bound / positions)
+    found = found.reshape(*shape[:2], *(1,) * len(shape[2:]))
+    return Expected(*(np.broadcast_to(a, shape) for a in (found.value, found.bound)))
 
 
 def _as_convolution(

@@ -8,7 +8,7 @@ import pytest
 from coordconv import Coordinates, backends, load_weights, networks, save_weights
 from coordconv.backends import BACKENDS
 from coordconv.geometry import ConvGeometry
-from coordconv.networks import Conv, Flatten, Linear, Network, ReLU
+from coordconv.networks import Conv, Flatten, Linear, MeanPool, Network, ReLU
 from coordconv.parity.bounds import expected
 
 FLAX = ("flax", "linen")
@@ -328,6 +328,23 @@ class TestEvaluate:
         x, dy = normal(2, 3, 4), normal(2, 12, seed=1)
         found = held(backend, Network("none", (3, 4), (ReLU(), Flatten())), {}, x, dy)
         assert found.keys() == {"y", "x"}
+
+    @pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 4)])
+    def test_the_mean_over_all_positions(self, backend, shape):
+        """Between layers with weights, so that its output and its gradient go through others."""
+        coords = Coordinates("xyz"[: len(shape)])
+        conv = Conv("conv", 2, 3, ConvGeometry((1,) * len(shape)), coords)
+        layers = (conv, ReLU(), MeanPool(), Linear("linear", 3, 2))
+        network = Network("mean", (2, *shape), layers)
+        weights, x = networks.initial_weights(network, 1), normal(4, 2, *shape)
+        found = held(backend, network, weights, x, normal(4, 2, seed=1))
+        assert found["y"].shape == (4, 2)
+
+    def test_the_mean_alone_is_numpys(self, backend):
+        x, dy = normal(2, 3, 4, 5), normal(2, 3, seed=1)
+        found = held(backend, Network("mean", (3, 4, 5), (MeanPool(),)), {}, x, dy)
+        np.testing.assert_allclose(found["y"], x.mean((2, 3)), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found["x"], np.tile(dy[..., None, None] / 20, (4, 5)), rtol=1e-5)
 
     def test_linen_has_the_bits_of_nnx(self, small):
         pytest.importorskip("flax")

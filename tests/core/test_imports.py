@@ -29,7 +29,7 @@ HOME = {
     "orbax": ("backends/jax/",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "matplotlib": ("cli/", "parity/compare.py", "parity/training.py"),
+    "matplotlib": ("cli/", "parity/compare.py", "parity/training.py", "position_report.py"),
     "hypothesis": ("parity/strategies.py",),
 }
 FRAMEWORKS = ("torch", "paddle", "jax", "jaxlib", "flax", "optax")
@@ -248,7 +248,8 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import coordconv
 from coordconv import *
-from coordconv import geometry, networks, position_bias, recording, reference, summary, tape
+from coordconv import geometry, networks, position_bias, position_report, recording
+from coordconv import reference, summary, tape
 
 assert coordinate_grid((2, 3)).shape == (2, 2, 3)
 assert summary.summary("coord_cnn").parameters == 160065
@@ -263,7 +264,8 @@ import sys
 import coordconv
 
 coordconv.available_backends()
-from coordconv import geometry, networks, position_bias, recording, reference, summary, tape
+from coordconv import geometry, networks, position_bias, position_report, recording
+from coordconv import reference, summary, tape
 print([name for name in {(*FRAMEWORKS, "typer", "rich", "matplotlib")} if name in sys.modules])
 """
     assert run(code).strip() == "[]"

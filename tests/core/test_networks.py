@@ -10,7 +10,16 @@ from coordconv import networks
 from coordconv.backends import BACKENDS, available_backends
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
-from coordconv.networks import NETWORKS, Conv, Flatten, Linear, Network, ReLU, initial_weights
+from coordconv.networks import (
+    NETWORKS,
+    Conv,
+    Flatten,
+    Linear,
+    MeanPool,
+    Network,
+    ReLU,
+    initial_weights,
+)
 
 
 def test_the_papers_networks() -> None:
@@ -78,6 +87,16 @@ def test_any_network() -> None:
     assert {x.name: x.fan_in for x in network.layers if x.weight_shapes()} == fan_in
     for name, array in weights.items():
         assert np.abs(array).max() <= np.float32(1 / np.sqrt(fan_in[name[0]]))
+
+
+def test_a_mean_leaves_the_channels_of_a_map_of_any_rank() -> None:
+    for shape in ((5, 7), (5, 7, 2), (5, 7, 2, 3)):
+        network = Network("own", shape, (MeanPool(), Linear("linear", 5, 2)))
+        assert [(layer.kind, after) for layer, _, after in network.shapes()] == [
+            ("MeanPool", (5,)),
+            ("Linear", (2,)),
+        ]
+        assert [*network.weight_shapes()] == ["linear.weight", "linear.bias"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

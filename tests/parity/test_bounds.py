@@ -8,14 +8,35 @@ from hypothesis import strategies as st
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import channel_values
-from coordconv.networks import Conv, Network, get
+from coordconv.networks import Conv, Linear, MeanPool, Network, ReLU, get
 from coordconv.parity import Case, generate
 from coordconv.parity.bounds import COORDINATE_ROUNDINGS, PRECISIONS, Expected, expected
 from coordconv.reference import Reference
 from coordconv.weights import split_kernel
 
+_MEAN = Network(
+    "mean",
+    (2, 5, 4),
+    (
+        Conv("conv", 2, 6, ConvGeometry((3, 3)), Coordinates("xy")),
+        ReLU(),
+        MeanPool(),
+        Linear("linear", 6, 3),
+    ),
+)
+
 
 class TestExpected:
+    def test_a_mean_in_float32_is_within_its_bound_and_the_bound_is_no_larger_than_it_must(self):
+        x = np.random.default_rng(0).uniform(0, 1, (3, 2, 50, 60)).astype("f4")
+        dy = np.random.default_rng(1).standard_normal((3, 2)).astype("f4")
+        wanted = expected(Network("mean", (2, 50, 60), (MeanPool(),)), {}, x, dy)
+        one_by_one = np.add.accumulate(x.reshape(3, 2, -1), axis=2, dtype="f4")[..., -1]
+        assert 0 < wanted["y"].error(one_by_one / np.float32(3000)) <= 1
+        shares = np.broadcast_to((dy / np.float32(3000))[..., None, None], x.shape)
+        assert 0 < wanted["x"].error(shares) <= 1
+        assert (wanted["y"].bound < 3005 * 2.0**-24 * wanted["y"].value).all()
+
     def test_an_element_whose_bound_is_zero_must_be_exact(self):
         wanted = Expected(np.zeros(2), np.array([0.0, 1.0]))
         assert wanted.error(np.array([0.0, 0.5])) == 0.5
@@ -40,6 +61,8 @@ class TestExpected:
             ("coord_cnn", "linear1.bias"),
             ("coord_classifier", "conv1.weight"),
             ("deconv_classifier", "deconv2.weight"),
+            (_MEAN, "x"),
+            (_MEAN, "conv.weight"),
         ],
     )
     def test_gradients_of_a_network_are_its_finite_differences(self, name, target):

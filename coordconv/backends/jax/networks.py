@@ -66,6 +66,8 @@ def output(module: Any, x: jax.Array) -> jax.Array:
                 x = jax.nn.relu(x)
             case networks.Flatten():
                 x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)  # len takes no symbol
+            case networks.MeanPool():
+                x = x.mean(axis=tuple(range(1, x.ndim - 1)))
             case _:
                 x = getattr(module, layer.name)(x)
     return x

@@ -54,6 +54,7 @@ class Network(NetworkModule, nn.Sequential):
     TAPE = Tape(
         framework=paddle,
         conv=_conv,
+        mean_pool=nn.AdaptiveAvgPool1D,
         tensor=_tensor,
         is_array=lambda part: isinstance(part, Tensor),
         grad=paddle.grad,

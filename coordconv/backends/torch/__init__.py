@@ -29,6 +29,7 @@ from coordconv.backends.torch.networks import (
     write_state,
 )
 from coordconv.backends.torch.position import PositionBias1d, PositionBias2d, PositionBias3d
+from coordconv.backends.torch.reporting import position_report
 from coordconv.tape import adapt_state_dict
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "from_state",
     "fuse",
+    "position_report",
     "read_state",
     "recorded",
     "remove_coords",

@@ -45,7 +45,7 @@ def is_known(x: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
-        and all(type(n) is int for n in x.shape)  # torch.jit.trace makes tensors of them
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # which makes shapes tensors
     )
 
 

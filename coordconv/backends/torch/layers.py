@@ -106,6 +106,10 @@ class TorchCoordLayer(TapeLayer, states.TorchWeights):
         """The layer's output, where its base class has ``convolve(x, kernel, bias)``."""
         geometry, out = options.geometry(self), self.out_channels
         low = self._is_low_precision(kernel)
+        product = window is None and not self.map_only
+        if product and adding.is_product(geometry, x, kernel, low):
+            features, coordinates = self.layout.split(kernel)
+            return adding.product(geometry, self.coords, x, features, bias, coordinates)
         given = geometry, self.coords, x, self.in_channels, out, low
         if not self.map_only and adding.choose(*given) == APPEND:
             return convolve(adding.append(self, x, self.rank, self.groups, window), kernel, bias)
@@ -128,12 +132,7 @@ class _CoordConv(TorchCoordLayer):
         return called(window, self._conv_forward, input, self.weight, self.bias)  # type: ignore[no-any-return]
 
     def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
-        geometry, window = options.geometry(self), options.window(None, input, self.rank)
-        low = self._is_low_precision(weight)
-        product = window is None and not self.map_only
-        if product and adding.is_product(geometry, input, weight, low):
-            features, coordinates = self.layout.split(weight)
-            return adding.product(geometry, self.coords, input, features, bias, coordinates)
+        window = options.window(None, input, self.rank)
         return self._coord_conv(input, weight, bias, super()._conv_forward, window)
 
 

@@ -91,6 +91,7 @@ class Network(NetworkModule, nn.Sequential):
     TAPE = Tape(
         framework=torch,
         conv=_conv,
+        mean_pool=nn.AdaptiveAvgPool1d,
         tensor=_tensor,
         is_array=_is_array,
         grad=_grad,
