@@ -16,23 +16,28 @@ from test_imports import FILES, graph, parsed
 # Of each room its files and folders, by its label.
 ROWS = (
     {"cli": ("cli/", "__main__.py")},
-    {"convert": ("convert.py",), "import coordconv": ("__init__.py",), "parity": ("parity/",)},
     {
-        "torch": ("backends/torch/",),
-        "paddle": ("backends/paddle/",),
+        "parity": ("parity/",),
+        "protocols": ("backends/protocols.py",),
+        "convert": ("convert.py",),
+        "import coordconv": ("__init__.py",),
+    },
+    {
         "flax": ("backends/flax/",),
         "linen": ("backends/linen/",),
+        "paddle": ("backends/paddle/",),
+        "torch": ("backends/torch/",),
     },
     {
-        "changing": ("changing.py", "tape_changing.py"),
         "jax": ("backends/jax/",),
-        "protocols": ("backends/protocols.py",),
+        "changing": ("changing.py", "tape_changing.py"),
+        "position_report": ("position_report.py",),
     },
-    {"fusing": ("fusing.py",), "recording, tape": ("recording.py", "tape.py")},
+    {"recording, tape": ("recording.py", "tape.py"), "fusing": ("fusing.py",)},
     {
-        "position_bias": ("position_bias.py",),
-        "layers": ("layers.py",),
         "reference": ("reference.py",),
+        "layers": ("layers.py",),
+        "position_bias": ("position_bias.py",),
     },
     {"weights": ("weights/",)},
     {"networks, summary": ("networks.py", "summary.py")},

@@ -99,6 +99,9 @@ def test_every_block_is_of_a_language_that_is_run_or_of_none():
             assert block.language in (*run, "", "text", "toml", "yaml"), str(block)
             assert block.language != "py" or page == "docs/deployment.md", str(block)
             output = block.language in ("", "text") and before and before.language in run
+            assert block.language or not re.match(
+                r"(coordconv|pip|pytest|python|tox) ", block.text
+            ), f"{block} has commands: say sh"
             assert not output or page == "docs/parity.md", f"{block}: nothing checks this output"
             before = block
         text = (ROOT / page).read_text(encoding="utf-8")
