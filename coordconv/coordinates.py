@@ -150,7 +150,7 @@ class Coordinates:
 
     @property
     def along_axes(self) -> str:
-        """The tokens of the channels that run along one axis: not the radius, nor own ones."""
+        """The tokens of the channels that run along one axis, which the radius does not."""
         return "".join(c for c in self.channels if isinstance(c, str) and c != "r")
 
     @property

@@ -170,7 +170,7 @@ def position_report(
         kinds: the classes of the layers by name, for the report.
 
     Returns:
-        A report: a row for each array of the network that has positions, and why others have none.
+        A report, a row for each array of the network that has positions, and why others have none.
 
     Raises:
         TypeError: ``input`` is no floating-point array; ``run`` returns no arrays by name.

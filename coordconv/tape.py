@@ -132,7 +132,7 @@ def adapt_state_dict(
         position: where the coordinates are among the input channels of each group.
 
     Returns:
-        The same, with its metadata, but for the kernels of CoordConvs: those over features and
+        The same with its metadata, but for the kernels of CoordConvs. Those over features and
         coordinates have the coordinates last, and a plain convolution's has zeros for them;
         ``conv.weight`` is ``weight``.
 

@@ -22,7 +22,7 @@ An old Flax breaks by itself with a newer JAX, and pip may pick an orbax-checkpo
 for an old JAX: `constraints-oldest.txt` has a set that works, to be installed with
 `pip install -c constraints-oldest.txt ...`. Flax 0.12.1 with JAX 0.8.3 fails in Flax's own layers.
 Paddle imports setuptools without requiring it, so our extra does, where Python does not bring it.
-What an old version lacks is in the last column of [options.md](options.md).
+What an old version lacks is in the last column of [Options](options.md).
 """
 
 

@@ -69,11 +69,13 @@ def test_sdist_has_what_its_tests_need(dist: dict[str, Path]) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = {
         str(path.relative_to(ROOT)).replace(os.sep, "/")
-        for folder in ("coordconv", "tests")
+        for folder in ("coordconv", "tests", "docs")
         for path in (ROOT / folder).rglob("*.py")
     }
     usual = {"pyproject.toml", "README.md", "LICENSE", "constraints.txt", "tox.ini"}
     assert tracked | usual <= names
+    site = {Path(name).suffix for name in names if name.startswith("docs/")}
+    assert site == {".md", ".py", ".png", ".css", ".svg"}, "what a build made"
 
 
 def test_wheel_has_the_package_and_nothing_else(dist: dict[str, Path]) -> None:

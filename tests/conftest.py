@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shutil
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -10,11 +12,23 @@ import pytest
 
 from coordconv.backends import BACKENDS, BackendInfo
 
-# What an environment can promise: the backends, and the command line.
+# What an environment can promise: the backends, the command line, and a browser for the site.
 PROMISES = {
     **BACKENDS,
     "cli": BackendInfo("cli", ("typer", "rich", "matplotlib"), ()),
+    "browser": BackendInfo("browser", ("playwright",), ()),
 }
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+NO_BROWSER = (
+    f"none of {', '.join(BROWSERS)} is there: install Debian's package chromium, or Google Chrome, "
+    "or name one in COORDCONV_BROWSER"
+)
+
+
+def find_browser() -> str | None:
+    """The path of a browser that Playwright can drive; none is downloaded."""
+    named = os.environ.get("COORDCONV_BROWSER")
+    return next(filter(None, map(shutil.which, (named,) if named else BROWSERS)), None)
 
 
 def pytest_configure() -> None:
@@ -26,10 +40,20 @@ def pytest_configure() -> None:
             raise pytest.UsageError(
                 f"COORDCONV_REQUIRE names {name!r}, which needs {PROMISES[name].missing}"
             )
+        if name == "browser" and not find_browser():
+            raise pytest.UsageError(f"COORDCONV_REQUIRE names {name!r}: {NO_BROWSER}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Keep what ran with which versions, for docs/versions.py, where COORDCONV_VERSIONS says."""
+    """Say what tests counted, and keep the versions for docs/versions.py.
+
+    The versions are kept where COORDCONV_VERSIONS says.
+    """
+    counted: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        counted.update({name: n for name, n in report.user_properties if isinstance(n, int)})
+    if counted:
+        terminalreporter.write_line(", ".join(f"{n} {name}" for name, n in counted.items()))
     kept = os.environ.get("COORDCONV_VERSIONS")
     if not kept:
         return
@@ -53,3 +77,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     if BACKENDS[request.param].missing:
         pytest.skip(f"{request.param} is not installed")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """The path of the system's Chromium, skipped if there is none."""
+    return find_browser() or pytest.skip(NO_BROWSER)

@@ -38,7 +38,7 @@ class BackendInfo:
 
     @property
     def install(self) -> str:
-        """The command that installs what it needs: the framework, since that is what is missing."""
+        """The command that installs the framework, since that is what is missing."""
         return f"pip install {' '.join(map(repr, self.requirements))}"
 
     def versions(self) -> dict[str, str]:

@@ -86,7 +86,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What a report counts the case under: a layer's rank and padding, a network's name."""
+        """What a report counts the case under, a layer's rank and padding or a network's name."""
         layer = self.network.layers[0]
         if not self.is_layer or not isinstance(layer, Conv):
             return self.network.name

@@ -26,7 +26,7 @@ class Pair:
     """What one backend computes from the file of another.
 
     ``error`` is the largest difference of an output from the float64 reference in units of the
-    bound that :func:`coordconv.parity.bounds.expected` proves, which through many layers is far
+    bound that ``coordconv.parity.bounds.expected`` proves, which through many layers is far
     above what happens; ``likely`` is the same in units of what rounding makes likely, by the rule
     of :func:`coordconv.parity.compare`. To ``same`` of the inputs both backends give the same
     answer: the index of the largest output, or the sign of a single one.
@@ -48,7 +48,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class ExchangeReport:
-    """What :func:`check_exchange` found: a pair for each two backends and each network."""
+    """What :func:`.check_exchange` found: a pair for each two backends and each network."""
 
     pairs: list[Pair]
 
@@ -78,7 +78,7 @@ def check_exchange(
         names: the backends.
         inputs: the number of inputs, from the normal distribution.
         seed: what weights and inputs are sampled with.
-        advance: called :func:`count_steps` times for each network.
+        advance: called ``count_steps(names, inputs)`` times for each network.
 
     Raises:
         ValueError: a network or a backend is unknown.

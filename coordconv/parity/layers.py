@@ -121,7 +121,7 @@ def check_layers(
         compiled: whether to use the framework's compiler; None for what the users of the framework
             mostly do: JAX compiled, torch and Paddle not.
         way: ``"append"`` or ``"map"`` computes every layer in that one of the two ways of
-            :mod:`coordconv.position_bias` wherever both are right; None leaves the choice to the
+            ``coordconv.position_bias`` wherever both are right; None leaves the choice to the
             layers.
         workers: the number of processes; 1 runs the cases in this process.
 

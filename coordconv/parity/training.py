@@ -333,7 +333,7 @@ def exact_run(
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What :func:`check_training` found; ``exact_losses`` are the exact run's, by the task."""
+    """What :func:`.check_training` found; ``exact_losses`` are the exact run's, by the task."""
 
     exact_losses: dict[str, list[float]]
     outcomes: list[TrainingOutcome]

@@ -193,7 +193,7 @@ def split_kernel(
             if before, as SparseInst, CondInst and CAM-Convs save them.
 
     Returns:
-        New arrays: a plain convolution's kernel, and the coordinates' part ``(out, n, *kernel)``.
+        New arrays, a plain convolution's kernel and the coordinates' part ``(out, n, *kernel)``.
 
     Raises:
         TypeError, ValueError: ``groups`` that are no int, or a shape that does not fit.

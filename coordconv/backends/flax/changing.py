@@ -68,7 +68,7 @@ class FlaxChanges(Changes):
 
         Args:
             state: an ``nnx.State`` or nested dicts of arrays, which are not changed. The
-                coordinates' part of its kernels will be zero; after :meth:`undo` a state with
+                coordinates' part of its kernels will be zero; after ``undo`` a state with
                 coordinates loses them. What has the shapes of now stays.
 
         Raises:
@@ -89,7 +89,7 @@ class FlaxChanges(Changes):
     def update_optimizer(self, optimizer: nnx.Optimizer) -> None:  # type: ignore[type-arg]
         """Fit what an optimizer that was made before keeps for the kernels that changed.
 
-        Momenta stay, and those of the coordinates' part start at zero; after :meth:`undo` that part
+        Momenta stay, and those of the coordinates' part start at zero; after ``undo`` that part
         is dropped. Without it the next update raises a TypeError, but for kernels of one feature in
         a group, whose momenta JAX would repeat for the coordinates: of these ``add_coords`` warns.
 
@@ -164,8 +164,8 @@ def add_coords(
         rngs: what ``init="fan_in"`` draws with.
 
     Returns:
-        What changed and what was left and why: to be printed, kept as JSON, or undone; it fits
-        states and optimizers of before. A layer that has coordinates is left.
+        What changed and what was left, and why. It is to be printed, kept as JSON, or undone, and
+        fits states and optimizers of before. A layer that has coordinates is left.
 
     Raises:
         TypeError: ``model`` is no module; ``layers`` or ``exclude`` of another type.

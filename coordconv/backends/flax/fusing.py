@@ -34,7 +34,7 @@ class FusedCoordConv(nnx.Module):
     """What a CoordConv computes in inference: ``conv``, a plain convolution, and P, a constant map.
 
     Made by the layer's ``fuse(size)``. With a ``size`` the ``map (*output size, out)`` is a
-    :class:`Constant`; without, ``coordinates``, that part of the kernel, is one, and each call, or
+    ``Constant``; without, ``coordinates``, that part of the kernel, is one, and each call, or
     program that is compiled, makes its map. Fuse a layer in the type that it is to run in.
 
     Shape:

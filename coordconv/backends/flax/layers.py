@@ -178,7 +178,7 @@ class AddCoords(nnx.Module):
 
 
 class PositionBias(_NnxWeights, PositionLayer, nnx.Module):
-    """``x + P(S)`` for inputs ``(..., *S, C)``; :class:`PositionLayer` has what P is.
+    """``x + P(S)`` for inputs ``(..., *S, C)``; :class:`.PositionLayer` has what P is.
 
     Args:
         features: the channels of input and output.

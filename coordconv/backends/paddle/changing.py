@@ -46,7 +46,7 @@ class PaddleChanges(TapeChanges):
     def update_optimizer(self, optimizer: paddle.optimizer.Optimizer) -> None:
         """Fit what an optimizer that was made before keeps for the kernels that changed.
 
-        Momenta stay, and those of the coordinates' part start at zero; after :meth:`undo` that part
+        Momenta stay, and those of the coordinates' part start at zero; after ``undo`` that part
         is dropped. Until then such an optimizer raises a RuntimeError at its next step.
 
         Raises:
@@ -111,7 +111,8 @@ def add_coords(
     parameter of the same name, with further input channels. With ``init="zeros"`` the network
     computes what it computed, in float32 on one device to the bit: for this the layers are
     ``map_only``. A state dict of the network before loads into the network after by
-    :func:`~coordconv.tape.adapt_state_dict`; without it Paddle leaves out the kernels and warns.
+    :func:`~coordconv.backends.paddle.adapt_state_dict`; without it Paddle leaves out the kernels
+    and warns.
 
     Args:
         model: the network, as it is before it is wrapped or traced.
@@ -129,8 +130,8 @@ def add_coords(
             standardizes its kernel, is left. This is found by running it on random numbers.
 
     Returns:
-        What changed and what was left and why: to be printed, kept as JSON, or undone. A layer that
-        has coordinates is left.
+        What changed and what was left, and why. It is to be printed, kept as JSON, or undone. A
+        layer that has coordinates is left.
 
     Raises:
         TypeError: ``model`` is no layer; ``layers`` or ``exclude`` of another type.

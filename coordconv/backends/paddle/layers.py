@@ -39,7 +39,8 @@ class PaddleCoordLayer(PaddleWeights, TapeLayer):
 
     ``set_state_dict`` takes the layer's own state, a plain convolution's (the coordinates' part
     becomes zero), and another implementation's kernel over features and coordinates, all of them
-    also under ``conv.``. Inside a network see :func:`adapt_state_dict`.
+    also under ``conv.``. Inside a network see
+    :func:`~coordconv.backends.paddle.adapt_state_dict`.
 
     Shape:
         input ``(N, C, *S)``, or ``(N, *S, C)`` by ``data_format``; output as the base class.
@@ -120,7 +121,7 @@ class PaddleCoordLayer(PaddleWeights, TapeLayer):
     def set_state_dict(
         self, state_dict: dict[str, Any], use_structured_name: bool = True
     ) -> tuple[list[str], list[str]]:
-        """As Paddle's; another implementation's state is adapted, see :func:`adapt_state_dict`."""
+        """As Paddle's; another implementation's state is adapted, see ``adapt_state_dict``."""
         if use_structured_name:
             state_dict = adapt_state_dict(self, state_dict)
         return super().set_state_dict(state_dict, use_structured_name)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from coordconv.windows import Window
 
 
 class PaddlePositionLayer(PaddleWeights, PositionLayer, nn.Layer):
-    """What :class:`PositionBias2D` and its kin share; :class:`PositionLayer` has what they compute.
+    """What :class:`PositionBias2D` and its kin share; see :class:`.PositionLayer` for what P is.
 
     Args:
         channels: of the input and the output.
@@ -82,20 +82,20 @@ class PaddlePositionLayer(PaddleWeights, PositionLayer, nn.Layer):
 
 @paddle.jit.marker.force_dynamic  # as the convolutions are
 class PositionBias1D(PaddlePositionLayer):
-    """``x + P(L)`` for ``(N, C, L)``; see :class:`PaddlePositionLayer`."""
+    """``x + P(L)`` for ``(N, C, L)``; see :class:`.PaddlePositionLayer`."""
 
     rank = 1
 
 
 @paddle.jit.marker.force_dynamic
 class PositionBias2D(PaddlePositionLayer):
-    """``x + P(H, W)`` for ``(N, C, H, W)``; see :class:`PaddlePositionLayer`."""
+    """``x + P(H, W)`` for ``(N, C, H, W)``; see :class:`.PaddlePositionLayer`."""
 
     rank = 2
 
 
 @paddle.jit.marker.force_dynamic
 class PositionBias3D(PaddlePositionLayer):
-    """``x + P(D, H, W)`` for ``(N, C, D, H, W)``; see :class:`PaddlePositionLayer`."""
+    """``x + P(D, H, W)`` for ``(N, C, D, H, W)``; see :class:`.PaddlePositionLayer`."""
 
     rank = 3

@@ -51,7 +51,7 @@ class TorchChanges(TapeChanges):
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Fit what an optimizer that was made before keeps for the kernels that changed.
 
-        Momenta stay, and those of the coordinates' part start at zero; after :meth:`undo` that part
+        Momenta stay, and those of the coordinates' part start at zero; after ``undo`` that part
         is dropped. Until then such an optimizer raises a RuntimeError at its next step.
 
         Raises:
@@ -122,8 +122,8 @@ def add_coords(
             standardizes its kernel, is left. This is found by running it on random numbers.
 
     Returns:
-        What changed and what was left and why: to be printed, kept as JSON, or undone. A layer that
-        has coordinates is left.
+        What changed and what was left, and why. It is to be printed, kept as JSON, or undone. A
+        layer that has coordinates is left.
 
     Raises:
         TypeError: ``model`` is no module; ``layers`` or ``exclude`` of another type.

@@ -16,7 +16,7 @@ from coordconv.windows import Window
 
 
 class TorchPositionLayer(TorchWeights, PositionLayer, nn.Module):
-    """What :class:`PositionBias2d` and its kin share; :class:`PositionLayer` has what they compute.
+    """What :class:`PositionBias2d` and its kin share; see :class:`.PositionLayer` for what P is.
 
     Args:
         channels: of the input and the output.
@@ -94,18 +94,18 @@ class TorchPositionLayer(TorchWeights, PositionLayer, nn.Module):
 
 
 class PositionBias1d(TorchPositionLayer):
-    """``x + P(L)`` for ``(N, C, L)``; see :class:`TorchPositionLayer`."""
+    """``x + P(L)`` for ``(N, C, L)``; see :class:`.TorchPositionLayer`."""
 
     rank = 1
 
 
 class PositionBias2d(TorchPositionLayer):
-    """``x + P(H, W)`` for ``(N, C, H, W)``; see :class:`TorchPositionLayer`."""
+    """``x + P(H, W)`` for ``(N, C, H, W)``; see :class:`.TorchPositionLayer`."""
 
     rank = 2
 
 
 class PositionBias3d(TorchPositionLayer):
-    """``x + P(D, H, W)`` for ``(N, C, D, H, W)``; see :class:`TorchPositionLayer`."""
+    """``x + P(D, H, W)`` for ``(N, C, D, H, W)``; see :class:`.TorchPositionLayer`."""
 
     rank = 3

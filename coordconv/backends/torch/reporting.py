@@ -43,7 +43,7 @@ def position_report(
         **kwargs: what else to call the model with.
 
     Returns:
-        A report: print it, or ``plot`` it.
+        A report, to print or to ``plot``.
 
     Raises:
         TypeError: ``model`` is no module, ``input`` no floating-point tensor.
