@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Keep what ran with which versions, for docs/versions.py, where COORDCONV_VERSIONS says."""
     kept = os.environ.get("COORDCONV_VERSIONS")
-    if not kept:
+    if not kept or "PYTEST_XDIST_WORKER" in os.environ:  # which knows of its own part alone
         return
     versions = {"python": platform.python_version()}
     for name in ("numpy", "safetensors", "torch", "paddlepaddle", "jax", "flax"):
