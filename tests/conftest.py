@@ -1,7 +1,11 @@
 """What every test shares: a backend that an environment promises must be there."""
 
-import json
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of a process for each core, before NumPy is there
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
 import platform
 import shutil
 from collections import Counter
@@ -31,8 +35,15 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, (named,) if named else BROWSERS)), None)
 
 
-def pytest_configure() -> None:
-    """Turn "backend missing" from a skip into a failure where COORDCONV_REQUIRE names it."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn "backend missing" from a skip into a failure where COORDCONV_REQUIRE names it.
+
+    Most of a JAX test's time is compilation: what one run compiled, the next one loads, in other
+    environments, too.
+    """
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     for name in filter(None, os.environ.get("COORDCONV_REQUIRE", "").split(",")):
         if name not in PROMISES:
             raise pytest.UsageError(f"COORDCONV_REQUIRE names {name!r}, want {list(PROMISES)}")
@@ -55,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if counted:
         terminalreporter.write_line(", ".join(f"{n} {name}" for name, n in counted.items()))
     kept = os.environ.get("COORDCONV_VERSIONS")
-    if not kept:
+    if not kept or "PYTEST_XDIST_WORKER" in os.environ:  # which knows of its own part alone
         return
     versions = {"python": platform.python_version()}
     for name in ("numpy", "safetensors", "torch", "paddlepaddle", "jax", "flax"):

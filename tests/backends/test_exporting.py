@@ -372,44 +372,48 @@ def counted(torch: Any, model: Any, **options: Any) -> tuple[Any, list[Any]]:
     return torch.compile(model, fullgraph=True, backend=count, **options), graphs
 
 
-def trained(torch: Any, call: Any, case: Case, size: tuple[int, ...]) -> float:
-    """The largest error of the output and of every gradient."""
+def trained(torch: Any, model: Any, cases: dict[str, Case], size: tuple[int, ...]) -> list[float]:
+    """The largest error of each case's output and of all its gradients."""
     x = torch.tensor(inputs(2, size), requires_grad=True)
-    y = call(x)
-    dy = torch.tensor(normal(*y.shape, seed=1))
-    if case.geometry is None:  # whose gradient is the output's, of the features
-        (dx,) = torch.autograd.grad(y, [x], dy)
-        assert torch.equal(dx, dy[:, :IN])
-        return case.expected(x.detach().numpy())["y"].error(y.detach().numpy())
-    parameters = dict(call.named_parameters())
-    found = torch.autograd.grad(y, [x, *parameters.values()], dy)
-    names = ["y", "x", *(name.removeprefix("_orig_mod.") for name in parameters)]
-    wanted = case.expected(x.detach().numpy(), dy.numpy())
-    arrays = dict(zip(names, (y.detach(), *found), strict=True))
-    return max(wanted[name].error(array.numpy()) for name, array in arrays.items())
+    errors = []
+    for case, layer, y in zip(cases.values(), model.each, model(x), strict=True):
+        dy = torch.tensor(normal(*y.shape, seed=1))
+        parameters = dict(layer.named_parameters())
+        found = torch.autograd.grad(y, [x, *parameters.values()], dy)
+        if case.geometry is None:  # whose gradient is the output's, of the features
+            assert torch.equal(found[0], dy[:, :IN])
+            errors.append(case.expected(x.detach().numpy())["y"].error(y.detach().numpy()))
+            continue
+        names = ["y", "x", *parameters]
+        wanted = case.expected(x.detach().numpy(), dy.numpy())
+        arrays = dict(zip(names, (y.detach(), *found), strict=True))
+        errors.append(max(wanted[name].error(array.numpy()) for name, array in arrays.items()))
+    return errors
 
 
-def inferred(torch: Any, call: Any, case: Case, size: tuple[int, ...]) -> float:
+def inferred(torch: Any, model: Any, cases: dict[str, Case], size: tuple[int, ...]) -> list[float]:
     x = inputs(2, size)
     with torch.no_grad():
-        return case.expected(x)["y"].error(call(torch.tensor(x)).numpy())
+        found = [y.numpy() for y in model(torch.tensor(x))]
+    return [case.expected(x)["y"].error(y) for case, y in zip(cases.values(), found, strict=True)]
 
 
 STEPS = {"training": trained, "inference": inferred}
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", CASES[2])
-def test_torch_compiles_no_graph_after_the_second_size(torch, name, step):
-    case, title = CASES[2][name], f"torch.compile, {step}"
-    call, graphs = counted(torch, case.module("torch"))
-    for i, size in enumerate(TWENTY):
-        assert note(title, size, STEPS[step](torch, call, case, size)) <= 1
-        assert len(graphs) <= min(i + 1, 2), size
-    ROWS[title].programs = max(ROWS[title].programs, len(graphs))
-    remark(title, "graphs of one layer for all of them")
-    for size in ONES:
-        assert note(title, size, STEPS[step](torch, call, case, size)) <= 1
+def test_torch_compiles_no_graph_after_the_second_size(torch, step):
+    """Of all the layers in one model, of which any would make the compiler begin anew."""
+    cases, title = CASES[2], f"torch.compile, {step}"
+    model = torch_model(torch, [case.module("torch") for case in cases.values()])
+    call, graphs = counted(torch, model)
+    for i, size in enumerate(TWENTY + ONES):
+        for name, error in zip(cases, STEPS[step](torch, call, cases, size), strict=True):
+            assert note(title, size, error) <= 1, (name, size)
+        if size in TWENTY:
+            assert len(graphs) <= min(i + 1, 2), size
+            ROWS[title].programs = len(graphs)
+    remark(title, "graphs of a model for all of them")
     assert len(graphs) <= graphs_of_plain(step == "training")
 
 
@@ -426,23 +430,24 @@ def graphs_of_plain(training: bool) -> int:
 
 
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
-@pytest.mark.parametrize("name", CASES[2])
-def test_torch_compiles_one_graph_if_told(torch, name, how):
+def test_torch_compiles_one_graph_if_told(torch, how):
     """``mark_dynamic`` is an error where a graph has one of the sizes in it."""
     if not hasattr(torch.compiler, "is_exporting"):
         pytest.skip("torch 2.4 counts in integers, and makes no graph for dynamic=True")
-    case, title = CASES[2][name], f"torch.compile, {how}"
+    cases, title = CASES[2], f"torch.compile, {how}"
+    model = torch_model(torch, [case.module("torch") for case in cases.values()])
     options = {"dynamic": True} if how == "dynamic=True" else {}
-    call, graphs = counted(torch, case.module("torch"), **options)
-    for size in TWENTY:
-        x = torch.tensor(inputs(2, size))
+    call, graphs = counted(torch, model, **options)
+
+    def run(x: Any) -> Any:
+        x = torch.tensor(x)
         if how == "mark_dynamic":
             for axis in (0, 2, 3):
                 torch._dynamo.mark_dynamic(x, axis)
-        y = call(x).detach().numpy()
-        assert note(title, size, case.expected(x.numpy())["y"].error(y)) <= 1
+        return [y.detach().numpy() for y in call(x)]
+
+    hold(title, cases, run, TWENTY)
     assert len(graphs) == 1
-    ROWS[title].programs = 1
 
 
 # --- Paddle ---------------------------------------------------------------------------------------

@@ -376,7 +376,12 @@ def test_what_an_environment_promises_is_there() -> None:
 def test_an_environment_cannot_promise_what_is_no_backend(require: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", str(Path(__file__))],
-        env={**os.environ, "COORDCONV_REQUIRE": require, "PYTHONPATH": str(PACKAGE.parent)},
+        env={
+            **os.environ,
+            "COORDCONV_REQUIRE": require,
+            "PYTEST_ADDOPTS": "",
+            "PYTHONPATH": str(PACKAGE.parent),
+        },
         capture_output=True,
         text=True,
         check=False,
