@@ -195,14 +195,13 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
                 spread((run.measures[f"{reading} {size}"] for run in own), "{:.2f}".format)
                 for size in SIZES
             ]
-            seconds = spread((run.seconds for run in own), "{:.0f}".format)
-            rows.append((label, f"{own[0].parameters:,}", *errors, seconds))
+            rows.append((label, f"{own[0].parameters:,}", *errors))
         steps = lines[0][1][0].measures["steps"]
         found.append(
             Sheet(
                 f"sizes, {reading}: error in percent of the frame's side, by the picture's;\n"
                 f"trained at {TRAINED}, {steps:.0f} steps of {BATCH}",
-                ("coordinates", "parameters", *map(str, SIZES), "seconds"),
+                ("coordinates", "parameters", *map(str, SIZES)),
                 rows,
             )
         )

@@ -112,7 +112,7 @@ def spread(values: Iterable[float], form: Callable[[float], str] = "{:.3g}".form
     found = sorted(values)
     if len(found) == 1:
         return form(found[0])
-    return f"{form(statistics.median(found))} ({form(found[0])} to {form(found[-1])})"
+    return f"{form(statistics.median(found))} ({form(found[0])}-{form(found[-1])})"
 
 
 def train(jobs: Sequence[Job]) -> list[Run]:
