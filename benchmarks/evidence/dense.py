@@ -224,8 +224,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
             aps = [
                 spread((run.measures[key] for run in own), form) for key in ("AP", "AP50", "AP75")
             ]
-            seconds = spread((run.seconds for run in own), "{:.0f}".format)
-            rows.append((variant.label, f"{own[0].parameters:,}", *aps, seconds))
+            rows.append((variant.label, f"{own[0].parameters:,}", *aps))
     for name, without in (
         ("first", "none"),
         ("all", "none"),
@@ -238,12 +237,12 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
             if run.job.seed in plain
         ]
         if more:
-            gains.append((VARIANTS[name].label, spread(more, "{:+.1f}".format)))
+            gains.append((VARIANTS[name].label, spread(more, form)))
     steps = runs[0].measures["steps"]
     return [
         Sheet(
             f"dense: mask AP in percent after {steps:.0f} steps of {BATCH} pictures",
-            ("coordinates in convolutions", "parameters", "AP", "AP50", "AP75", "seconds"),
+            ("coordinates in convolutions", "parameters", "AP", "AP50", "AP75"),
             rows,
         ),
         Sheet(
