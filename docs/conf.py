@@ -26,7 +26,6 @@ copyright = f"{author}, MIT licence"
 version = release = coordconv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
-exclude_patterns = ["evidence.md"]  # until it is whole: then a line in index.md, too
 source_suffix = {".md": "markdown"}
 
 myst_enable_extensions = ["colon_fence"]

@@ -249,7 +249,7 @@ class Results:
 
     def table(self, title: str, form: Callable[[float], str]) -> Sheet:
         """A row for each split and variant."""
-        columns = ("split", "network", "parameters", "rate", "test", "trained", "steps", "seconds")
+        columns = ("split, network", "parameters", "test", "trained", "steps", "seconds")
         rows = []
         for part in self.splits:
             for variant in self.variants:
@@ -257,13 +257,11 @@ class Results:
                     continue
                 rows.append(
                     (
-                        part,
-                        variant,
+                        f"{part}, {variant}",
                         f"{group[0].parameters:,}",
-                        f"{group[0].job.options['rate']:g}",
                         *(spread(self.values(part, variant, m), form) for m in (TEST, TRAINED)),
-                        spread(self.values(part, variant, "steps"), "{:,.0f}".format),
-                        spread((run.seconds for run in group), "{:.0f}".format),
+                        f"{median(self.values(part, variant, 'steps')):,.0f}",
+                        f"{median(run.seconds for run in group):.0f}",
                     )
                 )
         return Sheet(title, columns, rows)

@@ -108,11 +108,10 @@ def load(name: str) -> Study:
 
 
 def spread(values: Iterable[float], form: Callable[[float], str] = "{:.3g}".format) -> str:
-    """The median, and in brackets the lowest and the highest."""
+    """The median, and in brackets the lowest and the highest, unless all are written alike."""
     found = sorted(values)
-    if len(found) == 1:
-        return form(found[0])
-    return f"{form(statistics.median(found))} ({form(found[0])}-{form(found[-1])})"
+    low, high = form(found[0]), form(found[-1])
+    return low if low == high else f"{form(statistics.median(found))} ({low}-{high})"
 
 
 def train(jobs: Sequence[Job]) -> list[Run]:
