@@ -29,7 +29,7 @@ from evidence.study import Job, Run, Sheet, spread
 __all__ = ("BACKENDS", "SPLITS", "chosen", "draw", "jobs", "problem", "run", "sheets")
 
 _LINEAR, _MEAN = "strided, linear", "strided, mean"
-_WITH = ", coordinates"
+_WITH = " + xy"
 _RATES, _WIDTHS = (0.001, 0.003, 0.01), (8, 16)
 _RATE, _EPOCHS, _STRIDED_EPOCHS, _SEARCH_EPOCHS = 0.003, 10, 12, 4
 _BATCH = 8

@@ -269,23 +269,24 @@ class Results:
     def searched(self, form: Callable[[float], str], highest: bool) -> Sheet:
         """What the searches chose from how many runs."""
         rows: list[tuple[str, ...]] = []
+        epochs = set()
         for (part, variant), group in grouped(run for run in self.runs if is_search(run.job)):
             found = best(group, highest)
             tried = {key: sorted({r.job.options[key] for r in group}) for key in ("rate", "width")}
+            epochs.add(f"{found.job.options['epochs']:g}")
             rows.append(
                 (
-                    part,
-                    variant.removeprefix(SEARCH),
+                    f"{part}, {variant.removeprefix(SEARCH)}",
                     str(len(group)),
                     ", ".join(f"{rate:g}" for rate in tried["rate"]),
                     ", ".join(f"{width:g}" for width in tried["width"]),
-                    f"{found.job.options['epochs']:g}",
                     f"{found.job.options['rate']:g} and {found.job.options['width']:g}",
                     form(found.measures[TEST]),
                 )
             )
-        columns = ("split", "network", "runs", "rates", "widths", "epochs", "best", "its test")
-        return Sheet("The search for a learning rate and a width", columns, rows)
+        columns = ("split, network", "runs", "rates", "widths", "best", "its test")
+        title = f"The search for a learning rate and a width, {' or '.join(epochs)} epochs each"
+        return Sheet(title, columns, rows)
 
     def median_run(self, part: str, variant: str) -> Run | None:
         """The run in the middle by its score."""
