@@ -99,7 +99,7 @@ def test_the_best_settings_are_run_with_all_seeds_and_reported(module, tmp_path)
     assert again == runs
     results, search, claims = module.sheets(again)
     assert len(results.rows) == 2 * (1 + len({job.variant for job in further}))
-    assert [row[2] for row in search.rows] == [str(len(tried))] * len(search.rows)
+    assert [row[1] for row in search.rows] == [str(len(tried))] * len(search.rows)
     assert {row[3] for row in claims.rows} <= {"yes", "no"}
     module.draw(tmp_path / "picture.png", again)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
