@@ -191,17 +191,17 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     for reading, lines in _each(runs):
         rows: list[tuple[str, ...]] = []
         for label, own in lines:
-            errors = [
-                spread((run.measures[f"{reading} {size}"] for run in own), "{:.2f}".format)
-                for size in SIZES
-            ]
-            rows.append((label, f"{own[0].parameters:,}", *errors))
+            errors = [spread(run.measures[f"{reading} {size}"] for run in own) for size in SIZES]
+            rows.append((label, *errors))
         steps = lines[0][1][0].measures["steps"]
+        parameters = [own[0].parameters for _, own in lines]
+        least, most = min(parameters), max(parameters)
         found.append(
             Sheet(
                 f"sizes, {reading}: error in percent of the frame's side, by the picture's;\n"
-                f"trained at {TRAINED}, {steps:.0f} steps of {BATCH}",
-                ("coordinates", "parameters", *map(str, SIZES)),
+                f"trained at {TRAINED}, {steps:.0f} steps of {BATCH}, "
+                f"{least:,} to {most:,} parameters",
+                ("coordinates", *map(str, SIZES)),
                 rows,
             )
         )
@@ -229,7 +229,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
                 options = {"label": label, "color": COLOURS[label], "lw": 2.5, "capsize": 5}
                 axes.errorbar(shifted, middle, ranges, marker="o", **options)
             axes.axvline(TRAINED, color="black", lw=1, ls=":")
-            axes.set(xticks=SIZES, yscale="log", ylim=(0.02, 60), ylabel="error, % of the side")
+            axes.set(xticks=SIZES, yscale="log", ylim=(0.003, 60), ylabel="error, % of the side")
             axes.set_yticks(ticks := (0.1, 0.3, 1, 3, 10, 30), map("{:g}".format, ticks))
             axes.minorticks_off()
             axes.set_title(TITLES[reading].replace(": ", ":\n"))

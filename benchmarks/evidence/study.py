@@ -107,7 +107,7 @@ def load(name: str) -> Study:
     return cast(Study, importlib.import_module(f"evidence.{name}"))
 
 
-def spread(values: Iterable[float], form: Callable[[float], str] = "{:.3g}".format) -> str:
+def spread(values: Iterable[float], form: Callable[[float], str] = "{:.2g}".format) -> str:
     """The median, and in brackets the lowest and the highest, unless all are written alike."""
     found = sorted(values)
     low, high = form(found[0]), form(found[-1])

@@ -212,7 +212,7 @@ def test_sheets_and_pictures_come_from_files_of_runs(name, tmp_path):
     pages = [each.markdown() for each in study.load(name).sheets(read)]
     expected = {
         "article": ["| x or y, quadrant, coord_cnn | 1,234 | 0.25 | 2.50 (2.00-3.00) |"],
-        "sizes": ['| align="edges" | 1,234 | 2.00 (1.50-2.50) |', "| those of its window |"],
+        "sizes": ['| align="edges" | 2 (1.5-2.5) |', "| those of its window |"],
         "dense": ["| none | 1,234 | 50.5 (50.0-51.0) |", "| in every one | 0.0 |"],
     }[name]
     for line in expected:
