@@ -58,10 +58,10 @@ def main(
         raise common.fail("say one of --task NAME, --all and --report FOLDER")
     if task is not None and task not in STUDIES:
         raise common.fail(f"--task must be one of {', '.join(STUDIES)}, got {task!r}")
-    if split is not None:
-        splits = study.load(task).SPLITS if task else ()
-        if split not in splits:
-            raise common.fail(f"--split must be a part of --task, one of {splits}, got {split!r}")
+    if split is not None and task is None:
+        raise common.fail("--split needs --task NAME")
+    if split is not None and task and split not in (splits := study.load(task).SPLITS):
+        raise common.fail(f"--split must be a part of --task, one of {splits}, got {split!r}")
     names = (task,) if task else STUDIES
     # All at once: a study that lacks something says so before another has trained.
     jobs = {} if report else {name: _jobs(name, split, backend, seeds, quick) for name in names}

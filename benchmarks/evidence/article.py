@@ -126,8 +126,9 @@ def run(job: Job) -> Run:
     }
 
     def errors(test: Data) -> Array:
+        weights = export()
         found = [
-            framework.evaluate(module, export(), part)[0] for part in np.split(test.pictures, 8)
+            framework.evaluate(module, weights, part)[0] for part in np.split(test.pictures, 8)
         ]
         return np.asarray(np.abs(np.concatenate(found) - test.answers)[:, 0] * CANVAS / 2)
 

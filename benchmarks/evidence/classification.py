@@ -7,7 +7,9 @@ transposed convolutions, without its batch normalisation and weight decay.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isinf
 from pathlib import Path
+from statistics import median
 
 from coordconv import networks
 from coordconv.cli.demo import BATCH, LEARNING_RATE
@@ -105,11 +107,8 @@ def _claims(results: Results) -> list[tuple[str, str, str, bool | None]]:
 
 def _faster(coord: Sequence[Run], plain: Sequence[Run]) -> tuple[str, bool | None]:
     """How many times sooner CoordConv has the accuracy that the other network ends with."""
-    reached = squares.middle([run.measures[squares.TEST] for run in plain]) or 0
-    seconds = [squares.first_reached(run, reached) for run in coord]
-    later = [squares.first_reached(run, reached) for run in plain]
-    times = [[s for s in found if s is not None] for found in (seconds, later)]
-    if not all(times):
+    reached = median(run.measures[squares.TEST] for run in plain)
+    a, b = (median(squares.first_reached(run, reached) for run in of) for of in (coord, plain))
+    if isinf(a):
         return "CoordConv did not get there", False
-    a, b = (squares.middle(found) or 0 for found in times)
     return f"{b / a:.1f} ({a:.0f} s against {b:.0f} s to {_percent(reached)})", b / a >= 150

@@ -190,7 +190,7 @@ def run(job: Job) -> Run:
         began = time.perf_counter()
         train.step(drawn)
         seconds += time.perf_counter() - began
-        if done % EVERY == 0:
+        if done % min(EVERY, steps) == 0:
             curve.append((done, 100 * average_precision(train.answers(test), truth)))
     found = train.answers(test)
     measures = {"AP": 100 * average_precision(found, truth), "steps": float(steps)}

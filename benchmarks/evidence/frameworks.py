@@ -32,7 +32,7 @@ _BATCH, _STEPS, _QUICK_STEPS = 2, 50, 10
 _RATE, _EPSILON = 0.001, 1e-4
 _TASKS = {
     "classification": (COORD, {"rate": 0.005, "epochs": 1}),
-    "regression": ("strided, linear, coordinates", {"rate": 0.003, "width": 16, "epochs": 4}),
+    "regression": ("strided, linear + xy", {"rate": 0.003, "width": 16, "epochs": 4}),
     "rendering": (COORD, {"rate": 0.01, "epochs": 2}),
 }
 _QUICK_EPOCHS = 0.2

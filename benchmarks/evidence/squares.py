@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -294,13 +295,12 @@ class Results:
         return group[len(group) // 2] if group else None
 
 
-def first_reached(run: Run, value: float, highest: bool = True) -> float | None:
-    """The seconds of training until the held-out positions first had this score, if they had."""
-    sign, steps = (1 if highest else -1), run.measures["steps"]
+def first_reached(run: Run, value: float) -> float:
+    """The seconds of training until the held-out positions first had this score, or infinity."""
     for count, score in run.curve:
-        if sign * score >= sign * value:
-            return run.seconds * count / steps
-    return None
+        if score >= value:
+            return run.seconds * count / run.measures["steps"]
+    return inf
 
 
 def claims(title: str, rows: Iterable[tuple[str, str, str, bool | None]]) -> Sheet:
@@ -364,8 +364,3 @@ def _map(axis: Any, run: Run | None) -> None:
     axis.imshow(shade, cmap="RdYlBu", vmin=0, vmax=1, extent=(0, CANVAS, CANVAS, 0))
     if run.job.split == QUADRANT:
         axis.plot([CANVAS / 2, CANVAS / 2, CANVAS], [CANVAS, CANVAS / 2, CANVAS / 2], "k--", lw=1)
-
-
-def middle(values: Sequence[float]) -> float | None:
-    """The median, if there are any."""
-    return median(values) if values else None

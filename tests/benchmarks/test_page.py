@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-from evidence import study
+from evidence import frameworks, squares, study
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
@@ -42,3 +42,10 @@ def test_every_number_with_a_fraction_is_in_a_table_or_quoted():
     known = {*re.findall(r"\d[\d.,]*%?", printed), *QUOTED}
     found = re.findall(r"(?<![\w.])\d+(?:\.\d+%?|%)", text)
     assert [number for number in found if number not in known] == []
+
+
+def test_the_results_of_the_frameworks_are_of_todays_networks():
+    _, runs = study.read(ROOT / "benchmarks/results/frameworks.json")
+    for run in runs:
+        network = frameworks._problem(frameworks._setting(run.job)).network
+        assert squares.parameters(network) == run.parameters
