@@ -109,6 +109,8 @@ class MeanPool(_Layer):
     kind = "MeanPool"
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) < 2 or 0 in shape[1:]:
+            raise ValueError(f"MeanPool must have a map (C, *S) with positions, got {shape}")
         return shape[:1]
 
 
@@ -255,6 +257,8 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
     from coordconv import backends  # the registry imports a framework only when asked to
 
     network = get(name)
+    for _ in network.shapes():  # a layer says what it cannot take
+        pass
     return backends.load(backend).build(network, initial_weights(network, seed))
 
 

@@ -38,12 +38,13 @@ class PositionRow:
         kind: the layer's class, or "".
         shape: the output's shape ``(N, C, *S)``.
         constant: ``A / (A + B)``, with ``A`` the variance of the response to constant images, each
-            of the mean color of one image, and ``B`` the variance of what the image itself adds.
+            of the mean color of one image, and ``B`` the variance of what the image itself adds. In
+            a network that draws random numbers chance is no part of ``A``, which may be below 0.
         constant_middle: the same over the middle half of each axis alone; None where an axis has
             two or three positions, of which none is cut off.
         shuffled: of the variance of the response to shuffled images, the share that its mean over
-            all images and draws has. The estimate has no bias, so that it may be below 0 where
-            there is nothing: :attr:`PositionReport.chance` says how far.
+            all images and draws has. The mean's variance is estimated without bias, so that it
+            may be below 0 where there is nothing: :attr:`PositionReport.chance` says how far.
         shuffled_middle: the same over the middle, as above.
         map: the response ``(*S)`` to a constant image, in the image and channel where it varies
             most, less its median, in units of the root of the layer's mean ``A + B``.
@@ -208,7 +209,8 @@ def position_report(
     if not isinstance(found, Mapping):
         raise TypeError(f"run must return arrays by name, got a {type(found).__name__}")
     mean = input.mean(axes, keepdims=True, dtype=np.float64).astype(input.dtype)
-    blank = run(np.broadcast_to(mean, input.shape).copy())
+    constant = np.broadcast_to(mean, input.shape).copy()
+    blank, again = run(constant), run(constant)
     names = _chosen(found, layers)
     longer, note = _longer(run, input)
 
@@ -216,13 +218,14 @@ def position_report(
     measured: dict[str, _Layer] = {}
     for name in names:
         shape = found[name].shape
-        why = _unfit(found[name], input, longer.get(name)) or _changed(blank.get(name), shape)
+        why = _unfit(found[name], input, [shapes.get(name) for shapes in longer])
+        why = why or _changed(blank.get(name), shape) or _changed(again.get(name), shape)
         if not why:
-            measured[name] = _Layer(found[name], blank[name])
+            measured[name] = _Layer(found[name], blank[name], again[name])
             why = measured[name].unfit
         if why:
             left[name] = why
-    del found, blank  # they are large
+    del found, blank, again  # they are large
     for _ in range(draws):
         seen = run(_shuffled(input, rng))
         for name in [name for name in measured if name not in left]:
@@ -298,34 +301,32 @@ def _draw_maps(panel: Any, report: PositionReport) -> None:
 class _Layer:
     """What is summed up of a layer's output: over all positions, and over the middle ones."""
 
-    def __init__(self, found: Array, blank: Array) -> None:
-        """From the output for the images, and that for constant ones."""
+    def __init__(self, found: Array, blank: Array, again: Array) -> None:
+        """From the output for the images, and two for constant ones: chance is apart in each."""
         self.shape = found.shape
         middle = tuple(slice(n // 4, n - n // 4) for n in self.shape[2:])
         self.parts: list[Any] = [...]
         # Where nothing is cut off an axis, its middle is no other place than its border.
         if all(n == 1 or n > 3 for n in self.shape[2:]):
             self.parts.append((..., *middle))
-        # The variance of what rounding alone may do to numbers of this size.
-        self.least = (np.finfo(found.dtype).eps * float(np.abs(found).max(initial=0))) ** 2
-        found, blank = found.astype(np.float64), blank.astype(np.float64)
+        # Of each part the variance of what rounding alone may do to numbers of this size.
+        eps = float(np.finfo(found.dtype).eps)
+        self.least = [(eps * float(np.abs(found[part]).max())) ** 2 for part in self.parts]
+        found, blank, again = (each.astype(np.float64) for each in (found, blank, again))
         self.constant: list[float] = []
         totals: list[float] = []
-        for part in self.parts:
-            position = float(np.mean(_centred(blank[part]) ** 2))
-            totals.append(position + float(np.mean(_centred((found - blank)[part]) ** 2)))
-            self.constant.append(self._share(position, totals[-1]))
-        self.unfit = "" if totals[0] > self.least else "alike at all positions"
-        response = _centred(blank)
+        for part, least in zip(self.parts, self.least, strict=True):
+            position = _product(blank[part], again[part])
+            totals.append(position + _product((found - blank)[part], (found - again)[part]))
+            self.constant.append(_share(position, totals[-1], least))
+        self.unfit = "" if totals[0] > self.least[0] else "alike at all positions"
+        response = _centred((blank + again) / 2)
         sizes = np.sum(response**2, axis=tuple(range(2, found.ndim)))
         most = np.unravel_index(sizes.argmax(), sizes.shape)
         shown = response[most] - np.median(response[most])
         self.map = (shown / np.sqrt(totals[0] or 1)).astype(np.float32)
         self.draws, self.sum = 0, np.zeros(self.shape[1:])
         self.squares, self.totals = np.zeros((2, len(self.parts)))
-
-    def _share(self, part: float, total: float) -> float:
-        return part / total if total > self.least else 0.0
 
     def add(self, output: Array) -> None:
         """One more draw: the output for the images when shuffled."""
@@ -346,11 +347,14 @@ class _Layer:
         """
         pairs = self.draws * (self.draws - 1)
         return [
-            self._share(
+            _share(
                 float(np.mean(_centred(self.sum[part], 1) ** 2) - squares) / pairs,
                 total / self.draws,
+                least,
             )
-            for part, squares, total in zip(self.parts, self.squares, self.totals, strict=True)
+            for part, squares, total, least in zip(
+                self.parts, self.squares, self.totals, self.least, strict=True
+            )
         ]
 
     def row(self, name: str, kind: str) -> PositionRow:
@@ -359,9 +363,17 @@ class _Layer:
         return PositionRow(name, kind, self.shape, *constant, *shuffled, self.map)
 
 
+def _share(part: float, total: float, least: float) -> float:
+    return part / total if total > least else 0.0
+
+
 def _pair(shares: list[float]) -> tuple[float, float | None]:
     """Of all positions, and of the middle ones, if there are any apart."""
     return shares[0], shares[1] if len(shares) > 1 else None
+
+
+def _product(first: Array, second: Array) -> float:
+    return float(np.mean(_centred(first) * _centred(second)))
 
 
 def _centred(array: Array, first: int = 2) -> Array:
@@ -398,33 +410,45 @@ def _chosen(found: Mapping[str, Array], layers: Collection[str] | None) -> list[
     return [name for name in found if name in wanted]
 
 
-def _longer(run: Run, input: Array) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The shapes of the outputs for one image, of twice the length on the first axis of positions.
+def _longer(run: Run, input: Array) -> tuple[list[dict[str, tuple[int, ...]]], str]:
+    """The shapes of the outputs for images of twice the length, on each axis of positions in turn.
 
     They tell axes apart. Without any there is a note on why.
     """
-    twice = np.concatenate([input[:1]] * 2, axis=2)
+    few = input[:1] if len(input) > 1 else np.concatenate([input] * 2)  # another batch than input's
+    found = []
     try:
-        return {name: output.shape for name, output in run(twice).items()}, ""
+        for axis in range(2, input.ndim):
+            outputs = run(np.concatenate([few] * 2, axis=axis))
+            found.append({name: output.shape for name, output in outputs.items()})
     except Exception as error:  # noqa: BLE001  # a network of one size may raise anything
         said = (str(error).splitlines() or [""])[0]
-        return {}, (
-            "not checked, that axes are (N, C, *S), by one image of twice the first length: "
+        return found, (
+            "not checked, that axes are (N, C, *S), by images of twice the length: "
             f"{type(error).__name__}: {said}"
         )
+    return found, ""
 
 
-def _unfit(output: Array, input: Array, longer: tuple[int, ...] | None) -> str:
+def _unfit(output: Array, input: Array, longer: list[tuple[int, ...] | None]) -> str:
     """Why an output has no share of position, or ""."""
     if output.dtype.kind != "f":
         return f"of type {output.dtype}"
     if output.ndim != input.ndim or len(output) != len(input):
         return f"not (N, C, *S) as the input's {input.shape}"
+    if not output.shape[1]:
+        return "without channels"
     if output[0, 0].size < 2:
         return "of one position"
     # Else these are channels on the last axis, kernels that a module computes, maps of attention.
-    if longer is not None and longer != (1, output.shape[1], *longer[2:3], *output.shape[3:]):
-        return "of other axes than (N, C, *S), as one image of twice the first length shows"
+    batch = 1 if len(input) > 1 else 2
+    for axis, shape in enumerate(longer, 2):
+        wanted = (batch, *output.shape[1:])
+        if (
+            shape is not None
+            and shape[:axis] + shape[axis + 1 :] != wanted[:axis] + wanted[axis + 1 :]
+        ):
+            return "of other axes than (N, C, *S), as images of twice the length show"
     return "" if np.isfinite(output).all() else "has NaN or infinities"
 
 

@@ -223,10 +223,25 @@ class TestTorch:
         net = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(conv))
         found = report(net)
         assert [row.name for row in found.rows] == ["0", "model output"]
-        reason = "of other axes than (N, C, *S), as one image of twice the first length shows"
+        reason = "of other axes than (N, C, *S), as images of twice the length show"
         assert found.left_out == {"0.parametrizations.weight": reason} | {
             "0.parametrizations.weight.0": reason
         }
+
+    def test_tokens_of_heads_are_left_out(self, torch):
+        """As an attention has them, ``(N, heads, length, channels)``: four axes, as images."""
+
+        class Heads(torch.nn.Module):
+            def forward(self, x):
+                return x.flatten(2).mT.unflatten(2, (1, -1)).transpose(1, 2)
+
+        found = report(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Heads()))
+        assert [row.name for row in found.rows] == ["0"]
+        assert "images of twice the length" in found.left_out["1"]
+
+    def test_arguments_that_the_model_would_never_see(self, torch):
+        with pytest.raises(ValueError, match="kwargs must not have names, output_gradient"):
+            report(torch.nn.Conv2d(3, 4, 1), names={}, output_gradient=None)
 
     def test_a_position_embedding_of_one_size(self, torch):
         nn = torch.nn

@@ -135,6 +135,9 @@ def test_mistakes() -> None:
         networks.build("lenet", "torch")
     with pytest.raises(ValueError, match="backend must be one of torch, paddle, flax, linen, got"):
         networks.build("plain_cnn", "tensorflow")
+    twice = Network("own", (5, 3), (MeanPool(), MeanPool()))
+    with pytest.raises(ValueError, match="MeanPool must have a map .* got \\(5,\\)"):
+        networks.build(twice, "torch")
 
 
 @pytest.mark.parametrize("name", BACKENDS)

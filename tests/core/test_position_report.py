@@ -44,6 +44,23 @@ def row(name, kind="Conv2d", shape=(2, 3, 8, 8), share=0.5, middle=None):
 
 
 class TestShares:
+    def test_what_a_network_draws_is_no_position(self):
+        rng, x = np.random.default_rng(1), images()
+        found = one(lambda x: x + rng.standard_normal(x.shape), x)
+        # Products of independent draws, as many as there are numbers.
+        assert abs(found.constant) < 4 / np.sqrt(x.size)
+        assert abs(found.shuffled) < chance(len(x), 16)
+
+    def test_the_middle_has_a_rounding_of_its_own(self):
+        """In float16 a border of large numbers hides nothing of what varies in the middle."""
+        ramp = np.linspace(-0.1, 0.1, LENGTH)[None] * np.ones((LENGTH, 1))
+        ramp[0] = 150
+
+        def network(x):
+            return (0 * x + ramp).astype(np.float16)
+
+        assert one(network, images()).constant_middle > 0.99
+
     @pytest.mark.parametrize(("a", "b"), [(1, 1), (1, 0.1), (0.1, 1), (3, 0), (0, 2)])
     @pytest.mark.parametrize("count", [1, 8])
     def test_of_a_mixture_are_its_share_of_the_variance(self, a, b, count):
@@ -96,7 +113,7 @@ class TestShares:
         orders = [np.array([[[a, 1 - a]]]) for a in (0.0, 1.0)]
         found = []
         for drawn in itertools.product(orders, repeat=4):
-            layer = _Layer(*orders)
+            layer = _Layer(*orders, orders[1])
             for output in drawn:
                 layer.add(output)
             found.append(layer.shuffled()[0])
@@ -114,7 +131,7 @@ class TestShares:
         outputs = [(own + order + own * order**2)[None, None] for order in orders]
         found = []
         for first, second in itertools.product(outputs, outputs):
-            layer = _Layer(first, second)
+            layer = _Layer(first, second, second)
             layer.add(first)
             layer.add(second)
             found.append(layer.shuffled()[0] * layer.totals[0] / 2)
@@ -189,7 +206,7 @@ class TestShares:
         x = images(2, 3)
         seen = []
         one(lambda x: (seen.append(x), x)[1], x, draws=2)
-        _, constant, _, *shuffled = seen
+        _, constant, _, _, _, *shuffled = seen  # constant again, and two longer ones
         assert np.allclose(constant, x.mean((2, 3), keepdims=True))
         for array in shuffled:
             for image, before in zip(array, x, strict=True):
@@ -229,7 +246,7 @@ class TestLeftOut:
         report = position_report(network, images(), kinds=kinds)
         assert [row.name for row in report.rows] == ["it"]
         shape = "not (N, C, *S) as the input's (8, 1, 16, 16)"
-        axes = "of other axes than (N, C, *S), as one image of twice the first length shows"
+        axes = "of other axes than (N, C, *S), as images of twice the length show"
         changed = "not of the same shape for other values of the input"
         assert report.left_out == {
             "index": "of type bool",
@@ -257,7 +274,7 @@ class TestLeftOut:
             return {"it": x + RAMP}
 
         report = position_report(network, images())
-        assert report.note.endswith("by one image of twice the first length: RuntimeError: want 16")
+        assert report.note.endswith("by images of twice the length: RuntimeError: want 16")
         assert report["it"].constant > 0.5
 
     def test_no_layer_at_all(self):

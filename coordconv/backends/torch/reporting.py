@@ -32,7 +32,7 @@ def position_report(
 
     What is measured, and what that cannot tell: :func:`coordconv.position_report.position_report`.
     Every module is in evaluation mode meanwhile. Afterwards the model, its modes and buffers and
-    the random numbers to come are as they were; a lazy module keeps its first call's shapes.
+    PyTorch's random numbers to come are as they were; a lazy module keeps its first call's shapes.
 
     Args:
         model: any module.
@@ -47,8 +47,9 @@ def position_report(
 
     Raises:
         TypeError: ``model`` is no module, ``input`` no floating-point tensor.
-        ValueError: ``input`` is not ``(N, C, *S)``, not finite, or has no image that varies;
-            ``draws`` below 2; ``layers`` that were not called; no layer that can be measured.
+        ValueError: ``kwargs`` that ``recorded`` takes itself; ``input`` is not ``(N, C, *S)``, not
+            finite, or has no image that varies; ``draws`` below 2; ``layers`` that were not called;
+            no layer that can be measured.
 
     Source:
         As in :func:`coordconv.position_report.position_report`.
@@ -71,6 +72,10 @@ def position_report(
         for name, module in model.named_modules()
         if not isinstance(module, _LISTS)
     }
+    if taken := sorted({"names", "output_gradient"} & kwargs.keys()):
+        raise ValueError(
+            f"kwargs must not have {', '.join(taken)}, which recorded takes itself: wrap the model"
+        )
     with _evaluated(model):
         return core.position_report(
             recorded(model, **kwargs),
