@@ -73,7 +73,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     return [
         results.table("Coordinate classification: the share of positions named right", _percent),
         results.searched(_percent, highest=True),
-        squares.claims("coordinate classification", _claims(results)),
+        squares.claims("coordinate classification", results, _claims(results)),
     ]
 
 

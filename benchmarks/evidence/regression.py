@@ -110,7 +110,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     return [
         results.table("Coordinate regression: the mean distance in pixels", _pixels),
         results.searched(_pixels, highest=False),
-        squares.claims("coordinate regression", _claims(results)),
+        squares.claims("coordinate regression", results, _claims(results)),
     ]
 
 

@@ -81,7 +81,7 @@ def sheets(runs: Sequence[Run]) -> list[Sheet]:
     return [
         results.table("Rendering: the mean intersection over union", _iou),
         results.searched(_iou, highest=True),
-        squares.claims("rendering", _claims(results)),
+        squares.claims("rendering", results, _claims(results)),
     ]
 
 

@@ -303,9 +303,13 @@ def first_reached(run: Run, value: float) -> float:
     return inf
 
 
-def claims(title: str, rows: Iterable[tuple[str, str, str, bool | None]]) -> Sheet:
+def claims(
+    title: str, results: Results, rows: Iterable[tuple[str, str, str, bool | None]]
+) -> Sheet:
     """What the paper reports beside what was measured; None where the runs cannot tell."""
     words = {True: "yes", False: "no", None: "not measured"}
+    if any(run.job.quick for run in results.runs):
+        words |= {True: "too short to tell", False: "too short to tell"}
     columns = (title, "the paper reports", "we measure", "confirmed")
     return Sheet("The paper's claims", columns, [(a, b, c or "-", words[d]) for a, b, c, d in rows])
 

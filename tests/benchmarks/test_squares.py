@@ -109,6 +109,14 @@ def test_claims_that_no_run_is_about_are_not_confirmed():
     assert {row[3] for row in classification.sheets([])[2].rows} == {"not measured"}
 
 
+def test_quick_runs_confirm_nothing():
+    runs = [
+        replace(run, job=replace(run.job, quick=True)) for run in searched(classification, True)
+    ]
+    said = {row[3] for row in classification.sheets(runs)[2].rows}
+    assert said == {"too short to tell", "not measured"}
+
+
 def test_the_frameworks_are_held_to_the_bound_and_reported(monkeypatch, tmp_path):
     """The real parity run of the cheapest task, and runs to the end that were made up."""
     pytest.importorskip("torch")
