@@ -144,10 +144,11 @@ def _run(job: Job) -> Run:
 
 
 def save(path: Path, runs: Sequence[Run]) -> None:
-    """Write the runs, and the machine that they ran on."""
-    found = {"machine": common.machine("cpu"), "runs": [asdict(run) for run in runs]}
+    """Write the machine that the runs ran on, and each run in a line."""
+    lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
+    machine = json.dumps(common.machine("cpu"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.write_text(f'{{"machine": {machine},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Run]]:
