@@ -92,7 +92,7 @@ def folded(
 
 def check_forward(layer: Any) -> None:
     """Refuse a subclass that computes something of its own, which a fused layer would not."""
-    if not type(layer).forward.__module__.startswith("coordconv."):
+    if not type(layer).forward.__module__.startswith("coordconv.backends."):
         raise ValueError(
             f"{type(layer).__name__} has a forward of its own, which would be lost: use the "
             "CoordConv inside a module instead"

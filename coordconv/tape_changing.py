@@ -165,9 +165,6 @@ class Appending:
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         return self.subclass.forward(self, self._appended(input), *args, **kwargs)  # type: ignore[attr-defined]
 
-    def fuse(self, size: Any = None) -> Any:
-        raise ValueError(f"a subclass of a framework's convolution is not fused, here {type(self)}")
-
     def __reduce__(self) -> Any:  # pickle finds no class that is made at run time
         mixin = type(self).__mro__[1]
         return _empty, (mixin, self.subclass, self.rank), self.__dict__  # type: ignore[attr-defined]

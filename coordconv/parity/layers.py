@@ -149,7 +149,7 @@ def check_layers(
     found = (
         map(run, cases, repeat(names))
         if workers == 1
-        else _in_processes(run, cases, names, workers)
+        else _in_processes(run, cases, names, workers, compiled)
     )
     for tallies in found:
         for tally, more in zip(report.tallies, tallies, strict=True):
@@ -159,7 +159,11 @@ def check_layers(
 
 
 def _in_processes(
-    run: Callable[..., list[Tally]], cases: Sequence[Case], names: Sequence[str], workers: int
+    run: Callable[..., list[Tally]],
+    cases: Sequence[Case],
+    names: Sequence[str],
+    workers: int,
+    compiled: bool | None,
 ) -> Iterator[list[Tally]]:
     done = 0
     while done < len(cases):
@@ -172,18 +176,21 @@ def _in_processes(
             except BrokenProcessPool:  # in this case, or in one that ran beside it
                 pool.shutdown(cancel_futures=True)
         if done < len(cases):
-            yield [_alone(run, cases[done], name) for name in names]
+            yield [_alone(run, cases[done], name, compiled) for name in names]
             done += 1
 
 
-def _alone(run: Callable[..., list[Tally]], case: Case, name: str) -> Tally:
+def _alone(
+    run: Callable[..., list[Tally]], case: Case, name: str, compiled: bool | None
+) -> Tally:
     """A case in a process of its own, which the framework may end instead of raising."""
     for each in (case, case.plain):
         with _processes(1) as pool, suppress(BrokenProcessPool):
             (tally,) = pool.submit(run, each, [name]).result()
             if each is case:
                 return tally
-            return Tally.of(name, case, failures=[f"the framework ended its process in {case!r}"])
+            failure = f"the framework ended its process in {case!r}"
+            return Tally.of(name, case, _mode(backends.load(name), compiled), failures=[failure])
     reason = "the framework ends its process, without coordinates too"
     return Tally(name, excluded=Counter([reason]))
 
@@ -217,6 +224,11 @@ def _tallies(
         position_bias.FORCED = before
 
 
+def _mode(backend: Backend, compiled: bool | None) -> bool:
+    """Whether a backend's compiler is used: if nobody says, as most of its users do."""
+    return backend.COMPILED if compiled is None else compiled
+
+
 def _tally(
     name: str,
     backend: Backend,
@@ -226,7 +238,7 @@ def _tally(
     compiled: bool | None,
 ) -> Tally:
     weights, x, dy = data
-    compiled = backend.COMPILED if compiled is None else compiled
+    compiled = _mode(backend, compiled)
     try:
         module = backend.build(case.network, weights, case.dtype)
         y, gradients = backend.evaluate(module, weights, x, dy, compiled=compiled)

@@ -334,6 +334,9 @@ def test_subclasses(face):
         assert type(copied) is type(layer)
     with pytest.raises(ValueError, match="input must have 3 channels"):
         layer(face.images(1, 5, 8, 8))
+    for of in (set_training(layer, False), set_training(model, False)):
+        with pytest.raises(ValueError, match="CoordSamePadding has a forward of its own"):
+            face.ours.fuse(of) if of is model else of.fuse()
     assert face.remove_coords(model).layers[0].after == "SamePadding"
     assert type(model[0]) is same
     assert tuple(model[0].weight.shape) == (8, 3, 3, 3)

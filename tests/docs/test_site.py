@@ -106,7 +106,7 @@ class Tab:
         self.page, self.address, self.faults = page, address, []
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.faults.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: self.faults.append(f"failed: {request.url}"))
+        page.on("requestfailed", self._on_failure)
         page.on("request", self._on_request)
         page.on("response", self._on_response)
 
@@ -117,6 +117,10 @@ class Tab:
     def _on_request(self, request):
         if not request.url.startswith((self.address, "data:")):
             self.faults.append(f"asks another host: {request.url}")
+
+    def _on_failure(self, request):
+        if request.failure != "net::ERR_ABORTED":  # else the page was left before it came
+            self.faults.append(f"failed: {request.url}, {request.failure}")
 
     def _on_response(self, response):
         if response.status >= 400:

@@ -241,6 +241,8 @@ def test_a_process_that_ends(backend_to_spoil, always):
     else:
         assert tally.failures == [f"the framework ended its process in {ending!r}"]
     assert tally.layers == 3 - always
+    mode = "compiled" if backends.load(name).COMPILED else "eager"
+    assert tally.modes == {f"float32, {mode}": tally.layers}
 
 
 def test_one_unit_in_the_last_place_fails_an_exact_case(monkeypatch, backend_to_spoil):
