@@ -180,9 +180,7 @@ def _in_processes(
             done += 1
 
 
-def _alone(
-    run: Callable[..., list[Tally]], case: Case, name: str, compiled: bool | None
-) -> Tally:
+def _alone(run: Callable[..., list[Tally]], case: Case, name: str, compiled: bool | None) -> Tally:
     """A case in a process of its own, which the framework may end instead of raising."""
     for each in (case, case.plain):
         with _processes(1) as pool, suppress(BrokenProcessPool):
