@@ -182,6 +182,25 @@ class TestCompile:
             assert torch.equal(compiled(x), layer(x))
         assert len(graphs) == before <= 2
 
+    def test_a_size_that_is_known_decides(self):
+        """As in eager mode; the one graph of all other sizes is made for a usual one."""
+        layer, ways = fill(CoordConv2d(16, 16, 3, padding=1)), []
+
+        def note(graph, inputs):
+            appends = any("cat" in str(node.target) for node in graph.graph.nodes)
+            ways.append(position_bias.APPEND if appends else position_bias.MAP)
+            return graph.forward
+
+        compiled = torch.compile(layer, fullgraph=True, backend=note)
+        small, large, smaller = (integers(2, 16, n, n) for n in (9, 33, 5))
+        for x in (small, large, smaller):
+            assert torch.equal(compiled(x), layer(x))
+        given = layer.in_channels, layer.out_channels, False
+        eager = adding.choose(ConvGeometry((3, 3), padding=1), layer.coords, small, *given)
+        assert eager == position_bias.APPEND
+        told = eager if torch.__version__ >= "2.8" else position_bias.MAP  # else it does not tell
+        assert ways == [told, position_bias.MAP]
+
     def test_new_weights_count(self, way):
         layer = CoordConv2d(2, 3, 3)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from coordconv import position_bias
 from coordconv.backends.torch import options
@@ -38,6 +39,8 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 # it a range of floats has a symbolic length that its shapes do not understand.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _ARANGE_OF_FLOATS = hasattr(torch.compiler, "is_exporting")
+# Before, the compiler could not be asked what it knows of a size.
+_COMPILER_TELLS = torch.__version__ >= "2.8"
 
 
 def is_known(x: Any) -> bool:
@@ -83,13 +86,15 @@ def choose(
     """Append or map, for an input ``(N, C, *S)`` or ``(C, *S)``."""
     batch = positions = None
     single = x.dim() == geometry.rank + 1
-    if is_known(x):
+    compiled = torch.compiler.is_compiling() and not _is_exporting()
+    if compiled or is_known(x):
         batch = 1 if single else x.shape[0]
         positions = math.prod(geometry.lengths(x.shape[-geometry.rank :]))
-    elif torch.compiler.is_compiling() and not _is_exporting():
-        # One graph for all sizes, but for a batch of one, of which compilers make another anyway.
-        batch = 1 if single or x.shape[0] == 1 else position_bias.USUAL_BATCH
-        positions = position_bias.USUAL_POSITIONS
+        sizes = channels, out, batch, positions
+        if compiled and not _are_compared(*position_bias.costs(geometry, len(coords), *sizes)):
+            # One graph for all sizes, but for a batch of one: compilers make another of it anyway.
+            batch = 1 if single or x.shape[0] == 1 else position_bias.USUAL_BATCH
+            positions = position_bias.USUAL_POSITIONS
     elif _is_exporting() and not geometry.transposed:
         _warn_of_quantizers()
     given = geometry, coords, channels, out
@@ -102,6 +107,16 @@ def choose(
             'or outside="extend": use PT2E, or list its class as "non_traceable_module_class"'
         )
     return way
+
+
+def _are_compared(append: Any, map: Any) -> bool:
+    """Whether a compiler knows which cost is the lower one of the sizes that a program is for.
+
+    Where it does not, to compare them would make the program one for these sizes alone.
+    """
+    return _COMPILER_TELLS and (
+        statically_known_true(append < map) or statically_known_true(append >= map)
+    )
 
 
 def _is_quantizing(x: Any) -> bool:
