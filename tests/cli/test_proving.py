@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from coordconv import available_backends, backends, networks, position_bias
+from coordconv import available_backends, backends, networks, position_bias, windows
 from coordconv.parity import training
 
 
@@ -58,6 +58,29 @@ class TestParity:
         assert shown.exit_code == 0, shown.output
         assert set(asked) == {way}
         assert run("parity", "--way", "neither").exit_code == 2
+
+    def test_windows(self, run, first_backend, monkeypatch):
+        module, shown_parts = backends.load(first_backend), []
+        build = module.build
+
+        def spy(*arguments):
+            shown_parts.append(windows.current(None) is not None)
+            return build(*arguments)
+
+        monkeypatch.setattr(module, "build", spy)
+        for options in ([], ["--windows"]):
+            shown = run("parity", "--backends", first_backend, "--cases", 20, *options)
+            assert shown.exit_code == 0, shown.output
+            assert any(shown_parts) == bool(options)
+
+    @pytest.mark.parametrize("mode", ["eager", "compiled"])
+    def test_the_mode_is_what_is_counted(self, run, first_backend, mode, tmp_path):
+        file = tmp_path / "parity.json"
+        options = "--cases", 2, "--mode", mode, "--workers", 2, "--json", file
+        shown = run("parity", "--backends", first_backend, *options)
+        assert shown.exit_code == 0, shown.output
+        (tally,) = json.loads(file.read_text())["backends"]
+        assert tally["modes"] == {f"float32, {mode}": 2}
 
     def test_exits_with_1_if_a_case_fails(self, run, first_backend, monkeypatch):
         module = backends.load(first_backend)
