@@ -91,6 +91,16 @@ def with_short_types(
     )
 
 
+def with_all_arguments(app: Sphinx, obj: Any, bound_method: bool) -> None:
+    """Undo what autodoc did to a bound method that is listed as a function, as ``recorded`` is.
+
+    It gave the function behind it the signature without ``self``, of which it would leave out one
+    argument more.
+    """
+    if inspect.ismethod(obj) and not bound_method:
+        vars(obj.__func__).pop("__signature__", None)
+
+
 def with_kinds_of_cells(app: Sphinx, document: nodes.document) -> None:
     """Tell site.css which cells of tables are short, such as numbers, and which are long."""
     for cell in document.findall(nodes.entry):
@@ -101,6 +111,7 @@ def with_kinds_of_cells(app: Sphinx, document: nodes.document) -> None:
 def setup(app: Sphinx) -> None:
     """Tell Sphinx of these."""
     app.connect("doctree-read", with_kinds_of_cells)
+    app.connect("autodoc-before-process-signature", with_all_arguments)
     app.connect("autodoc-process-signature", with_short_types)
     app.add_directive("house", House)
     app.connect("include-read", of_the_site)

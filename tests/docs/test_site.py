@@ -3,6 +3,7 @@
 COORDCONV_SITE names the folder that sphinx-build wrote, as in tox's ``docs`` environment.
 """
 
+import inspect
 import os
 import re
 import zlib
@@ -200,6 +201,23 @@ def test_every_public_name_is_in_the_reference(name):
     elsewhere = {"COMPILED"}  # a flag, which the protocol of a backend describes
     elsewhere |= {"load_weights", "save_weights"} if name == ".weights" else set()
     assert {f"coordconv{name}.{each}" for each in set(package.__all__) - elsewhere} <= listed
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_functions_are_shown_with_all_of_their_arguments(name):
+    if not PAGES:
+        pytest.skip("there is no site")
+    package = pytest.importorskip(f"coordconv.backends.{name}")
+    page = (SITE / f"api/{name}.html").read_text(encoding="utf-8")
+    functions = {n: getattr(package, n) for n in package.__all__}
+    functions = {n: each for n, each in functions.items() if inspect.isroutine(each)}
+    assert {"add_coords", "fuse", "recorded"} <= {*functions}
+    for each, function in functions.items():
+        _, found = page.split(f'id="coordconv.backends.{name}.{each}">')
+        arguments = found.split("</dt>")[0].split('<em class="sig-param">')[1:]
+        shown = [re.search(r'class="n"><span class="pre">(\w+)', one) for one in arguments]
+        wanted = [*inspect.signature(function).parameters]
+        assert [found[1] for found in shown if found] == wanted, each  # no name has the lone *
 
 
 @pytest.mark.parametrize("word", ["windows", "fuse", "CoordConv2d", "quantize", "paddledetection"])
