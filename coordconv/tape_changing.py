@@ -14,8 +14,8 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, ClassVar
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +50,12 @@ class Conversion:
     resize: Callable[[Any, Any, Any], None]
     # From now on, let :func:`refuse_stale` see what an optimizer keeps for these parameters.
     watch: Callable[[list[Any]], None]
+    optimizer: type  # what all optimizers of the framework are
+    held: Callable[[Any], Iterable[Any]]  # an optimizer's parameters
+    # states(optimizer, kernel): what the optimizer keeps for a kernel, by name.
+    states: Callable[[Any, Any], Mapping[str, Any]]
+    # put(optimizer, kernel, name, values): let the optimizer keep these values instead.
+    put: Callable[[Any, Any, str, Any], None]
 
     def with_coordinates(self, kernel: Any, conv: Any, layout: KernelLayout, init: str) -> Any:
         """A plain convolution's kernel over its features and, as ``init`` says, coordinates."""
@@ -186,26 +192,37 @@ def _appending(mixin: Any, subclass: Any, rank: int) -> Any:
 class TapeChanges(Changes):
     """:class:`coordconv.changing.Changes`, and what an optimizer made before needs."""
 
-    conversion: ClassVar[Conversion]
     _kernels: list[tuple[Any, KernelLayout]] = field(default_factory=list, repr=False)
+    _conversion: Conversion = field(kw_only=True, repr=False, compare=False)
 
-    def _states(self, optimizer: Any, kernel: Any) -> Mapping[str, Any]:
-        """What an optimizer keeps for a kernel, by name."""
-        raise NotImplementedError
+    def update_optimizer(self, optimizer: Any) -> None:
+        """Fit what an optimizer that was made before keeps for the kernels that changed.
 
-    def _put(self, optimizer: Any, kernel: Any, name: str, values: Any) -> None:
-        """Let the optimizer keep these values instead."""
-        raise NotImplementedError
+        Momenta stay, and those of the coordinates' part start at zero; after ``undo`` that part
+        is dropped. Until then such an optimizer raises a RuntimeError at its next step.
 
-    def _update(self, optimizer: Any) -> None:
-        """Fit all that an optimizer keeps of the shapes of before; or ValueError, and nothing."""
+        Raises:
+            TypeError: no optimizer of the framework's: of a wrapper give what is in it.
+            ValueError: the optimizer has none of the kernels, or keeps something of a shape that is
+                neither a kernel's nor a number's, as LBFGS, PyTorch's Adafactor and Paddle's ASGD
+                do, or, in Paddle, master weights of kernels of 16 bits: make a new one.
+
+        Example: in ``changing.py`` of each of the two.
+        """
+        conversion, kind = self._conversion, self._conversion.optimizer
+        if not isinstance(optimizer, kind):
+            wanted = f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}"
+            raise TypeError(f"optimizer must be a {wanted}, got {type(optimizer).__name__}")
+        held = {*map(id, conversion.held(optimizer))}
+        if held.isdisjoint(id(kernel) for kernel, _ in self._kernels):
+            raise ValueError("optimizer has none of the kernels that changed")
         updates = []
         for kernel, layout in self._kernels:
             shape = tuple(kernel.shape)
             widths = {layout.width, layout.plain_width} - {shape[layout.axis]}
             (width,) = widths
             before = (*shape[: layout.axis], width, *shape[layout.axis + 1 :])
-            for name, state in self._states(optimizer, kernel).items():
+            for name, state in conversion.states(optimizer, kernel).items():
                 number = len(state.shape) < 2 and _size(state) == 1
                 if number or tuple(state.shape) == shape:
                     continue
@@ -216,7 +233,7 @@ class TapeChanges(Changes):
                     )
                 updates.append((kernel, name, self._fitted(state, kernel, layout)))
         for update in updates:
-            self._put(optimizer, *update)
+            conversion.put(optimizer, *update)
 
     def _fitted(self, state: Any, kernel: Any, layout: KernelLayout) -> Any:
         """What has the shape of a kernel of before, in the shape of the kernel as it is now.
@@ -224,14 +241,14 @@ class TapeChanges(Changes):
         The coordinates' part is zero, or of what is one number throughout, that number.
         """
         if state.shape[layout.axis] == layout.width:
-            return self.conversion.like(layout.split(state)[0], kernel)
+            return self._conversion.like(layout.split(state)[0], kernel)
 
         def filled(shape: tuple[int, ...], like: Any) -> Any:
             number = state.reshape([-1])[0]
             return zeros(shape, like) + (number if (state == number).all() else 0)
 
-        joined = layout.fitted(state, self.conversion.framework.concat, filled)
-        return self.conversion.like(joined, kernel)
+        joined = layout.fitted(state, self._conversion.framework.concat, filled)
+        return self._conversion.like(joined, kernel)
 
 
 @dataclass(frozen=True)
@@ -245,18 +262,60 @@ class NetworkConversion:
     appending: type  # the mixin for a user's subclass of one of those
     # All modules by name, one that is used twice under each; an error if one wraps a network.
     modules: Callable[[Any], dict[str, Any]]
-    changes: type[TapeChanges]
 
-    def add(
+    def add_coords(
         self,
         model: Any,
-        coords: CoordinatesLike,
-        layers: Choice,
-        exclude: Choice,
-        init: str,
-        subclasses: bool,
-    ) -> Any:
-        """The framework's ``add_coords``."""
+        coords: CoordinatesLike = "xy",
+        *,
+        layers: Choice = None,
+        exclude: Choice = None,
+        init: str = "zeros",
+        subclasses: bool = False,
+    ) -> TapeChanges:
+        """Give the convolutions of a network coordinates, in place.
+
+        A layer stays the same object and keeps its hooks, flags and ties, and its kernel stays the
+        same parameter of the same name, with further input channels. With ``init="zeros"`` the
+        network computes what it computed, in float32 on one device to the bit: for this the layers
+        are ``map_only``. A state dict of the network before loads into the network after; in Paddle
+        by :func:`~coordconv.backends.paddle.adapt_state_dict`, without which Paddle leaves out the
+        kernels and warns.
+
+        Args:
+            model: the network, as it is before it is wrapped, compiled, or traced by Paddle.
+            coords: the coordinates of all layers: tokens, a :class:`~coordconv.Coordinates`, or
+                None for all axes of each layer.
+            layers: which convolutions: names of layers or of blocks, which are all convolutions in
+                them, whole or, if no name is the whole of it, the end of names; a compiled regular
+                expression that matches the whole name; a function of name and module; several of
+                these; None for every convolution of the framework's own classes.
+            exclude: those to leave out, in the same way.
+            init: ``"zeros"``, or ``"fan_in"``: the coordinates' part as the framework draws a
+                convolution over features and coordinates; the features' part stays.
+            subclasses: whether to change subclasses of the framework's convolutions, too. The
+                coordinates are appended to their input; a subclass that then computes something
+                else, as one that standardizes its kernel, is left. This is found by running it on
+                random numbers.
+
+        Returns:
+            What changed and what was left, and why. It is to be printed, kept as JSON, or undone,
+            see :class:`~coordconv.tape_changing.TapeChanges`. A layer that has coordinates is left.
+
+        Raises:
+            TypeError: ``model`` is no module; ``layers`` or ``exclude`` of another type.
+            ValueError: nothing matches; coordinates beyond the rank of a layer that was asked for;
+                a wrapper, or what is inside of one for distributed training; a quantized layer; a
+                kernel that is not initialized yet, one that others compute, as in a
+                parametrization, pruning or ``weight_norm``, or one that is shared with another
+                layer; in Paddle also static mode, and what ``to_static`` traced. All is said before
+                anything changes.
+
+        Source:
+            The start at zero is that of a residual branch: Goyal et al., 2017, section 5.1.
+
+        Example: in ``changing.py`` of each of the two.
+        """
         check_coord_init(init, "init")
         Coordinates.resolve(coords, 3)
         modules, conversion = self.modules(model), self.conversion
@@ -303,16 +362,37 @@ class NetworkConversion:
             become(conv, self._coord_class(conv), layouts[id(conv)].coords, init)
             rows.append(Change(name, before, shown(conv), _size(conv.weight) - sizes[name]))
         of_kernels = [(kernel, layout) for kernel, layout, *_ in kernels.values()]
-        return self.changes(tuple(rows), skipped, lambda: conversion.remove(chosen), of_kernels)
+        undo = partial(conversion.remove, chosen)
+        return TapeChanges(tuple(rows), skipped, undo, of_kernels, _conversion=conversion)
 
-    def remove(self, model: Any, inputs: Any, layers: Choice, exclude: Choice) -> Any:
-        """The framework's ``remove_coords``."""
-        modules = self.modules(model)
+    def remove_coords(
+        self, model: Any, inputs: Any = None, *, layers: Choice = None, exclude: Choice = None
+    ) -> TapeChanges:
+        """Make a network's CoordConvs plain convolutions, in place: the coordinates' part is lost.
+
+        Args:
+            model: the network.
+            inputs: a batch, or a tuple of all arguments, on which to measure first how much of what
+                each layer computes is the coordinates': the variance of the coordinates' part P of
+                the output, over this and the variance of the rest, each over batch and positions
+                and summed over channels. None measures nothing.
+            layers: which layers, as in :func:`add_coords`.
+            exclude: those to leave out, in the same way.
+
+        Returns:
+            What changed, with each layer's ``variance_share``.
+
+        Raises:
+            TypeError, ValueError: as :func:`add_coords`; there is no CoordConv.
+
+        Example: in ``changing.py`` of each of the two.
+        """
+        modules, conversion = self.modules(model), self.conversion
 
         def examine(name: str, layer: Any) -> Unfit | None:
             if type(layer) not in self.classes.values() and not isinstance(layer, Appending):
                 return Unfit(f"it is a {type(layer).__name__}, a class of its own", fatal=True)
-            return self.conversion.unfit(layer)
+            return conversion.unfit(layer)
 
         def is_ours(module: Any) -> bool:
             return isinstance(module, self.layer)
@@ -322,13 +402,14 @@ class NetworkConversion:
         shares = Shares() if inputs is None else self._variance_shares(model, chosen, inputs)
         before = {name: (shown(layer), _size(layer.weight)) for name, layer in chosen.items()}
         kernels = {id(layer.weight): (layer.weight, layer.layout) for layer in chosen.values()}
-        self.conversion.remove(chosen)
+        conversion.remove(chosen)
         rows = []
         for name, layer in chosen.items():
             was, size = before[name]
             more = _size(layer.weight) - size
             rows.append(Change(name, was, type(layer).__name__, more, shares.get(name)))
-        return self.changes(tuple(rows), skipped, None, [*kernels.values()])
+        of_kernels = [*kernels.values()]
+        return TapeChanges(tuple(rows), skipped, None, of_kernels, _conversion=conversion)
 
     def _coord_class(self, conv: Any) -> Any:
         """The class of ours that a convolution becomes."""

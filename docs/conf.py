@@ -43,7 +43,7 @@ python_use_unqualified_type_names = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|filterlib|flax|hypothesis|jax|nn|nnx|npt|numpy|os)\.\w.*"),
     (r"py:.*", r"(paddle|re|rnglib|torch|tp|weakref)\.\w.*"),
-    (r"py:class", r"Array|Choice|CoordinatesLike|Position|(Flax|Paddle|Torch)Changes"),
+    (r"py:class", r"Array|Choice|CoordinatesLike|Position|(Flax|Tape)Changes"),
     # Aliases of Paddle and Flax in the signatures of their layers, which ours take over.
     (r"py:class", r"DTypeLike|DataLayout\dD|ParamAttrLike|PlaceLike|Size\d|_Padding\w+Mode"),
     (r"py:class", r"ConvGeneralDilatedT|Dtype|Initializer|P(adding|recision)Like|PromoteDtypeFn"),

@@ -236,6 +236,8 @@ def test_an_optimizer_that_cannot_be_updated():
         changes.update_optimizer(flat)
     with pytest.raises(ValueError, match="none of the kernels"):
         changes.update_optimizer(torch.optim.SGD([torch.zeros(1)], 0.1))
+    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer, got dict"):
+        changes.update_optimizer({})
     changes.update_optimizer(torch.optim.Adam(model.parameters()))  # which has not stepped
 
 

@@ -67,17 +67,17 @@ def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
 
 # What an optimizer does with what it keeps for its parameters; the last two are of ModelAverage.
 _USES = ("step", "minimize", "apply_gradients", "apply", "restore")
-MASTER = "master weight"
+_MASTER = "master weight"
 
 
-def parameters(optimizer: Any) -> list[Any]:
+def _held(optimizer: Any) -> list[Any]:
     """An optimizer's parameters, those of all groups."""
     groups = getattr(optimizer, "_param_groups", None) or []  # none of a wrapper, or static
     groups = [each if isinstance(each, dict) else {"params": [each]} for each in groups]
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def kept(optimizer: Any, kernel: Any) -> dict[str, Tensor]:
+def _kept(optimizer: Any, kernel: Any) -> dict[str, Tensor]:
     """What an optimizer keeps for a parameter, which it has by the parameter's name alone.
 
     Of a parameter of 16 bits that may be a master weight, by whose name it has the rest.
@@ -86,12 +86,12 @@ def kept(optimizer: Any, kernel: Any) -> dict[str, Tensor]:
     name = kernel.name if master is None else master.name
     states = optimizer._accumulators.items()
     found = {kind: by_name[name] for kind, by_name in states if name in by_name}
-    return found if master is None else {**found, MASTER: master}
+    return found if master is None else {**found, _MASTER: master}
 
 
 def _use(use: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
     """A method of an optimizer, which asks first."""
-    refuse_stale((each, kept(optimizer, each).values()) for each in parameters(optimizer))
+    refuse_stale((each, _kept(optimizer, each).values()) for each in _held(optimizer))
     return use(*args, **kwargs)
 
 
@@ -100,12 +100,27 @@ def _watch(kernels: list[Any]) -> None:
     for each in gc.get_objects():
         if not issubclass(type(each), paddle.optimizer.Optimizer):  # isinstance may run any code
             continue
-        if changed.isdisjoint(map(id, parameters(each))):
+        if changed.isdisjoint(map(id, _held(each))):
             continue
         for name in _USES:
             use = getattr(each, name, None)
             if use is not None and getattr(use, "func", None) is not _use:
                 setattr(each, name, partial(_use, use, each))
+
+
+def _states(optimizer: Any, kernel: Any) -> dict[str, Tensor]:
+    states = _kept(optimizer, kernel)
+    if _MASTER in states:
+        raise ValueError(
+            f"optimizer keeps master weights of {kernel.name}, which has 16 bits: make a new "
+            f"{type(optimizer).__name__}, or change the network before paddle.amp.decorate"
+        )
+    flat = optimizer.state_dict().get("state", {})  # LBFGS's, of all parameters in one
+    return states | {name: each for name, each in flat.items() if isinstance(each, Tensor)}
+
+
+def _put(optimizer: Any, kernel: Any, name: str, values: Tensor) -> None:
+    paddle.assign(values, _kept(optimizer, kernel)[name])  # in place: some have it twice
 
 
 CONVERSION = Conversion(
@@ -117,4 +132,8 @@ CONVERSION = Conversion(
     like=lambda values, kernel: values.clone(),
     resize=_resize,
     watch=_watch,
+    optimizer=paddle.optimizer.Optimizer,
+    held=_held,
+    states=_states,
+    put=_put,
 )

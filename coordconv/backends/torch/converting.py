@@ -5,6 +5,7 @@ An optimizer that keeps momenta of the old shape raises an error at its next ste
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -80,6 +81,19 @@ def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(ask)
 
 
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _states(optimizer: torch.optim.Optimizer, kernel: Any) -> Mapping[str, Any]:
+    states = optimizer.state.get(kernel, {})
+    return {name: state for name, state in states.items() if isinstance(state, Tensor)}
+
+
+def _put(optimizer: torch.optim.Optimizer, kernel: Any, name: str, values: Tensor) -> None:
+    optimizer.state[kernel][name] = values
+
+
 CONVERSION = Conversion(
     framework=torch,
     unfit=_unfit,
@@ -89,4 +103,8 @@ CONVERSION = Conversion(
     like=_like,
     resize=_resize,
     watch=lambda parameters: _watch_optimizers(),
+    optimizer=torch.optim.Optimizer,
+    held=_held,
+    states=_states,
+    put=_put,
 )
