@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from coordconv.geometry import is_int
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
+from coordconv.tape import to_numpy
 
+MOST_MAPS = 8  # of the last sizes
 Named = Sequence[tuple[str, Any]]  # all modules of a network; one in two places has both names
 
 
@@ -90,13 +93,71 @@ def folded(
     return {"weight": product.astype(weight.dtype), "bias": bias.astype(weight.dtype)}
 
 
-def check_forward(layer: Any) -> None:
-    """Refuse a subclass that computes something of its own, which a fused layer would not."""
+def folded_parameters(
+    layer: Any,
+    norm: Any,
+    mean: Any,
+    variance: Any,
+    epsilon: float,
+    tensor: Callable[[Array, Any], Any],
+) -> tuple[Any, Any]:
+    """:func:`folded` for a layer and a norm of PyTorch or Paddle: the layer's weight and bias.
+
+    ``tensor(array, like)`` is a tensor of the type of ``like``, and where that is.
+    """
+    mean, layout = to_numpy(mean), layer.layout
+    scale = np.ones_like(mean) if norm.weight is None else to_numpy(norm.weight)
+    shift = np.zeros_like(mean) if norm.bias is None else to_numpy(norm.bias)
+    found = folded(
+        layer.export_weights(),
+        (mean, to_numpy(variance), scale, shift),
+        epsilon,
+        groups=layout.groups,
+        transposed=layout.transposed,
+    )
+    return tensor(found["weight"], layer.weight), tensor(found["bias"], layer.weight)
+
+
+def latest(maps: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """The map for a key: one of the last few, or made now, in place of the oldest."""
+    found = maps.get(key)
+    if found is None:  # threads may both make one, and find another evicted
+        for oldest in [*maps][: 1 - MOST_MAPS]:
+            maps.pop(oldest, None)
+        found = maps[key] = make()
+    return found
+
+
+def example(size: Any, array: Any, make: Callable[[], Any]) -> tuple[Any, ...]:
+    """A network's arguments for ``size`` as ``fuse`` takes it: ``make()`` for a spatial shape."""
+    if isinstance(size, array):
+        return (size,)
+    if not isinstance(size, Sequence) or isinstance(size, str) or not size:
+        raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
+    if not all(is_int(each) and not isinstance(each, array) for each in size):
+        return tuple(size)
+    return (make(),)
+
+
+def check_layer(layer: Any) -> None:
+    """ValueError for a layer in training, or a subclass whose own computation would be lost."""
+    if layer.training:
+        raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
     if not type(layer).forward.__module__.startswith("coordconv.backends."):
         raise ValueError(
             f"{type(layer).__name__} has a forward of its own, which would be lost: use the "
             "CoordConv inside a module instead"
         )
+
+
+def checked_size(size: Any, rank: int) -> tuple[int, ...]:
+    """A spatial shape as a tuple of ints."""
+    if not isinstance(size, Iterable):
+        raise TypeError(f"size must be a spatial shape, got {size!r}")
+    given = tuple(size)
+    if len(given) != rank or not all(map(is_int, given)):
+        raise ValueError(f"size must have {rank} lengths, got {given}")
+    return tuple(map(int, given))
 
 
 def layers_to_fuse(named: Named, batch_norms: tuple[type, ...]) -> dict[str, Any]:
@@ -152,20 +213,23 @@ def fused_copy(
     layers: Mapping[str, Any],
     pairs: Mapping[str, str],
     notes: tuple[str, ...],
-    fused: Callable[[str, Any, Any], Any],
-    identity: Callable[[], Any],
+    sizes: Mapping[str, tuple[int, ...]],
+    fold: Callable[[Any, Any], tuple[Any, Any]],
 ) -> Any:
-    """A copy of a network with each of ``layers`` replaced by ``fused(name, layer, norm or None)``.
+    """A copy of a network with each of ``layers`` fused, for its size if ``sizes`` has one.
 
-    An ``identity()`` stands in place of each norm. The copy is made with them in its memo, so that
+    A layer with a norm in ``pairs`` gets the weight and bias that ``fold(layer, norm)`` returns,
+    and an identity stands in place of the norm. The copy is made with them in its memo, so that
     they are wherever the network refers to what they replace, also in lists of its own.
     """
     modules, rows, memo = dict(named), [], {}
     for name, layer in layers.items():
-        norm = modules[pairs[name]] if name in pairs else None
-        memo[id(layer)] = made = fused(name, layer, norm)
-        if norm is not None:
-            memo[id(norm)] = identity()
+        weight, bias = layer.weight, layer.bias
+        if name in pairs:
+            norm = modules[pairs[name]]
+            weight, bias = fold(layer, norm)
+            memo[id(norm)] = layer.CONVERSION.framework.nn.Identity()
+        memo[id(layer)] = made = layer.FUSED(layer, sizes.get(name), weight, bias)
         rows.append(FusedLayer(name, type(layer).__name__, made.size, pairs.get(name)))
     copied = copy.deepcopy(model, memo)
     copied.fuse_report = FuseReport(tuple(rows), notes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -56,6 +56,13 @@ def replicated(tensor: Any, like: Any) -> Any:
     return tensor
 
 
+def all_modules(module: Any) -> list[tuple[str, Any]]:
+    """The modules in a module, itself included; one that stands in two places has both names."""
+    if hasattr(module, "named_sublayers"):  # Paddle's
+        return [*module.named_sublayers(include_self=True, remove_duplicate=False)]
+    return [*module.named_modules(remove_duplicate=False)]
+
+
 class TapeWeights(CanonicalLayer):
     """A layer whose ``weight`` and ``bias``, which may be None, are in canonical layout."""
 
@@ -72,9 +79,9 @@ class TapeWeights(CanonicalLayer):
 class TapeLayer(TapeWeights, CoordLayer):
     """What the layers share beside their arithmetic."""
 
-    FRAMEWORK: ClassVar[Any]  # the package itself
+    CONVERSION: ClassVar[Any]  # the framework's coordconv.tape_changing.Conversion
+    FUSED: ClassVar[Any]  # the class of a fused layer
     named_children: Any
-    _from_conv: ClassVar[Callable[[Any, CoordinatesLike, str], Any]]
 
     @classmethod
     def from_conv(cls, conv: Any, coords: CoordinatesLike = None, *, init: str = "zeros") -> Any:
@@ -94,14 +101,31 @@ class TapeLayer(TapeWeights, CoordLayer):
                 as in pruning.
         """
         check_coord_init(init, "init")
-        return cls._from_conv(conv, coords, init)
+        return cls.CONVERSION.from_conv(cls, conv, coords, init)
+
+    def fuse(self, size: Sequence[int] | None = None) -> Any:
+        """For inference: a plain convolution and one constant map, or the maps of the last sizes.
+
+        Args:
+            size: the spatial shape of all inputs to come; None for any.
+
+        Returns:
+            The framework's ``FusedCoordConv``, with copies of the layer's parameters.
+
+        Raises:
+            TypeError: ``size`` is no spatial shape.
+            ValueError: the layer is in training mode, or ``size`` of another rank.
+
+        Example: in ``layers.py`` of each of the two.
+        """
+        return self.FUSED(self, size, self.weight, self.bias)
 
     def _adapt(self, state: Any, prefix: str, position: Position = "last") -> None:
         """Give a state, in place, this layer's names and kernel; see :func:`adapt_state_dict`."""
 
         def concatenate(parts: list[Any], axis: int) -> Any:
-            join = np.concatenate if isinstance(parts[0], np.ndarray) else self.FRAMEWORK.concat
-            return join(parts, axis)
+            of_numpy = isinstance(parts[0], np.ndarray)
+            return (np.concatenate if of_numpy else self.CONVERSION.framework.concat)(parts, axis)
 
         fit_state(
             state,
@@ -143,11 +167,7 @@ def adapt_state_dict(
     """
     state = OrderedDict(state_dict)
     vars(state).update(getattr(state_dict, "__dict__", {}))  # of PyTorch, _metadata
-    if hasattr(module, "named_sublayers"):
-        modules = module.named_sublayers(include_self=True, remove_duplicate=False)
-    else:
-        modules = module.named_modules(remove_duplicate=False)
-    for name, each in modules:
+    for name, each in all_modules(module):
         if isinstance(each, TapeLayer):
             each._adapt(state, f"{name}." if name else "", position)
     return state

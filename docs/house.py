@@ -33,7 +33,7 @@ ROWS = (
         "changing": ("changing.py", "tape_changing.py"),
         "position_report": ("position_report.py",),
     },
-    {"recording, tape": ("recording.py", "tape.py"), "fusing": ("fusing.py",)},
+    {"recording, tape, fusing": ("recording.py", "tape.py", "fusing.py")},
     {
         "reference": ("reference.py",),
         "layers": ("layers.py",),

@@ -1,23 +1,36 @@
 """``fuse`` without a framework: what follows a layer, what is replaced, and what is reported."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from coordconv.fusing import (
     FusedLayer,
     FuseReport,
-    check_forward,
+    check_layer,
+    checked_size,
+    example,
     folded,
     followed_alone,
     followed_once,
     fused_copy,
+    latest,
     layers_to_fuse,
     neighbours,
 )
 from coordconv.layers import CoordLayer
 
 
+class Fused:
+    def __init__(self, *given):
+        self.given, self.size = given, given[1]
+
+
 class Layer(CoordLayer):
+    weight, bias, FUSED = "weight", "bias", Fused
+    CONVERSION = SimpleNamespace(framework=SimpleNamespace(nn=SimpleNamespace(Identity=object)))
+
     def __init__(self):  # no base class that convolves
         self.training = False
 
@@ -151,7 +164,48 @@ class TestLayers:
 
     def test_a_forward_of_its_own(self):
         with pytest.raises(ValueError, match="Layer has a forward of its own.*inside a module"):
-            check_forward(Layer())
+            check_layer(Layer())
+
+    def test_in_training(self):
+        layer = Layer()
+        layer.training = True
+        with pytest.raises(ValueError, match="in evaluation mode to be fused: call eval"):
+            check_layer(layer)
+
+
+def test_a_size():
+    assert checked_size([5, np.int64(6)], 2) == (5, 6)
+    assert checked_size(np.array([5, 6]), 2) == (5, 6)
+    for wrong in ((5,), (5.0, 6.0), (5, True)):
+        with pytest.raises(ValueError, match="size must have 2 lengths, got"):
+            checked_size(wrong, 2)
+    with pytest.raises(TypeError, match="size must be a spatial shape, got 5"):
+        checked_size(5, 2)
+
+
+def test_an_example_of_the_input():
+    array = np.zeros(3)
+    for size in ((5, 6), [np.int64(5), 6]):
+        assert example(size, np.ndarray, lambda: "noise") == ("noise",)
+    assert example(array, np.ndarray, None) == (array,)
+    for given in ((array, 5), (np.array(5),), ("text", {"x": 3}), [[array]]):  # all arguments
+        assert example(given, np.ndarray, None) == tuple(given)
+    for wrong in (5, "xy", (), {"x": 3}):
+        with pytest.raises(TypeError, match="size must be a spatial shape or an example of"):
+            example(wrong, np.ndarray, None)
+
+
+def test_the_latest_maps():
+    maps, made = {}, []
+
+    def map_for(key):
+        return latest(maps, key, lambda: made.append(key) or -key)
+
+    assert [map_for(key) for key in (1, 1, 2)] == [-1, -1, -2]
+    for key in range(3, 10):
+        map_for(key)
+    assert [*maps] == [*range(2, 10)]
+    assert made == [*range(1, 10)]
 
 
 class Model:
@@ -160,38 +214,37 @@ class Model:
         self.all = [self.layer, self.norm]
 
 
-class Fused:
-    size = (3, 4)
+def folding(layer, norm):
+    assert (type(layer), type(norm)) == (Layer, Norm)
+    return "folded weight", "folded bias"
 
 
 def test_a_copy_with_all_references_replaced():
-    model, made = Model(), []
-    named = [("layer", model.layer), ("norm", model.norm)]
+    model, size = Model(), (3, 4)
+    layers = {"layer": model.layer}
+    named = [*layers.items(), ("norm", model.norm)]
 
-    def fused(*given):
-        made.append(given)
-        return Fused()
+    def copied(pairs, sizes):
+        return fused_copy(model, named, layers, pairs, ("a note",), sizes, folding)
 
-    def copied(pairs):
-        layers = {"layer": model.layer}
-        return fused_copy(model, named, layers, pairs, ("a note",), fused, object)
-
-    found = copied({"layer": "norm"})
+    found = copied({"layer": "norm"}, {"layer": size})
     assert isinstance(found.layer, Fused)
     assert found.all == [found.layer, found.norm]
     assert type(found.norm) is object
     assert found.rest == [1, 2]
     assert found.rest is not model.rest
     assert isinstance(model.layer, Layer)
-    row = FusedLayer("layer", "Layer", (3, 4), "norm")
+    row = FusedLayer("layer", "Layer", size, "norm")
     assert found.fuse_report == FuseReport((row,), ("a note",))
-    assert isinstance(copied({}).norm, Norm)
-    assert made == [("layer", model.layer, model.norm), ("layer", model.layer, None)]
+    assert found.layer.given == (model.layer, size, "folded weight", "folded bias")
+    plain = copied({}, {})
+    assert isinstance(plain.norm, Norm)
+    assert plain.layer.given == (model.layer, None, "weight", "bias")
 
 
 def test_the_network_may_be_the_layer():
     layer = Layer()
-    found = fused_copy(layer, [("", layer)], {"": layer}, {}, (), lambda *_: Fused(), object)
+    found = fused_copy(layer, [("", layer)], {"": layer}, {}, (), {"": (3, 4)}, folding)
     assert isinstance(found, Fused)
     assert str(found.fuse_report) == "(itself)  Layer  one map for 3x4"
 

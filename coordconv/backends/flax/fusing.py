@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from coordconv.backends.flax import graph
 from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
-from coordconv.fusing import FusedLayer, FuseReport
+from coordconv.fusing import FusedLayer, FuseReport, example
 from coordconv.layers import CoordLayer
 from coordconv.windows import check_fused
 
@@ -171,7 +172,8 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     for name, norm in norms.items():
         if norm.use_running_average is False:
             raise ValueError(f"{fusing.training(name)}: call model.eval()")
-    inputs = None if size is None else _inputs(model, size)
+    noise = partial(_noise, model, size)
+    inputs = None if size is None else example(size, (jax.Array, np.ndarray), noise)
     seen, notes = fusing.Seen(), tuple[str, ...]()
     if inputs is not None:
         _run(nnx.clone(model), inputs, seen.watch)
@@ -206,18 +208,12 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     return copied
 
 
-def _inputs(model: nnx.Module, size: Any) -> tuple[Any, ...]:
-    """All arguments of a call: those given, or noise of a spatial shape.
+def _noise(model: nnx.Module, size: Any) -> jax.Array:
+    """Noise of a spatial shape, with the features of the layer that takes the input.
 
-    The noise has the features of the layer that takes the input. Which one that is, the order of
-    attributes does not tell, as a transformation such as ``nnx.jit`` sorts them: so it is tried.
+    Which one that is, the order of attributes does not tell, as a transformation such as
+    ``nnx.jit`` sorts them: so it is tried.
     """
-    if isinstance(size, (jax.Array, np.ndarray)):
-        return (size,)
-    if not isinstance(size, Sequence) or isinstance(size, str):
-        raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
-    if not all(isinstance(each, (int, np.integer)) for each in size):
-        return tuple(size)
     modules: Any = [m for _, m in nnx.iter_graph(model) if hasattr(m, "kernel")]
     layers = [m for m in modules if isinstance(getattr(m, "in_features", None), (int, np.integer))]
     draw, errors = np.random.default_rng(0).standard_normal, dict[int, Exception]()
@@ -229,7 +225,7 @@ def _inputs(model: nnx.Module, size: Any) -> tuple[Any, ...]:
         except Exception as error:  # noqa: BLE001  # it runs the user's code
             errors[features] = error
         else:
-            return (noise,)
+            return noise
     tried = "".join(f"\n  {features} features: {error}" for features, error in errors.items())
     raise ValueError(f"size must be an example of the input: the network takes no noise of{tried}")
 

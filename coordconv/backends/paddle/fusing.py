@@ -21,21 +21,22 @@ from paddle.utils.decorator_utils import param_one_alias
 from coordconv.backends.paddle import adding, options
 from coordconv.coordinates import Coordinates
 from coordconv.fusing import (
-    check_forward,
-    folded,
+    check_layer,
+    checked_size,
+    example,
+    folded_parameters,
     followed_alone,
     followed_once,
     fused_copy,
+    latest,
     layers_to_fuse,
     neighbours,
 )
-from coordconv.geometry import is_int
 from coordconv.grid import Array
 from coordconv.recording import mapped
-from coordconv.tape import to_numpy
+from coordconv.tape import all_modules, to_numpy
 from coordconv.windows import check_fused
 
-_MOST_MAPS = 8  # of the last sizes
 _OPTIONS = (  # of a layer, those that options.py and adding.py read
     "coords",
     "rank",
@@ -87,16 +88,14 @@ class FusedCoordConv(nn.Layer):
         super().__init__()
         if not paddle.in_dynamic_mode():
             raise ValueError("a layer is fused in eager mode: call paddle.disable_static() first")
-        if layer.training:
-            raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
-        check_forward(layer)
+        check_layer(layer)
         if "weight" not in dict(layer.named_parameters(include_sublayers=False)):
             raise ValueError(
                 "weight must be a parameter to be fused, not computed, as weight_norm does: call "
                 "remove_weight_norm, or let a new layer import_weights(layer.export_weights())"
             )
         self.coords: Coordinates = layer.coords
-        self.size = None if size is None else _checked(size, layer.rank)
+        self.size = None if size is None else checked_size(size, layer.rank)
         found: Any
         coordinates: Any
         features, coordinates = (each.clone() for each in layer.layout.split(weight.detach()))
@@ -173,13 +172,8 @@ class FusedCoordConv(nn.Layer):
         # Paddle tells no sublayer that a state was loaded, and counts no version of its tensors.
         if not (self._made_of and all(map(_same, now, self._made_of))):
             self._maps, self._made_of = {}, [tensor.clone() for tensor in now]
-        maps, key = self._maps, (shape, lengths)
-        found = maps.get(key)
-        if found is None:  # threads may both make one, and find another evicted
-            for oldest in [*maps][: 1 - _MOST_MAPS]:
-                maps.pop(oldest, None)
-            found = maps[key] = self._made(shape, lengths, kernel, bias, output_size)
-        return found
+        make = partial(self._made, shape, lengths, kernel, bias, output_size)
+        return latest(self._maps, (shape, lengths), make)
 
     def extra_repr(self) -> str:
         return f"coords={self.coords!r}, size={self.size}"
@@ -204,14 +198,6 @@ def options_of(layer: Any) -> dict[str, Any]:
 def _same(one: Tensor, other: Tensor) -> bool:
     alike = one.dtype == other.dtype and one.place == other.place
     return alike and bool(paddle.equal_all(one, other))
-
-
-def _checked(size: Sequence[int], rank: int) -> tuple[int, ...]:
-    if not isinstance(size, Sequence):
-        raise TypeError(f"size must be a spatial shape, got {size!r}")
-    if len(size) != rank or not all(map(is_int, size)):
-        raise ValueError(f"size must have {rank} lengths, got {tuple(size)}")
-    return tuple(map(int, size))
 
 
 def _plain(layer: Any, features: Tensor) -> Any:
@@ -271,7 +257,7 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
     """
     if not isinstance(model, nn.Layer):
         raise TypeError(f"model must be a paddle.nn.Layer, got {type(model).__name__}")
-    named = _named(model)
+    named = all_modules(model)
     layers = layers_to_fuse(named, _BATCH_NORMS)
     for name, each in named:
         own = vars(each).get("forward")  # which paddle.flops sets to what it is anyway
@@ -302,17 +288,7 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
             if name not in alone
         )
         pairs = alone
-
-    def made(name: str, layer: Any, norm: Any) -> FusedCoordConv:
-        parameters = (layer.weight, layer.bias) if norm is None else _folded(layer, norm)
-        return FusedCoordConv(layer, sizes.get(name), *parameters)
-
-    return fused_copy(model, named, layers, pairs, notes, made, nn.Identity)  # type: ignore[no-any-return]
-
-
-def _named(model: nn.Layer) -> list[tuple[str, Any]]:
-    """All layers in a network, itself included; what stands in two places has both names."""
-    return [*model.named_sublayers(include_self=True, remove_duplicate=False)]
+    return fused_copy(model, named, layers, pairs, notes, sizes, _folded)
 
 
 def _folds(norm: Any, layer: Any) -> bool:
@@ -327,23 +303,10 @@ def _folds(norm: Any, layer: Any) -> bool:
 
 
 def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """A layer's weight and bias, with the batch normalization after the layer folded in."""
-    mean, variance = to_numpy(norm._mean), to_numpy(norm._variance)
-    scale = np.ones_like(mean) if norm.weight is None else to_numpy(norm.weight)
-    shift = np.zeros_like(mean) if norm.bias is None else to_numpy(norm.bias)
-    found = folded(
-        layer.export_weights(),
-        (mean, variance, scale, shift),
-        norm._epsilon,
-        groups=layer._groups,
-        transposed=layer.transposed,
-    )
-    like = layer.weight
-    weight, bias = (
-        paddle.to_tensor(found[name], place=like.place).astype(like.dtype)
-        for name in ("weight", "bias")
-    )
-    return weight, bias
+    def tensor(array: Array, like: Tensor) -> Tensor:
+        return paddle.to_tensor(array, place=like.place).astype(like.dtype)
+
+    return folded_parameters(layer, norm, norm._mean, norm._variance, norm._epsilon, tensor)
 
 
 class _Run:
@@ -352,7 +315,7 @@ class _Run:
     def __init__(self, model: nn.Layer, layers: Mapping[str, Any], size: Any) -> None:
         self.model = copy.deepcopy(model)
         self.inputs = _inputs(self.model, size)
-        names = {each: name for name, each in reversed(_named(self.model))}
+        names = {each: name for name, each in reversed(all_modules(self.model))}
         for each, name in names.items():
             if name in layers:
                 each.register_forward_post_hook(partial(self._after, name))
@@ -420,14 +383,12 @@ class _Run:
 
 def _inputs(model: nn.Layer, size: Any) -> tuple[Any, ...]:
     """The arguments of a network for ``size`` as :func:`fuse` takes it."""
-    if isinstance(size, Tensor):
-        return (size,)
-    if not isinstance(size, Sequence) or isinstance(size, str) or not size:
-        raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
-    if not all(is_int(each) and not isinstance(each, Tensor) for each in size):
-        return tuple(size)
-    first = next(m for m in model.sublayers(include_self=True) if hasattr(m, "_in_channels"))
-    channels, last = first._in_channels, first._data_format.endswith("C")
-    shape = (1, *size, channels) if last else (1, channels, *size)
-    x = np.random.default_rng(0).standard_normal(shape)
-    return (paddle.to_tensor(x, place=first.weight.place).astype(first.weight.dtype),)
+
+    def noise() -> Tensor:
+        first = next(m for m in model.sublayers(include_self=True) if hasattr(m, "_in_channels"))
+        channels, last = first._in_channels, first._data_format.endswith("C")
+        shape = (1, *size, channels) if last else (1, channels, *size)
+        x = np.random.default_rng(0).standard_normal(shape)
+        return paddle.to_tensor(x, place=first.weight.place).astype(first.weight.dtype)
+
+    return example(size, Tensor, noise)

@@ -6,7 +6,7 @@ of a few lines. That ``forward`` is written anew, as no step of it can be replac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import paddle
@@ -51,9 +51,13 @@ class PaddleCoordLayer(PaddleWeights, TapeLayer):
         [2, 8, 16, 20]
         >>> list(layer.weight.shape)  # over 3 features and 3 coordinates
         [8, 6, 3, 3]
+        >>> _ = layer.eval()
+        >>> list(layer.fuse((16, 20))(paddle.zeros([2, 3, 16, 20])).shape)
+        [2, 8, 16, 20]
     """
 
-    FRAMEWORK = paddle
+    CONVERSION = converting.CONVERSION
+    FUSED = FusedCoordConv
     CHANNELS_ATTRIBUTE = "_in_channels"
     transposed = False
 
@@ -96,27 +100,6 @@ class PaddleCoordLayer(PaddleWeights, TapeLayer):
         if window is not None:
             return adding.add_map_of_window(self, output, x, coordinates, output_size, window)
         return adding.add_map(self, output, x, coordinates, output_size)
-
-    @classmethod
-    def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:
-        return converting.CONVERSION.from_conv(cls, conv, coords, init)
-
-    def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
-        """For inference: a plain convolution and one constant map, or the maps of the last sizes.
-
-        Args:
-            size: the spatial shape of all inputs to come; None for any.
-
-        Raises:
-            ValueError: the layer is in training mode, or ``size`` of another rank.
-
-        Example:
-            >>> layer = CoordConv2D(3, 8, 3)
-            >>> _ = layer.eval()
-            >>> list(layer.fuse((16, 20))(paddle.zeros([2, 3, 16, 20])).shape)
-            [2, 8, 14, 18]
-        """
-        return FusedCoordConv(self, size, self.weight, self.bias)
 
     def set_state_dict(
         self, state_dict: dict[str, Any], use_structured_name: bool = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,21 @@ from torch import Tensor, nn
 from coordconv.backends.torch import adding, options
 from coordconv.fusing import (
     Named,
-    check_forward,
-    folded,
+    check_layer,
+    checked_size,
+    example,
+    folded_parameters,
     followed_once,
     fused_copy,
+    latest,
     layers_to_fuse,
     neighbours,
 )
-from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
-from coordconv.tape import is_distributed
+from coordconv.tape import all_modules, is_distributed
 from coordconv.windows import check_fused
 
-_MOST_MAPS = 8  # of the last sizes
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -55,12 +57,11 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         self, layer: Any, size: Sequence[int] | None, weight: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__()
-        if layer.training:
-            raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
-        check_forward(layer)
+        check_layer(layer)
         if is_distributed(weight):
             raise ValueError("a layer must have whole parameters to be fused, got DTensors")
-        self.coords, self.size = layer.coords, None if size is None else tuple(size)
+        self.coords = layer.coords
+        self.size = None if size is None else checked_size(size, layer.rank)
         features, coordinates = layer.layout.split(weight.detach())
         self.conv = _plain(layer, features, bias)
         self._geometry = options.geometry(self.conv)
@@ -69,8 +70,6 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         self.register_buffer("coordinates", coordinates.clone() if size is None else None)
         self.register_buffer("map", None)
         if self.size is not None:
-            if len(self.size) != layer.rank:
-                raise ValueError(f"size must have {layer.rank} lengths, got {self.size}")
             zeros = features.new_zeros(1, layer.in_channels, *self.size)
             self.map = self._made(self.size, tuple(self.conv(zeros).shape[2:]), coordinates)
         self.register_load_state_dict_post_hook(_forget_maps)
@@ -116,12 +115,8 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
             return self.map
         shape, lengths = (tuple(t.shape[-self._geometry.rank :]) for t in (input, output))
         key = shape, lengths, self.coordinates.dtype, self.coordinates.device
-        found = self._maps.get(key)
-        if found is None:  # threads may both make one, and find another evicted
-            for oldest in [*self._maps][: 1 - _MOST_MAPS]:
-                self._maps.pop(oldest, None)
-            found = self._maps[key] = self._made(shape, lengths, self.coordinates)
-        return found
+        make = partial(self._made, shape, lengths, self.coordinates)
+        return latest(self._maps, key, make)
 
     def extra_repr(self) -> str:
         return f"coords={self.coords!r}, size={self.size}"
@@ -188,43 +183,19 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     run = copy.deepcopy(model)  # what is traced and run, which may change it
-    named = _named(run)
+    named = all_modules(run)
     layers = layers_to_fuse(named, _BATCH_NORMS)
     pairs: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
     if batch_norm and any(isinstance(each, _BATCH_NORMS) for _, each in named):
         pairs, notes = _followers(run, named)
     sizes = {} if size is None else _sizes(run, layers, size)
-
-    def fused(name: str, layer: Any, norm: Any) -> FusedCoordConv:
-        parameters = (layer.weight, layer.bias) if norm is None else _folded(layer, norm)
-        return FusedCoordConv(layer, sizes.get(name), *parameters)
-
-    return fused_copy(run, named, layers, pairs, notes, fused, nn.Identity)  # type: ignore[no-any-return]
-
-
-def _named(model: nn.Module) -> list[tuple[str, Any]]:
-    """All modules in a network, itself included; what stands in two places has both names."""
-    return [*model.named_modules(remove_duplicate=False)]
+    return fused_copy(run, named, layers, pairs, notes, sizes, _folded)
 
 
 def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """A layer's weight and bias, with the batch normalization after the layer folded in."""
-    ones = torch.ones_like(norm.running_mean)
-    scale, shift = (ones, ones - 1) if norm.weight is None else (norm.weight, norm.bias)
-    statistics: list[Array] = [
-        tensor.detach().double().cpu().numpy()
-        for tensor in (norm.running_mean, norm.running_var, scale, shift)
-    ]
-    found = folded(
-        layer.export_weights(),
-        statistics,
-        norm.eps,
-        groups=layer.groups,
-        transposed=layer.transposed,
-    )
-    weight, bias = (torch.from_numpy(found[name]).to(layer.weight) for name in ("weight", "bias"))
-    return weight, bias
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    return folded_parameters(layer, norm, *statistics, lambda a, like: torch.from_numpy(a).to(like))
 
 
 class _Tracer(torch.fx.Tracer):
@@ -258,13 +229,12 @@ def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[st
 
 def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:
     """The size at each layer that sees one, in a network that is given an input of this size."""
-    if not isinstance(size, (Tensor, Sequence)):
-        raise TypeError(f"size must be a spatial shape or an example of the input, got {size!r}")
-    if isinstance(size, Tensor) or any(isinstance(each, Tensor) for each in size):
-        inputs = (size,) if isinstance(size, Tensor) else tuple(size)
-    else:
-        first: Any = next((m for m in model.modules() if hasattr(m, "in_channels")), None)
-        inputs = (first.weight.new_zeros(1, first.in_channels, *size),)
+
+    def zeros() -> Tensor:
+        first: Any = next(m for m in model.modules() if hasattr(m, "in_channels"))
+        return first.weight.new_zeros(1, first.in_channels, *size)
+
+    inputs = example(size, Tensor, zeros)
     # None for an output of another size than is usual, which one map cannot be for.
     seen: dict[str, set[tuple[int, ...] | None]] = {name: set() for name in layers}
     hooks = []

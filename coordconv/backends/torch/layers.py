@@ -39,9 +39,12 @@ class TorchCoordLayer(TapeLayer, states.TorchWeights):
         torch.Size([2, 8, 16, 20])
         >>> layer.weight.shape  # over 3 features and 3 coordinates
         torch.Size([8, 6, 3, 3])
+        >>> layer.eval().fuse((16, 20))(torch.zeros(2, 3, 16, 20)).shape
+        torch.Size([2, 8, 16, 20])
     """
 
-    FRAMEWORK = torch
+    CONVERSION = converting.CONVERSION
+    FUSED = FusedCoordConv
 
     @property
     def layout(self) -> KernelLayout:
@@ -74,26 +77,6 @@ class TorchCoordLayer(TapeLayer, states.TorchWeights):
             self.weight.copy_(replicated(drawn, self.weight))
             if self.bias is not None:
                 self.bias.copy_(replicated(plain.bias, self.bias))
-
-    @classmethod
-    def _from_conv(cls, conv: Any, coords: CoordinatesLike, init: str) -> Any:
-        return converting.CONVERSION.from_conv(cls, conv, coords, init)
-
-    def fuse(self, size: Sequence[int] | None = None) -> FusedCoordConv:
-        """For inference: a plain convolution and one constant map, or the maps of the last sizes.
-
-        Args:
-            size: the spatial shape of all inputs to come; None for any.
-
-        Raises:
-            ValueError: the layer is in training mode, or ``size`` of another rank.
-
-        Example:
-            >>> layer = CoordConv2d(3, 8, 3).eval()
-            >>> layer.fuse((16, 20))(torch.zeros(2, 3, 16, 20)).shape
-            torch.Size([2, 8, 14, 18])
-        """
-        return FusedCoordConv(self, size, self.weight, self.bias)
 
     def _coord_conv(
         self,
