@@ -116,7 +116,7 @@ class TapeLayer(TapeWeights, CoordLayer):
             TypeError: ``size`` is no spatial shape.
             ValueError: the layer is in training mode, or ``size`` of another rank.
 
-        Example: in ``layers.py`` of each of the two.
+        Example: in the docstring of ``TorchCoordLayer`` and of ``PaddleCoordLayer``.
         """
         return self.FUSED(self, size, self.weight, self.bias)
 

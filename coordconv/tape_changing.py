@@ -207,7 +207,7 @@ class TapeChanges(Changes):
                 neither a kernel's nor a number's, as LBFGS, PyTorch's Adafactor and Paddle's ASGD
                 do, or, in Paddle, master weights of kernels of 16 bits: make a new one.
 
-        Example: in ``changing.py`` of each of the two.
+        Example: at the head of ``coordconv.backends.torch.changing`` and of Paddle's.
         """
         conversion, kind = self._conversion, self._conversion.optimizer
         if not isinstance(optimizer, kind):
@@ -314,7 +314,7 @@ class NetworkConversion:
         Source:
             The start at zero is that of a residual branch: Goyal et al., 2017, section 5.1.
 
-        Example: in ``changing.py`` of each of the two.
+        Example: at the head of ``coordconv.backends.torch.changing`` and of Paddle's.
         """
         check_coord_init(init, "init")
         Coordinates.resolve(coords, 3)
@@ -385,7 +385,7 @@ class NetworkConversion:
         Raises:
             TypeError, ValueError: as :func:`add_coords`; there is no CoordConv.
 
-        Example: in ``changing.py`` of each of the two.
+        Example: at the head of ``coordconv.backends.torch.changing`` and of Paddle's.
         """
         modules, conversion = self.modules(model), self.conversion
 

@@ -80,7 +80,7 @@ class TestParity:
         shown = run("parity", "--backends", first_backend, *options)
         assert shown.exit_code == 0, shown.output
         (tally,) = json.loads(file.read_text())["backends"]
-        assert tally["modes"] == {f"float32, {mode}": 2}
+        assert set(tally["modes"]) == {f"float32, {mode}"}
 
     def test_exits_with_1_if_a_case_fails(self, run, first_backend, monkeypatch):
         module = backends.load(first_backend)
