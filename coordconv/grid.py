@@ -7,7 +7,7 @@ a framework computes the same formula: :func:`channel_values` takes whatever arr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -66,8 +66,8 @@ def coordinate_grid(
     if window is None:
         return _grid(lengths, resolved, dtype)
     window.check(len(lengths), None)
-    frame = partial(window.in_frame, convert=lambda value: np.asarray(value, np.float64))
-    return frozen(evaluate(resolved, [np.arange(n) for n in lengths], lengths, frame).astype(dtype))
+    positions = [np.arange(n) for n in lengths]
+    return frozen(evaluate(resolved, positions, lengths, window.in_frame).astype(dtype))
 
 
 @lru_cache(maxsize=16)

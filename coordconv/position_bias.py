@@ -121,8 +121,8 @@ class MapPlan:
         lengths: that of the output, which ``output_size`` may have chosen.
 
     Its methods take a framework's functions, or NumPy's: ``xp`` has ``sqrt``, ``stack`` and
-    ``broadcast_to``, as NumPy has; ``arange`` counts from 0 in the type that is computed with.
-    Kernels are the coordinates' part, ``(out, n, *kernel)``.
+    ``broadcast_to``, as NumPy has; ``arange`` counts from 0 in the type that is computed with;
+    a ``frame`` is a window's. Kernels are the coordinates' part, ``(out, n, *kernel)``.
     """
 
     geometry: ConvGeometry
@@ -247,27 +247,21 @@ class MapPlan:
         a transposed convolution the taps of the kernel have to be reversed. With the ``frame`` of a
         window ``(N, n, *padded shape)``.
         """
-        indices, masks = self._padded(arange)
+        indices, masks, shape = self._padded(arange)
         values = channel_values(self.coords, indices, self.shape, xp.sqrt, frame)
-        return self._masked(values, masks, xp, frame)
+        return stacked(_masked(values, masks), shape, xp, frame)
 
-    def _padded(self, arange: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
-        """Per axis the samples that are read at the places of the padded grid, and the masks."""
+    def _padded(self, arange: Callable[[Any], Any]) -> tuple[list[Any], list[Any], tuple[Any, ...]]:
+        """Per axis the samples that the padded grid reads; masks of where it reads 0; its shape."""
+        if self.geometry.pointwise:
+            return [arange(n) for n in self.shape], [], self.shape
         indices, masks = [], []
         for axis, (first, count, hole) in enumerate(self._places()):
             index, mask = self._read(arange(count) + first, hole, self.shape[axis])
             indices.append(index)
             if mask is not None:
                 masks.append(mask.reshape((-1,) + (1,) * (self.geometry.rank - 1 - axis)))
-        return indices, masks
-
-    def _masked(
-        self, values: Sequence[Any], masks: Sequence[Any], xp: Any, frame: Frame | None = None
-    ) -> Any:
-        """The channels as one array, 0 where padding reads 0."""
-        for mask in masks:
-            values = [value * mask for value in values]
-        return stacked(values, tuple(count for _, count, _ in self._places()), xp, frame)
+        return indices, masks, tuple(count for _, count, _ in self._places())
 
     @property
     def is_affine(self) -> bool:
@@ -284,10 +278,10 @@ class MapPlan:
         coords = Coordinates(
             self.coords.channels, units="pixels", align="start", outside=self.coords.outside
         )
-        indices, masks = self._padded(arange)
+        indices, masks, shape = self._padded(arange)
         ramps = channel_values(coords, indices, self.shape, xp.sqrt)
         ones = [ramp * 0 + 1 for ramp in ramps]
-        return xp.stack([self._masked(grid, masks, xp) for grid in (ramps, ones)])
+        return xp.stack([stacked(_masked(grid, masks), shape, xp) for grid in (ramps, ones)])
 
     def maps(self, basis: Any, convolve: Callable[[int, Any], Any]) -> list[Any]:
         """What each channel's ramp and constant give, ``2n`` maps ``(out, *lengths)``.
@@ -299,7 +293,7 @@ class MapPlan:
         pairs = [convolve(c, basis[:, c : c + 1]) for c in range(len(self.coords))]
         return [pair[i] for pair in pairs for i in (0, 1)]
 
-    def coefficients(self, frame: Frame, arange: Callable[[Any], Any], xp: Any) -> Any:
+    def coefficients(self, arange: Callable[[Any], Any], xp: Any, frame: Frame) -> Any:
         """How much of each of :meth:`maps` is in P of each sample, ``(N, 2n)``."""
         shape, channels = self.shape, self.coords.channels
         ends = [arange(2) * n for n in shape]  # far apart, so that their difference is good
@@ -361,24 +355,41 @@ class MapPlan:
         return clipped, inside if mask is None else inside * mask
 
 
+def _masked(values: Sequence[Any], masks: Sequence[Any]) -> Sequence[Any]:
+    """The channels, 0 where padding reads 0."""
+    for mask in masks:
+        values = [value * mask for value in values]
+    return values
+
+
+POINTWISE = {rank: ConvGeometry((1,) * rank) for rank in (1, 2, 3)}
+
+
+def plain(coords: Coordinates, shape: Sequence[Any]) -> MapPlan:
+    """The plan of a pointwise convolution, whose padded grid is the grid of the input itself."""
+    return MapPlan(POINTWISE[len(shape)], coords, tuple(shape), tuple(shape))
+
+
+def of_each(function: Callable[[Any], Any], made: Any) -> Any:
+    """What a function makes of an array, or of each in a list."""
+    return [function(array) for array in made] if isinstance(made, list) else function(made)
+
+
 @lru_cache(maxsize=64)
-def known_basis(plan: MapPlan, dtype: type[np.floating[Any]] = np.float32) -> Array:
-    """:meth:`MapPlan.basis` of a known shape, in float64 and rounded once; read-only."""
-    return frozen((plan.basis(np.arange, np) + 0.0).astype(dtype))
+def known(
+    method: Callable[..., Any], plan: MapPlan, dtype: type[np.floating[Any]] = np.float32
+) -> Any:
+    """What a method of :class:`MapPlan` makes, for a known shape and without a window.
 
-
-def known_tables(plan: MapPlan, dtype: type[np.floating[Any]] = np.float32) -> list[Array]:
-    """:meth:`MapPlan.tables` of a known shape, in float64 and rounded once."""
-    return [table.astype(dtype) for table in plan.tables(np.arange, np)]
-
-
-@lru_cache(maxsize=64)
-def known_grid(plan: MapPlan, dtype: type[np.floating[Any]] = np.float32) -> Array:
-    """:meth:`MapPlan.padded_grid` of a known shape, in float64 and rounded once; read-only.
+    Computed in float64 and rounded once; read-only.
 
     Example:
-        >>> known_grid(MapPlan(ConvGeometry((3,), padding=1), Coordinates("x"), (3,), (3,)))
+        >>> plan = MapPlan(ConvGeometry((3,), padding=1), Coordinates("x"), (3,), (3,))
+        >>> known(MapPlan.padded_grid, plan)
         array([[ 0., -1.,  0.,  1.,  0.]], dtype=float32)
     """
-    grid = plan.padded_grid(np.arange, np)
-    return frozen((grid + 0.0).astype(dtype))  # padding reads 0, not -0
+
+    def rounded(array: Array) -> Array:
+        return frozen((array + 0.0).astype(dtype))  # padding reads 0, not -0
+
+    return of_each(rounded, method(plan, np.arange, np))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -180,9 +179,7 @@ class Reference:
         middle: where these two cancel, the rounding of each remains.
         """
         assert self.coords is not None
-        coords, frame = self.coords, None
-        if self.window is not None:
-            frame = partial(self.window.in_frame, convert=np.float64)
+        coords, frame = self.coords, self.window.in_frame if self.window else None
         grid = evaluate(coords, positions, shape, frame)
         grid = grid if frame else grid[None]
         if not magnitudes:
@@ -229,9 +226,7 @@ class Reference:
         assert self.window is not None
         coords, rank, sizes = self.coords, len(shape), []
         ends = [np.array([0, n]) for n in shape]
-        places, lengths = in_frame(
-            coords, partial(self.window.in_frame, convert=np.float64), ends, shape
-        )
+        places, lengths = in_frame(coords, self.window.in_frame, ends, shape)
         for behind, token in enumerate(axis_tokens(rank)):
             axis = rank - 1 - behind
             half, middle = 1.0, 0.0

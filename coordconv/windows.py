@@ -201,7 +201,10 @@ class Window:
                     )
 
     def in_frame(
-        self, positions: Sequence[Any], shape: Sequence[Any], convert: Callable[[Any], Any]
+        self,
+        positions: Sequence[Any],
+        shape: Sequence[Any],
+        convert: Callable[[Any], Any] = lambda each: np.asarray(each, np.float64),
     ) -> tuple[list[Any], list[Any]]:
         """The places in the frame of samples of the input, and the frame's lengths.
 
@@ -209,7 +212,7 @@ class Window:
             positions: per axis the samples' indices ``(m,)``, or ``(taps, m)``.
             shape: the spatial shape of the input.
             convert: makes of a number or an array ``(N,)`` an array of the framework and type that
-                are computed with.
+                are computed with: NumPy's, in float64, by default.
 
         Returns:
             Per axis places ``(N, m)`` or ``(N, taps, m)``, and lengths ``(N, 1)`` or ``(N, 1, 1)``;

@@ -676,7 +676,7 @@ def test_jax_keeps_no_more_than_a_grid(jax, backend):
     """Of a large map, beside what the compiler keeps of any function."""
     call = jax_call(backend, CASES[2]["radius"])
     x = jax.numpy.zeros((1, 500, 608, IN))
-    position_bias.known_grid.cache_clear()
+    position_bias.known.cache_clear()
     before = sum(array.nbytes for array in jax.live_arrays())
     tracemalloc.start()
     try:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry, check_input
-from coordconv.position_bias import MapPlan, known_grid
+from coordconv.position_bias import MapPlan, known
 from coordconv.reference import Reference
 from definition import geometries, padding, reads
 
@@ -173,7 +173,7 @@ def test_cutting_and_copying_at_once_means_one_thing(mode: str) -> None:
         coords = Coordinates("x")
         reference = Reference(geometry, coords)
         y = reference.forward(np.zeros((1, 1, 3)), np.array([[[0.0], [1.0]]]))
-        grid = known_grid(MapPlan(geometry, coords, (3,), y.shape[2:]), np.float64)
+        grid = known(MapPlan.padded_grid, MapPlan(geometry, coords, (3,), y.shape[2:]), np.float64)
         np.testing.assert_array_equal(grid, y[0])
 
 

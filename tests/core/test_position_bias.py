@@ -19,12 +19,13 @@ from coordconv.position_bias import (
     MapPlan,
     choose,
     costs,
-    known_grid,
-    known_tables,
+    known,
 )
 from coordconv.reference import Reference
 from coordconv.weights.kernels import KernelLayout
 from definition import UNIT, Case, cases, coordinate, coordinates_of_rank, gamma, geometries, reads
+
+GRID = MapPlan.padded_grid
 
 
 def convolution(grid: Any, kernel: Any, bias: Any, stride: Any, padding: int, dilation: Any) -> Any:
@@ -65,13 +66,13 @@ def map_of(case: Case, dtype: Any, by_axes: bool) -> Any:
     assert (divided[0] is not None) == (by_axes and case.coords.channels != "r")
 
     def contract(axes: MapPlan, part: Any) -> Any:
-        return axes.contract(part, known_tables(axes, dtype), np.einsum, case.out)
+        return axes.contract(part, known(MapPlan.tables, axes, dtype), np.einsum, case.out)
 
     def convolve(others: MapPlan, part: Any) -> Any:
         if case.geometry.transposed:  # NumPy has no kernel.flip
             part = np.flip(part, tuple(range(2, part.ndim)))
         options = others.stride, 0, case.geometry.per_axis.dilation
-        return convolution(known_grid(others, dtype)[None], part, None, *options)[0]
+        return convolution(known(GRID, others, dtype)[None], part, None, *options)[0]
 
     return plan.position_bias(kernel, divided, contract, convolve)
 
@@ -128,7 +129,7 @@ def test_tables_are_what_the_taps_read(data: st.DataObject) -> None:
     token = data.draw(st.sampled_from("xyz"[:rank]))
     coords = Coordinates(token, outside="extend")
     plan = MapPlan(geometry, coords, shape, geometry.output_shape(shape))
-    tables = known_tables(plan, np.float64)
+    tables = known(MapPlan.tables, plan, np.float64)
     axes = reads(geometry, shape)
     for t in product(*(range(len(outputs)) for outputs in axes)):
         taps = {
@@ -148,7 +149,7 @@ def test_the_known_grid_is_float64_rounded_once(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(*[st.integers(1, 5)] * rank))
     geometry, coords = data.draw(geometries(shape)), data.draw(coordinates_of_rank[rank])
     plan = MapPlan(geometry, coords, shape, geometry.output_shape(shape))
-    exact, rounded = (known_grid(plan, dtype) for dtype in (np.float64, np.float32))
+    exact, rounded = (known(GRID, plan, dtype) for dtype in (np.float64, np.float32))
     assert len(exact) == len(coords)
     np.testing.assert_array_equal(exact.astype(np.float32), rounded)
 
@@ -165,10 +166,10 @@ def test_floats_read_what_ints_read(data: st.DataObject) -> None:
     def floats(n: int) -> Any:
         return np.arange(n, dtype=np.float64)
 
-    np.testing.assert_array_equal(plan.padded_grid(floats, np), known_grid(plan, np.float64))
+    np.testing.assert_array_equal(plan.padded_grid(floats, np), known(GRID, plan, np.float64))
     if "r" not in coords.channels:
         found = plan.tables(floats, np)
-        for one, other in zip(found, known_tables(plan, np.float64), strict=True):
+        for one, other in zip(found, known(MapPlan.tables, plan, np.float64), strict=True):
             np.testing.assert_array_equal(one, other)
 
 
@@ -282,11 +283,11 @@ def test_each_part_of_a_kernel_makes_its_own_part_of_p() -> None:
 
 
 def test_arrays_are_read_only_and_shared() -> None:
-    first = known_grid(MapPlan(SAME, Coordinates("xr"), (5, 5), (5, 5)))
+    first = known(GRID, MapPlan(SAME, Coordinates("xr"), (5, 5), (5, 5)))
     with pytest.raises(ValueError, match="read-only"):
         first[...] = 0
     other = MapPlan(ConvGeometry((3, 3), padding=1), Coordinates("xr"), (5, 5), (5, 5))
-    assert known_grid(other) is first
+    assert known(GRID, other) is first
 
 
 @pytest.mark.parametrize(
@@ -305,38 +306,38 @@ def test_arrays_are_read_only_and_shared() -> None:
     ],
 )
 def test_the_cache_is_keyed_by_everything_that_matters(other: tuple[Any, ...]) -> None:
-    one = known_grid(MapPlan(SAME, XY, (5, 5), (5, 5)))
-    two = known_grid(MapPlan(*other[:4]), *other[4:])
+    one = known(GRID, MapPlan(SAME, XY, (5, 5), (5, 5)))
+    two = known(GRID, MapPlan(*other[:4]), *other[4:])
     assert one.dtype != two.dtype or not np.array_equal(one, two)
 
 
 def test_the_output_of_a_transposed_convolution_is_a_key() -> None:
     geometry = ConvGeometry((3,), stride=2, transposed=True)
     x = Coordinates("x")
-    shapes = [known_grid(MapPlan(geometry, x, (4,), (m,))).shape for m in (9, 10)]
+    shapes = [known(GRID, MapPlan(geometry, x, (4,), (m,))).shape for m in (9, 10)]
     assert shapes == [(1, 11), (1, 12)]
 
 
 def test_the_cache_is_bounded() -> None:
     for n in range(3, 300):
-        known_grid(MapPlan(ConvGeometry((3,)), Coordinates("x"), (n,), (n - 2,)))
-    info = known_grid.cache_info()
+        known(GRID, MapPlan(ConvGeometry((3,)), Coordinates("x"), (n,), (n - 2,)))
+    info = known.cache_info()
     assert info.maxsize is not None
     assert info.currsize <= info.maxsize < 297
 
 
 def test_threads_share_the_cache() -> None:
     coords = Coordinates("xyr")
-    known_grid.cache_clear()
+    known.cache_clear()
     plans = {n: MapPlan(SAME, coords, (n, n + 1), (n, n + 1)) for n in range(1, 90)}
-    expected = {n: known_grid(plan) for n, plan in plans.items()}
-    known_grid.cache_clear()
+    expected = {n: known(GRID, plan) for n, plan in plans.items()}
+    known.cache_clear()
     problems: list[BaseException] = []
 
     def work(seed: int) -> None:
         try:
             for n in np.random.default_rng(seed).permutation(list(expected)).tolist():
-                found = known_grid(plans[n])
+                found = known(GRID, plans[n])
                 np.testing.assert_array_equal(found, expected[n])
         except BaseException as problem:  # noqa: BLE001  # told to the main thread
             problems.append(problem)

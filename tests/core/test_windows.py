@@ -2,7 +2,6 @@
 
 import threading
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,13 @@ from hypothesis import strategies as st
 
 from coordconv import Coordinates, Function, Given, Window, coordinate_grid, fourier, window
 from coordconv.geometry import ConvGeometry
-from coordconv.position_bias import MapPlan, known_basis
+from coordconv.position_bias import MapPlan, known
 from coordconv.reference import Reference
 from coordconv.windows import called, check_fused, current
 from definition import coordinates_of_rank, geometries
 
 FRAME = (9, 17)
 ALIGNS = ("corners", "edges", "start")
-
-
-def in_float64(value: Any) -> Any:
-    return np.asarray(value, np.float64)
 
 
 class TestCoordinates:
@@ -145,13 +140,11 @@ class TestMaps:
         starts = data.draw(st.lists(st.floats(-1, 0.4), min_size=2 * rank, max_size=2 * rank))
         shares = data.draw(st.lists(st.floats(0.1, 0.5), min_size=2 * rank, max_size=2 * rank))
         start = np.reshape(starts, (2, rank))
-        frame = partial(
-            Window(start, start + np.reshape(shares, (2, rank))).in_frame, convert=in_float64
-        )
+        frame = Window(start, start + np.reshape(shares, (2, rank))).in_frame
         plan = MapPlan(geometry, coords, shape, geometry.lengths(shape))
         wanted = plan.padded_grid(np.arange, np, frame)
-        factors = plan.coefficients(frame, np.arange, np)
-        basis = known_basis(plan, np.float64)
+        factors = plan.coefficients(np.arange, np, frame)
+        basis = known(MapPlan.basis, plan, np.float64)
         assert basis.shape[:2] == (2, len(coords))
         pairs = factors.reshape(2, len(coords), 2, *[1] * rank)
         ramps, ones = basis

@@ -29,9 +29,8 @@ from jax import numpy as jnp
 from coordconv import position_bias as core
 from coordconv.backends.jax import options, windows
 from coordconv.coordinates import Coordinates, axis_tokens
-from coordconv.functions import AXES
 from coordconv.geometry import ConvGeometry, check_input
-from coordconv.grid import Array, channel_values, coordinate_grid, stacked
+from coordconv.grid import Array, channel_values, coordinate_grid
 from coordconv.position_bias import MapPlan
 from coordconv.windows import Window, check_fused
 
@@ -198,26 +197,31 @@ def append(
 
 def _grid_of_window(coords: Coordinates, x: jax.Array, rank: int, window: Window) -> jax.Array:
     """The coordinates of inputs in their frames, ``(N, *S, n)``, N being 1 for all samples."""
-    shape, dtype = x.shape[-1 - rank : -1], _wide(x.dtype)
-
-    def values(arange: Any, xp: Any, frame: Any) -> Any:
-        positions = [arange(n) for n in shape]
-        return stacked(channel_values(coords, positions, shape, xp.sqrt, frame), shape, xp, frame)
-
-    grid = jnp.moveaxis(_in_frame(values, coords, window, dtype), 1, -1).astype(x.dtype)
+    plan = core.plain(coords, x.shape[-1 - rank : -1])
+    grid = _made(MapPlan.padded_grid, plan, _wide(x.dtype), window)
+    grid = jnp.moveaxis(grid, 1, -1).astype(x.dtype)
     return grid[0] if x.ndim == rank + 1 or grid.shape[0] == 1 else grid
 
 
-def _in_frame(values: Callable[..., Any], coords: Coordinates, window: Window, dtype: Any) -> Any:
-    """What ``values(arange, xp, frame)`` are; of channels that NumPy computes, by NumPy."""
-    if coords.own and not any(
-        isinstance(each, jax.core.Tracer) for token in AXES for each in window.on(token)
+def _made(
+    method: Callable[..., Any], plan: MapPlan, dtype: Any, window: Window | None = None
+) -> Any:
+    """What a method of a plan makes: by NumPy where it can, and else in the graph.
+
+    With a window the graph is preferred, but for channels that NumPy alone computes.
+    """
+    frame: tuple[Any, ...] = ()
+    if window is None:
+        if _is_known(plan.shape):
+            return jax.device_put(core.known(method, plan, _exact(dtype)))
+    elif plan.coords.own and not any(
+        isinstance(each, jax.core.Tracer) for each in window.parts()[0]
     ):
-        frame = partial(window.in_frame, convert=lambda each: np.asarray(each, np.float64))
-        return jax.device_put(values(np.arange, np, frame).astype(dtype))
+        return jax.device_put(method(plan, np.arange, np, window.in_frame).astype(dtype))
+    else:
+        frame = (partial(window.in_frame, convert=lambda each: jnp.asarray(each, dtype)),)
     with _lenient():
-        frame = partial(window.in_frame, convert=lambda each: jnp.asarray(each, dtype))
-        return values(lambda n: lax.iota(dtype, n), jnp, frame)
+        return method(plan, lambda n: lax.iota(dtype, n), jnp, *frame)
 
 
 def _wide(dtype: Any) -> Any:
@@ -238,23 +242,14 @@ def _bias_of_window(
     kernel = kernel.astype(_wide(kernel.dtype))
     plan = MapPlan(geometry, coords, tuple(shape), geometry.lengths(shape))
     if not plan.is_affine:
-        grids = _in_frame(plan.padded_grid, coords, window, kernel.dtype)
+        grids = _made(MapPlan.padded_grid, plan, kernel.dtype, window)
         return _of_samples(_convolved(plan, kernel, grids))
-    if _is_known(plan.shape):
-        basis = jax.device_put(core.known_basis(plan, _exact(kernel.dtype)))
-    else:
-        with _lenient():
-            basis = plan.basis(lambda n: lax.iota(kernel.dtype, n), jnp)
 
     def convolve(channel: int, grids: jax.Array) -> jax.Array:
         return _convolved(plan, _channels(kernel, [channel]), grids)
 
-    maps = plan.maps(basis, convolve)
-
-    def factors(arange: Any, xp: Any, frame: Any) -> Any:
-        return plan.coefficients(frame, arange, xp)
-
-    given = _in_frame(factors, coords, window, kernel.dtype)
+    maps = plan.maps(_made(MapPlan.basis, plan, kernel.dtype), convolve)
+    given = _made(MapPlan.coefficients, plan, kernel.dtype, window)
     if not isinstance(kernel, jax.core.Tracer):
         product = jnp.tensordot(given, jnp.stack(maps), axes=1, precision=_HIGHEST)
         return _of_samples(product)
@@ -286,11 +281,7 @@ def position_bias(
 
 def _by_convolution(plan: MapPlan, kernel: jax.Array) -> jax.Array:
     """P as the convolution of the padded grid, a batch of one."""
-    if _is_known(plan.shape):
-        grid = jax.device_put(core.known_grid(plan, _exact(kernel.dtype)))
-    else:
-        with _lenient():
-            grid = plan.padded_grid(lambda n: lax.iota(kernel.dtype, n), jnp)
+    grid = _made(MapPlan.padded_grid, plan, kernel.dtype)
     return lax.squeeze(_convolved(plan, kernel, jnp.expand_dims(grid, 0)), (0,))
 
 
@@ -314,7 +305,7 @@ def _convolved(plan: MapPlan, kernel: jax.Array, grids: jax.Array) -> jax.Array:
 def _by_axes(plan: MapPlan, kernel: jax.Array) -> jax.Array:
     """P as a sum over the taps of the first axis, of products of one function for each axis."""
     rank = plan.geometry.rank
-    first, *others = core.known_tables(plan, _exact(kernel.dtype))
+    first, *others = core.known(MapPlan.tables, plan, _exact(kernel.dtype))
     terms = jnp.moveaxis(kernel, -2, 0)  # channel, taps of the first axis, taps of others, out
     for table, contraction in zip(others, _CONTRACTIONS[rank], strict=True):
         table = jax.device_put(table).astype(kernel.dtype)

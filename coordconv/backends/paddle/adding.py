@@ -12,6 +12,7 @@ that time. So P and the bias are one, and are added as a product: see :func:`_ad
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -24,8 +25,8 @@ from paddle import Tensor, nn
 from coordconv import position_bias
 from coordconv.backends.paddle import options
 from coordconv.coordinates import Coordinates
-from coordconv.grid import channel_values, coordinate_grid, stacked
-from coordconv.position_bias import MapPlan
+from coordconv.grid import channel_values, coordinate_grid
+from coordconv.position_bias import MapPlan, plain
 from coordconv.weights.kernels import KernelLayout
 from coordconv.windows import Window
 
@@ -148,7 +149,9 @@ def add_map(
         else:
             plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
             conv = _CONVOLVE[layer.rank, False]
-            added = plan.convolve(kernel, _padded_coordinates(plan, kernel)[None], conv, bias)
+            added = plan.convolve(
+                kernel, _made(MapPlan.padded_grid, plan, kernel)[None], conv, bias
+            )
             added = added.moveaxis(1, -1) if last else added
         if quick:
             return _add_product(output, _ones(len(output), added.dtype), added.reshape([1, -1]))
@@ -164,13 +167,11 @@ def add_map_of_window(
         kernel = kernel.astype(paddle.float32)
         bias = None if bias is None else bias.astype(paddle.float32)
     shape, lengths = spatial_shape(x, last), spatial_shape(output, last)
-    geometry = options.geometry(layer, shape, output_size)
-    if not paddle.in_dynamic_mode():
-        shape, lengths = (tuple(_scalar(n, kernel.dtype) for n in s) for s in (shape, lengths))
-    plan, conv = MapPlan(geometry, layer.coords, shape, lengths), _CONVOLVE[layer.rank, False]
+    plan = MapPlan(options.geometry(layer, shape, output_size), layer.coords, shape, lengths)
+    conv = _CONVOLVE[layer.rank, False]
     with _no_autocast():
         if not plan.is_affine:
-            grids = _in_frame(plan.padded_grid, layer.coords, window, kernel.dtype)
+            grids = _made(MapPlan.padded_grid, plan, kernel, window)
             added = plan.convolve(kernel, grids, conv, bias)
             added = added.moveaxis(1, -1) if last else added
             return (output + added).astype(output.dtype)
@@ -178,13 +179,9 @@ def add_map_of_window(
         def convolve(channel: int, grids: Tensor) -> Tensor:
             return plan.convolve(kernel[:, channel : channel + 1], grids, conv)  # type: ignore[no-any-return]
 
-        maps = paddle.stack(plan.maps(_basis_of(plan, kernel), convolve))
+        maps = paddle.stack(plan.maps(_made(MapPlan.basis, plan, kernel), convolve))
         maps = maps.moveaxis(1, -1) if last else maps
-
-        def factors(arange: Any, xp: Any, frame: Any) -> Any:
-            return plan.coefficients(frame, arange, xp)
-
-        left = _in_frame(factors, layer.coords, window, kernel.dtype)
+        left = _made(MapPlan.coefficients, plan, kernel, window)
         count, ones = 2 * len(layer.coords), [1] * (layer.rank + 1)
         if paddle.in_dynamic_mode():
             added = paddle.matmul(left, maps.reshape([count, -1])).reshape([-1, *maps.shape[1:]])
@@ -220,38 +217,40 @@ def _coordinates_of_window(
     coords: Coordinates, x: Tensor, channels_last: bool, window: Window
 ) -> Tensor:
     """The coordinates of an input in its frame, for each of its samples, in its format."""
-    exact = paddle.float32 if x.dtype in _LOW_PRECISION else x.dtype
-    shape = spatial_shape(x, channels_last)
-    lengths = [_scalar(n, exact) for n in shape]
-
-    def values(arange: Any, xp: Any, frame: Any) -> Any:
-        positions = [arange(n) for n in lengths]
-        return stacked(channel_values(coords, positions, lengths, xp.sqrt, frame), shape, xp, frame)
-
-    grid = _in_frame(values, coords, window, exact)
+    plan = plain(coords, spatial_shape(x, channels_last))
+    grid = _made(MapPlan.padded_grid, plan, x, window)
     grid = grid.moveaxis(1, -1) if channels_last else grid
-    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
+    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], grid.dtype)
     return (zeros + grid).astype(x.dtype)
 
 
-def _in_frame(values: Any, coords: Coordinates, window: Window, dtype: Any) -> Tensor:
-    """What ``values(arange, xp, frame)`` are; of channels that NumPy computes, by NumPy."""
-    if coords.own and paddle.in_dynamic_mode():
-        frame = partial(window.in_frame, convert=lambda each: np.asarray(each, np.float64))
-        return paddle.to_tensor(values(np.arange, np, frame)).astype(dtype)
+def _made(
+    method: Callable[..., Any], plan: MapPlan, like: Tensor, window: Window | None = None
+) -> Any:
+    """What a method of a plan makes, in the type of ``like``: kept, or made in the graph.
+
+    With a window, and in a graph, it is in float32 at least.
+    """
+    eager = paddle.in_dynamic_mode()
+    if eager and window is None:
+        return _kept(method, plan, like.dtype, like.place)
+    dtype = paddle.float32 if like.dtype in _LOW_PRECISION else like.dtype
 
     def convert(value: Any) -> Tensor:
         tensor = value if not isinstance(value, np.ndarray) else paddle.to_tensor(value)
         return tensor.astype(dtype)
 
-    frame = partial(window.in_frame, convert=convert)
-    return values(lambda n: _arange(n, dtype), paddle, frame)  # type: ignore[no-any-return]
-
-
-def _basis_of(plan: MapPlan, kernel: Tensor) -> Tensor:
-    if paddle.in_dynamic_mode():
-        return _basis(plan, kernel.dtype, kernel.place)
-    return plan.basis(lambda n: _arange(n, kernel.dtype), paddle)  # type: ignore[no-any-return]
+    frame: tuple[Any, ...] = ()
+    if window is not None:
+        if eager and plan.coords.own:
+            return convert(method(plan, np.arange, np, window.in_frame))
+        frame = (partial(window.in_frame, convert=convert),)
+    elif plan.coords.own and all(isinstance(n, int) for n in (*plan.shape, *plan.lengths)):
+        return convert(position_bias.known(method, plan, _exact(dtype)))
+    # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
+    shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
+    plan = replace(plan, shape=shape, lengths=lengths)
+    return method(plan, lambda n: _arange(n, dtype), paddle, *frame)
 
 
 def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any) -> Tensor:
@@ -269,19 +268,6 @@ def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any
     values = channel_values(coords, positions, lengths, paddle.sqrt)
     parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
     return paddle.concat(parts, -1 if channels_last else 1).astype(dtype)
-
-
-def _padded_coordinates(plan: MapPlan, kernel: Tensor) -> Tensor:
-    """The coordinates as a kernel slides over them ``(n, *padded shape)``."""
-    dtype = kernel.dtype
-    if paddle.in_dynamic_mode():
-        return _padded_grid(plan, dtype, kernel.place)
-    if plan.coords.own and all(isinstance(n, int) for n in (*plan.shape, *plan.lengths)):
-        return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)))
-    # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
-    shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
-    plan = replace(plan, shape=shape, lengths=lengths)
-    return plan.padded_grid(lambda n: _arange(n, dtype), paddle)
 
 
 def _arange(n: Any, dtype: Any) -> Tensor:
@@ -310,13 +296,9 @@ def _own_grid(
 
 
 @lru_cache(maxsize=64)
-def _padded_grid(plan: MapPlan, dtype: Any, place: Any) -> Tensor:
-    return paddle.to_tensor(position_bias.known_grid(plan, _exact(dtype)), place=place)
-
-
-@lru_cache(maxsize=64)
-def _basis(plan: MapPlan, dtype: Any, place: Any) -> Tensor:
-    return paddle.to_tensor(position_bias.known_basis(plan, _exact(dtype)), place=place)
+def _kept(method: Callable[..., Any], plan: MapPlan, dtype: Any, place: Any) -> Tensor:
+    made = position_bias.known(method, plan, _exact(dtype))
+    return paddle.to_tensor(made, place=place).astype(dtype)
 
 
 def _exact(dtype: Any) -> Any:
@@ -342,7 +324,7 @@ def _is_quick(x: Tensor) -> bool:
 @lru_cache(maxsize=64)
 def _tables(plan: MapPlan, dtype: Any, bias: bool) -> list[Tensor]:
     """The tables of the axes; the last as a matrix, with a row of ones more for a bias."""
-    *others, last = position_bias.known_tables(plan, _exact(dtype))
+    *others, last = position_bias.known(MapPlan.tables, plan, _exact(dtype))
     last = last.reshape((-1, last.shape[-1]))
     if bias:
         last = np.concatenate([last, np.ones_like(last[:1])])

@@ -28,7 +28,7 @@ from coordconv.backends.torch import options
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
 from coordconv.grid import Array, channel_values, coordinate_grid, stacked
-from coordconv.position_bias import MapPlan
+from coordconv.position_bias import MapPlan, of_each, plain
 from coordconv.tape import is_distributed, replicated
 from coordconv.windows import Window
 
@@ -165,7 +165,7 @@ class OwnChannels:
         """What is convolved for a map."""
         conv = getattr(self, "conv", self)  # of a fused layer
         plan = MapPlan(options.geometry(conv), self.coords, shape, lengths)
-        return _padded_grid(plan, dtype, device)
+        return _kept(MapPlan.padded_grid, plan, dtype, device)
 
 
 def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None = None) -> Any:
@@ -205,25 +205,19 @@ def add_map(
     if low:  # neighbouring coordinates may be the same number in 16 bits
         kernel = kernel.float()
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
-    coords, known = layer.coords, is_known(x) and is_known(output)
-    plan = MapPlan(geometry, coords, shape, lengths)
+    plan, known = MapPlan(geometry, layer.coords, shape, lengths), is_known(x) and is_known(output)
     with _no_autocast(kernel, low):
-        if coords.own and not known:
-            grid = layer.own_padded_grid(
-                _fixed(shape), _fixed(lengths), kernel.dtype, kernel.device
-            )
-            grid = replicated(grid, kernel)
-            return add(output, plan.convolve(kernel, grid[None], _CONVOLVE[geometry.rank])[0], low)
-        # Every tool that programs are exported for has a convolution, and not every one an einsum.
-        exported = not known and _is_exported(x)
-        divided = (None, plan) if exported else plan.divided(out if known else None)
+        # What NumPy alone computes is one constant. Every tool that programs are exported for has a
+        # convolution, and not every one an einsum.
+        whole = not known and (layer.coords.own or _is_exported(x))
+        divided = (None, plan) if whole else plan.divided(out if known else None)
         if known and not divided[1] and _is_one_without_gradient(output, kernel, low):
             # P would be as large as the output, and is never made.
-            tables = _tables(plan, kernel.dtype, kernel.device)
+            tables = _made(MapPlan.tables, plan, kernel, known)
             left, right = plan.as_product(kernel, tables, torch.einsum, out)
             output.view(len(left), -1).addmm_(left, right)
             return output
-        return add(output, _position_bias(plan, kernel, divided, out, known), low)
+        return add(output, _position_bias(plan, kernel, divided, out, known, layer), low)
 
 
 def add_map_of_window(
@@ -240,27 +234,17 @@ def add_map_of_window(
     shape, lengths = (tuple(t.shape[a] for a in range(-geometry.rank, 0)) for t in (x, output))
     plan, known = MapPlan(geometry, layer.coords, shape, lengths), is_known(x) and is_known(output)
     convolution = _CONVOLVE[geometry.rank]
-
-    def arange(n: Any) -> Any:
-        return _arange(n, kernel)
-
     with _no_autocast(kernel, low):
-        frame = partial(window.in_frame, convert=partial(_converted, like=kernel))
         if not plan.is_affine:
-            grids = _own_or(plan.padded_grid, layer.coords, window, frame, arange, kernel)
+            grids = _made(MapPlan.padded_grid, plan, kernel, known, window=window)
             bias = plan.convolve(kernel, grids, convolution)
         else:
-            basis = (
-                _basis(plan, kernel.dtype, kernel.device)
-                if known
-                else plan.basis(arange, torch).to(kernel.dtype)
-            )
 
             def convolve(channel: int, grids: Any) -> Any:
                 return plan.convolve(kernel[:, channel : channel + 1], grids, convolution)
 
-            maps = torch.stack(plan.maps(basis, convolve))
-            factors = plan.coefficients(frame, arange, torch).to(kernel.dtype)
+            maps = torch.stack(plan.maps(_made(MapPlan.basis, plan, kernel, known), convolve))
+            factors = _made(MapPlan.coefficients, plan, kernel, known, window=window)
             if torch.compiler.is_compiling():
                 # A compiler fuses the sum with what P is added to; for a product of matrices it
                 # would copy the output into the order of that.
@@ -307,32 +291,10 @@ def _grid_in_frame(coords: Coordinates, shape: Sequence[Any], x: Any, window: Wi
 
     They have the type and the device of ``x``.
     """
-    shape = tuple(shape)
-
-    def values(arange: Callable[[Any], Any], xp: Any, frame: Any) -> Any:
-        positions = [arange(n) for n in shape]
-        channels = channel_values(coords, positions, shape, xp.sqrt, frame)
-        return stacked(channels, shape, xp, frame)
-
     # In float32 at least, and rounded once.
     like = x.float() if x.dtype in _LOW_PRECISION else x
-    frame = partial(window.in_frame, convert=partial(_converted, like=like))
-    return _own_or(values, coords, window, frame, lambda n: _arange(n, like), like).to(x.dtype)
-
-
-def _own_or(
-    values: Callable[..., Any],
-    coords: Coordinates,
-    window: Window,
-    frame: Any,
-    arange: Callable[[Any], Any],
-    like: Any,
-) -> Any:
-    """What ``values(arange, xp, frame)`` are; of channels that NumPy computes, by NumPy."""
-    if not coords.own or not is_known(like):  # of which it says that a graph cannot have them
-        return values(arange, torch, frame)
-    given = partial(window.in_frame, convert=lambda each: np.asarray(each, np.float64))
-    return torch.from_numpy(values(np.arange, np, given)).to(like)
+    plan = plain(coords, shape)
+    return _made(MapPlan.padded_grid, plan, like, is_known(x), window=window).to(x.dtype)
 
 
 def _converted(value: Any, like: Tensor) -> Tensor:
@@ -428,27 +390,48 @@ def _is_constant(*tensors: Tensor) -> bool:
     return has_storage(tensors[0]) and not differentiable  # vmap has no such product
 
 
-def _position_bias(plan: MapPlan, kernel: Any, divided: Any, out: int, known: bool) -> Any:
-    """P: of kept constants if the shape is known, and else made in the graph."""
-
-    def arange(n: Any) -> Any:
-        return _arange(n, kernel)
+def _position_bias(
+    plan: MapPlan, kernel: Any, divided: Any, out: int, known: bool, layer: Any = None
+) -> Any:
+    """P, of what :func:`_made` makes."""
 
     def contract(axes: MapPlan, part: Any) -> Any:
-        if known:
-            tables = _tables(axes, kernel.dtype, kernel.device)
-        else:
-            tables = [table.to(kernel.dtype) for table in axes.tables(arange, torch)]
+        tables = _made(MapPlan.tables, axes, kernel, known)
         return axes.contract(part, tables, torch.einsum, out)
 
     def convolve(others: MapPlan, part: Any) -> Any:
-        if known:
-            grid = _padded_grid(others, kernel.dtype, kernel.device)
-        else:
-            grid = others.padded_grid(arange, torch).to(kernel.dtype)
+        grid = _made(MapPlan.padded_grid, others, kernel, known, layer)
         return others.convolve(part, grid[None], _CONVOLVE[plan.geometry.rank])[0]
 
     return plan.position_bias(kernel, divided, contract, convolve, _picked)
+
+
+def _made(
+    method: Callable[..., Any],
+    plan: MapPlan,
+    like: Any,
+    known: bool,
+    layer: Any = None,
+    window: Window | None = None,
+) -> Any:
+    """What a method of a plan makes, in the type and on the device of ``like``.
+
+    Kept if the size is ``known``, and else made in the graph. Of the channels that NumPy alone
+    computes a graph has a constant, for which the ``layer`` is asked, and with a window nothing:
+    these say so.
+    """
+    frame: tuple[Any, ...] = ()
+    if window is not None:
+        if known and plan.coords.own:
+            return torch.from_numpy(method(plan, np.arange, np, window.in_frame)).to(like)
+        frame = (partial(window.in_frame, convert=partial(_converted, like=like)),)
+    elif known:
+        return _kept(method, plan, like.dtype, like.device)
+    elif plan.coords.own:
+        shapes = _fixed(plan.shape), _fixed(plan.lengths)
+        return replicated(layer.own_padded_grid(*shapes, like.dtype, like.device), like)
+    made = method(plan, lambda n: _arange(n, like), torch, *frame)
+    return of_each(lambda tensor: tensor.to(like.dtype), made)
 
 
 def _fixed(lengths: Sequence[Any]) -> tuple[int, ...]:
@@ -498,19 +481,11 @@ def _grid(
 
 
 @lru_cache(maxsize=64)
-def _padded_grid(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _constant(position_bias.known_grid(plan, _exact(dtype)), dtype, device)
-
-
-@lru_cache(maxsize=64)
-def _basis(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _constant(position_bias.known_basis(plan, _exact(dtype)), dtype, device)
-
-
-@lru_cache(maxsize=64)
-def _tables(plan: MapPlan, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    tables = position_bias.known_tables(plan, _exact(dtype))
-    return [_constant(table, dtype, device) for table in tables]
+def _kept(
+    method: Callable[..., Any], plan: MapPlan, dtype: torch.dtype, device: torch.device
+) -> Any:
+    made = position_bias.known(method, plan, _exact(dtype))
+    return of_each(partial(_constant, dtype=dtype, device=device), made)
 
 
 def _exact(dtype: torch.dtype) -> Any:
