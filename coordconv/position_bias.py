@@ -251,6 +251,13 @@ class MapPlan:
         values = channel_values(self.coords, indices, self.shape, xp.sqrt, frame)
         return stacked(_masked(values, masks), shape, xp, frame)
 
+    def channels_last(
+        self, arange: Callable[[Any], Any], xp: Any, frame: Frame | None = None
+    ) -> Any:
+        """As :meth:`padded_grid`, ``(*padded shape, n)``."""
+        grid = self.padded_grid(arange, xp, frame)
+        return xp.moveaxis(grid, -1 - self.geometry.rank, -1)
+
     def _padded(self, arange: Callable[[Any], Any]) -> tuple[list[Any], list[Any], tuple[Any, ...]]:
         """Per axis the samples that the padded grid reads; masks of where it reads 0; its shape."""
         if self.geometry.pointwise:

@@ -90,14 +90,13 @@ class TestTorch:
             given = torch.randn(2, 4, *size)
             torch.testing.assert_close(compiled(given), module(given), rtol=1e-5, atol=1e-5)
 
-    def test_compiled_append(self, torch):
+    def test_compiled_append_at_every_size(self, torch):
         add = backends.load("torch").AddCoords(COORDS["functions"])
         torch._dynamo.reset()
-        compiled, x = (
-            torch.compile(add, backend="aot_eager", fullgraph=True),
-            torch.randn(2, 4, 9, 5),
-        )
-        assert torch.equal(compiled(x), add(x))
+        compiled = torch.compile(add, backend="aot_eager", fullgraph=True)
+        for shape in ((2, 4, 9, 5), (3, 4, 7, 6), (3, 4, 4, 5), (4, 9, 5)):
+            x = torch.randn(shape)
+            assert torch.equal(compiled(x), add(x))
 
     @pytest.mark.parametrize("strict", [True, False])
     def test_exported_at_one_size(self, torch, strict):

@@ -30,7 +30,7 @@ from coordconv import position_bias as core
 from coordconv.backends.jax import options, windows
 from coordconv.coordinates import Coordinates, axis_tokens
 from coordconv.geometry import ConvGeometry, check_input
-from coordconv.grid import Array, channel_values, coordinate_grid
+from coordconv.grid import Array
 from coordconv.position_bias import MapPlan
 from coordconv.windows import Window, check_fused
 
@@ -67,7 +67,7 @@ def add_pointwise(
     The arrays are those of :func:`coord_conv`, the kernel being over the coordinates alone.
     """
     inputs, kernel, bias = arrays
-    geometry, shape = ConvGeometry((1,) * rank), inputs.shape[-1 - rank : -1]
+    geometry, shape = core.POINTWISE[rank], inputs.shape[-1 - rank : -1]
     window = windows.window_of(given, inputs, rank)
     if window is None:
         added = position_bias(geometry, coords, shape, kernel)
@@ -176,31 +176,16 @@ def append(
     window: Window | None = None,
 ) -> jax.Array:
     """``x (..., *S, C)`` with the coordinates behind the features of each group."""
-    shape = x.shape[-1 - rank : -1]
-    if window is not None:
-        grid = _grid_of_window(coords, x, rank, window)
-    elif _is_known(shape):
-        constant = np.moveaxis(coordinate_grid(shape, coords, dtype=_exact(x.dtype)), 0, -1)
-        grid = jax.device_put(constant).astype(x.dtype)
-    else:
-        with _lenient():
-            positions = [lax.iota(x.dtype, n) for n in shape]
-            values = channel_values(coords, positions, shape, jnp.sqrt)
-            grid = jnp.stack([jnp.broadcast_to(v, shape) for v in values], -1)
+    plan = core.plain(coords, x.shape[-1 - rank : -1])
+    grid = _made(MapPlan.channels_last, plan, _wide(x.dtype), window).astype(x.dtype)
+    if window is not None and (x.ndim == rank + 1 or grid.shape[0] == 1):
+        grid = grid[0]
     if groups > 1:
         x, grid = x.reshape((*x.shape[:-1], groups, -1)), jnp.expand_dims(grid, -2)
     options = {"out_sharding": jax.typeof(x).sharding} if _EXPLICIT else {}
     grid = jnp.broadcast_to(grid, (*x.shape[:-1], len(coords)), **options)
     x = jnp.concatenate([x, grid], -1)
     return x.reshape((*x.shape[:-2], -1)) if groups > 1 else x
-
-
-def _grid_of_window(coords: Coordinates, x: jax.Array, rank: int, window: Window) -> jax.Array:
-    """The coordinates of inputs in their frames, ``(N, *S, n)``, N being 1 for all samples."""
-    plan = core.plain(coords, x.shape[-1 - rank : -1])
-    grid = _made(MapPlan.padded_grid, plan, _wide(x.dtype), window)
-    grid = jnp.moveaxis(grid, 1, -1).astype(x.dtype)
-    return grid[0] if x.ndim == rank + 1 or grid.shape[0] == 1 else grid
 
 
 def _made(

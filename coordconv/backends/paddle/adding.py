@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from paddle import Tensor, nn
 from coordconv import position_bias
 from coordconv.backends.paddle import options
 from coordconv.coordinates import Coordinates
-from coordconv.grid import channel_values, coordinate_grid
+from coordconv.grid import channel_values
 from coordconv.position_bias import MapPlan, plain
 from coordconv.weights.kernels import KernelLayout
 from coordconv.windows import Window
@@ -39,6 +38,7 @@ _CONVOLVE: dict[tuple[int, bool], Any] = {  # by rank, and whether it is transpo
     (3, True): nn.functional.conv3d_transpose,
 }
 _LOW_PRECISION = (paddle.float16, paddle.bfloat16)
+_GRIDS: dict[bool, Any] = {False: MapPlan.padded_grid, True: MapPlan.channels_last}
 
 
 def spatial_shape(x: Tensor, channels_last: bool) -> tuple[Any, ...]:
@@ -107,10 +107,7 @@ def append(
 ) -> Tensor:
     """The input with the coordinates behind the features of each group."""
     axis = -1 if channels_last else 1
-    if window is None:
-        grid = _coordinates(coords, x, channels_last, x.dtype)
-    else:
-        grid = _coordinates_of_window(coords, x, channels_last, window)
+    grid = _coordinates(coords, x, channels_last, window)
     if paddle.in_dynamic_mode() and not x.stop_gradient:
         grid = grid.detach()  # a gradient that nobody asks for: without it that of concat has none
         grid.stop_gradient = False
@@ -139,7 +136,8 @@ def add_map(
             plan = MapPlan(options.geometry(layer, shapes[0], output_size), coords, *shapes)
             return _add_product(output, *_product(plan, kernel, bias))
         if coords.outside == "zero":  # padding does to coordinates what it does to features
-            grid = _coordinates(coords, x[:1], last, kernel.dtype)
+            one = x[:1].astype(kernel.dtype) if low else x[:1]
+            grid = _coordinates(coords, one, last)
             kernel = kernel.moveaxis(0, 1) if layer.transposed else kernel
             added = convolve(layer, grid, kernel, bias, output_size, groups=1)
             if not paddle.in_dynamic_mode():
@@ -200,10 +198,7 @@ def add_pointwise(layer: Any, x: Tensor, window: Window | None) -> Tensor:
         bias = None if bias is None else bias.astype(paddle.float32)
     with _no_autocast():
         one = x[:1].detach().astype(weight.dtype)
-        if window is None:
-            grids = _coordinates(coords, one, last, weight.dtype)
-        else:
-            grids = _coordinates_of_window(coords, one, last, window)
+        grids = _coordinates(coords, one, last, window)
         # A product, since Paddle gets second derivatives of convolutions wrong.
         matrix = weight.reshape([-1, len(coords)]).t()
         added = nn.functional.linear(grids if last else grids.moveaxis(1, -1), matrix, bias)
@@ -213,15 +208,25 @@ def add_pointwise(layer: Any, x: Tensor, window: Window | None) -> Tensor:
         return (x + added).astype(x.dtype)
 
 
-def _coordinates_of_window(
-    coords: Coordinates, x: Tensor, channels_last: bool, window: Window
+def _coordinates(
+    coords: Coordinates, x: Tensor, channels_last: bool, window: Window | None = None
 ) -> Tensor:
-    """The coordinates of an input in its frame, for each of its samples, in its format."""
-    plan = plain(coords, spatial_shape(x, channels_last))
-    grid = _made(MapPlan.padded_grid, plan, x, window)
-    grid = grid.moveaxis(1, -1) if channels_last else grid
-    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], grid.dtype)
-    return (zeros + grid).astype(x.dtype)
+    """The coordinates of an input, maybe in its frame, for each of its samples, in its format."""
+    shape = spatial_shape(x, channels_last)
+    if window is None and paddle.in_dynamic_mode():
+        grid = _grid(coords, shape, channels_last, x.dtype, x.place)
+        return grid.expand([len(x), *grid.shape])
+    exact = _wide(x.dtype)
+    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
+    if coords.own or window is not None:
+        grid = _made(_GRIDS[channels_last], plain(coords, shape), x, window)
+        return (zeros + grid).astype(x.dtype)
+    # A stack of the channels would make the program larger.
+    lengths = [_scalar(n, exact) for n in shape]
+    positions = [_arange(n, exact) for n in lengths]
+    values = channel_values(coords, positions, lengths, paddle.sqrt)
+    parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
+    return paddle.concat(parts, -1 if channels_last else 1).astype(x.dtype)
 
 
 def _made(
@@ -234,7 +239,7 @@ def _made(
     eager = paddle.in_dynamic_mode()
     if eager and window is None:
         return _kept(method, plan, like.dtype, like.place)
-    dtype = paddle.float32 if like.dtype in _LOW_PRECISION else like.dtype
+    dtype = _wide(like.dtype)
 
     def convert(value: Any) -> Tensor:
         tensor = value if not isinstance(value, np.ndarray) else paddle.to_tensor(value)
@@ -247,27 +252,11 @@ def _made(
         frame = (partial(window.in_frame, convert=convert),)
     elif plan.coords.own and all(isinstance(n, int) for n in (*plan.shape, *plan.lengths)):
         return convert(position_bias.known(method, plan, _exact(dtype)))
-    # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
-    shape, lengths = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
-    plan = replace(plan, shape=shape, lengths=lengths)
+    if not eager:
+        # Of a known size, too: a program keeps a constant as text, 44 MB of it for 608x608 samples.
+        sizes = (tuple(_scalar(n, dtype) for n in each) for each in (plan.shape, plan.lengths))
+        plan = MapPlan(plan.geometry, plan.coords, *sizes)
     return method(plan, lambda n: _arange(n, dtype), paddle, *frame)
-
-
-def _coordinates(coords: Coordinates, x: Tensor, channels_last: bool, dtype: Any) -> Tensor:
-    """The coordinates of an input, for each of its samples, in its format."""
-    shape = spatial_shape(x, channels_last)
-    if paddle.in_dynamic_mode():
-        grid = _grid(coords, shape, channels_last, dtype, x.place)
-        return grid.expand([len(x), *grid.shape])
-    exact = paddle.float32 if dtype in _LOW_PRECISION else dtype
-    zeros = paddle.zeros_like(x[..., :1] if channels_last else x[:, :1], exact)  # for each sample
-    if coords.own and all(isinstance(n, int) for n in shape):  # made by NumPy alone
-        return (zeros + _own_grid(coords, shape, channels_last, exact)).astype(dtype)
-    lengths = [_scalar(n, exact) for n in shape]
-    positions = [_arange(n, exact) for n in lengths]
-    values = channel_values(coords, positions, lengths, paddle.sqrt)
-    parts = [zeros + (v.unsqueeze(-1) if channels_last else v) for v in values]
-    return paddle.concat(parts, -1 if channels_last else 1).astype(dtype)
 
 
 def _arange(n: Any, dtype: Any) -> Tensor:
@@ -281,24 +270,21 @@ def _scalar(n: Any, dtype: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _grid(
-    coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any
-) -> Tensor:
-    return _own_grid(coords, shape, channels_last, dtype, place)
-
-
-def _own_grid(
-    coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any = None
-) -> Tensor:
-    grid = coordinate_grid(shape, coords, dtype=_exact(dtype))
-    grid = np.moveaxis(grid, 0, -1) if channels_last else grid
-    return paddle.to_tensor(grid, place=place).astype(dtype)
-
-
-@lru_cache(maxsize=64)
 def _kept(method: Callable[..., Any], plan: MapPlan, dtype: Any, place: Any) -> Tensor:
     made = position_bias.known(method, plan, _exact(dtype))
     return paddle.to_tensor(made, place=place).astype(dtype)
+
+
+@lru_cache(maxsize=64)
+def _grid(
+    coords: Coordinates, shape: tuple[int, ...], channels_last: bool, dtype: Any, place: Any
+) -> Tensor:
+    """A grid that is kept, and found without a plan: small layers append it in every call."""
+    return _kept(_GRIDS[channels_last], plain(coords, shape), dtype, place)
+
+
+def _wide(dtype: Any) -> Any:
+    return paddle.float32 if dtype in _LOW_PRECISION else dtype
 
 
 def _exact(dtype: Any) -> Any:

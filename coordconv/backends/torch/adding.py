@@ -27,7 +27,7 @@ from coordconv import position_bias
 from coordconv.backends.torch import options
 from coordconv.coordinates import Coordinates
 from coordconv.geometry import ConvGeometry
-from coordconv.grid import Array, channel_values, coordinate_grid, stacked
+from coordconv.grid import Array, channel_values
 from coordconv.position_bias import MapPlan, of_each, plain
 from coordconv.tape import is_distributed, replicated
 from coordconv.windows import Window
@@ -150,44 +150,39 @@ class OwnChannels:
     coords: Coordinates
 
     @torch.compiler.assume_constant_result
-    def own_grid(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What is appended."""
-        return _grid(self.coords, shape, dtype, device)
-
-    @torch.compiler.assume_constant_result
-    def own_padded_grid(
+    def own_grid(
         self,
         shape: tuple[int, ...],
-        lengths: tuple[int, ...],
+        lengths: tuple[int, ...] | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
-        """What is convolved for a map."""
-        conv = getattr(self, "conv", self)  # of a fused layer
-        plan = MapPlan(options.geometry(conv), self.coords, shape, lengths)
+        """What is convolved for a map of ``lengths``, or for None what is appended."""
+        plan = plain(self.coords, shape)
+        if lengths is not None:
+            conv = getattr(self, "conv", self)  # of a fused layer
+            plan = MapPlan(options.geometry(conv), self.coords, shape, lengths)
         return _kept(MapPlan.padded_grid, plan, dtype, device)
 
 
 def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None = None) -> Any:
     """The input ``(N, C, *S)`` or ``(C, *S)`` with the coordinates behind each group's features."""
-    at, coords, grid = -1 - rank, layer.coords, None
-    shape = [x.shape[axis] for axis in range(-rank, 0)]
+    at, coords, known = -1 - rank, layer.coords, is_known(x)
+    grid: Any = None
+    shape = tuple(x.shape[axis] for axis in range(-rank, 0))
+    if known or coords.own or window is not None:
+        grid = _grid_of(layer, shape, x, known, window)
     if window is not None:
-        grid = _grid_in_frame(coords, shape, x, window)
         grid = grid[0] if x.dim() == rank + 1 else grid
         grid = grid.unsqueeze(at - 1) if groups > 1 else grid
-    elif is_known(x):
-        grid = _grid(coords, tuple(shape), x.dtype, x.device)
-    elif coords.own:
-        grid = replicated(layer.own_grid(_fixed(shape), x.dtype, x.device), x)
     if groups > 1:
         x = x.unflatten(at, (groups, -1))
     if grid is not None:
-        parts = [grid.expand(*x.shape[:at], *grid.shape[at:])]
-    else:
+        parts = [grid.expand(*x.shape[:at], len(coords), *shape)]
+    else:  # a stack of them makes larger graphs
         zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
-        positions = [_arange(n, x) for n in shape]
-        parts = [zeros + v for v in channel_values(coords, positions, shape, torch.sqrt)]
+        values = channel_values(coords, [_arange(n, x) for n in shape], shape, torch.sqrt)
+        parts = [zeros + v for v in values]
     x = torch.cat([x, *parts], at)
     return x.flatten(at - 1, at) if groups > 1 else x
 
@@ -267,34 +262,31 @@ def add_pointwise(
 ) -> Any:
     """An input, and what a pointwise convolution makes of its coordinates, rounded once."""
     kernel, bias = (t.float() if low and t is not None else t for t in (kernel, bias))
-    rank, coords = layer.rank, layer.coords
+    rank = layer.rank
     shape = tuple(x.shape[axis] for axis in range(-rank, 0))
     with _no_autocast(kernel, low):
-        if window is not None:
-            grids = _grid_in_frame(coords, shape, kernel, window)
-        elif is_known(x):
-            grids = _grid(coords, shape, kernel.dtype, kernel.device)[None]
-        elif coords.own:
-            grid = layer.own_grid(_fixed(shape), kernel.dtype, kernel.device)
-            grids = replicated(grid, kernel)[None]
-        else:
-            values = channel_values(coords, [_arange(n, kernel) for n in shape], shape, torch.sqrt)
-            grids = stacked(values, shape, torch)[None]
-        added = (kernel.flatten(1) @ grids.flatten(2)).unflatten(2, shape)
+        grid = _grid_of(layer, shape, kernel, is_known(x), window)
+        added = (kernel.flatten(1) @ grid.flatten(-rank)).unflatten(-1, shape)
         added = added if bias is None else added + bias.reshape(-1, *(1,) * rank)
-        added = added[0] if window is None or x.dim() == rank + 1 else added
+        added = added[0] if window is not None and x.dim() == rank + 1 else added
         return (x + added).to(x.dtype)
 
 
-def _grid_in_frame(coords: Coordinates, shape: Sequence[Any], x: Any, window: Window) -> Any:
-    """The coordinates of an input in its frame, ``(N, n, *S)``, N being 1 for all samples.
+def _grid_of(layer: Any, shape: Any, like: Any, known: bool, window: Window | None) -> Any:
+    """The coordinates of an input, ``(n, *S)``, in the type and on the device of ``like``.
 
-    They have the type and the device of ``x``.
+    In the frame of a window ``(N, n, *S)``, ``N`` being 1 for all samples.
     """
+    if known and window is None:
+        return _grid(layer.coords, shape, like.dtype, like.device)
+    plan = plain(layer.coords, shape)
+    if window is None:
+        grid = _made(MapPlan.padded_grid, plan, like, known, layer)
+        # The compiler does not know the size of a constant.
+        return grid.expand(-1, *shape) if layer.coords.own else grid
     # In float32 at least, and rounded once.
-    like = x.float() if x.dtype in _LOW_PRECISION else x
-    plan = plain(coords, shape)
-    return _made(MapPlan.padded_grid, plan, like, is_known(x), window=window).to(x.dtype)
+    exact = like.float() if like.dtype in _LOW_PRECISION else like
+    return _made(MapPlan.padded_grid, plan, exact, known, window=window).to(like.dtype)
 
 
 def _converted(value: Any, like: Tensor) -> Tensor:
@@ -428,8 +420,9 @@ def _made(
     elif known:
         return _kept(method, plan, like.dtype, like.device)
     elif plan.coords.own:
-        shapes = _fixed(plan.shape), _fixed(plan.lengths)
-        return replicated(layer.own_padded_grid(*shapes, like.dtype, like.device), like)
+        lengths = None if plan.geometry.pointwise else _fixed(plan.lengths)
+        given = _fixed(plan.shape), lengths, like.dtype, like.device
+        return replicated(layer.own_grid(*given), like)
     made = method(plan, lambda n: _arange(n, like), torch, *frame)
     return of_each(lambda tensor: tensor.to(like.dtype), made)
 
@@ -474,18 +467,19 @@ def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
 
 
 @lru_cache(maxsize=64)
-def _grid(
-    coords: Coordinates, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return _constant(coordinate_grid(shape, coords, dtype=_exact(dtype)), dtype, device)
-
-
-@lru_cache(maxsize=64)
 def _kept(
     method: Callable[..., Any], plan: MapPlan, dtype: torch.dtype, device: torch.device
 ) -> Any:
     made = position_bias.known(method, plan, _exact(dtype))
     return of_each(partial(_constant, dtype=dtype, device=device), made)
+
+
+@lru_cache(maxsize=64)
+def _grid(
+    coords: Coordinates, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A grid that is kept, and found without a plan: small layers append it in every call."""
+    return _kept(MapPlan.padded_grid, plain(coords, shape), dtype, device)  # type: ignore[no-any-return]
 
 
 def _exact(dtype: torch.dtype) -> Any:
