@@ -42,7 +42,7 @@ from harness import WAYS
 from jax import lax
 from jax import numpy as jnp
 
-from coordconv import Coordinates, position_bias
+from coordconv import Coordinates, coordinate_grid, position_bias
 from coordconv.backends.flax import AddCoords, CoordConv, CoordConvTranspose
 from coordconv.backends.jax import adding, options
 from coordconv.backends.jax.arrays import to_torch
@@ -642,6 +642,16 @@ class TestModule:
         other.import_weights(weights)
         assert other.kernel.dtype == dtype
         assert np.array_equal(other.kernel[...], layer.kernel[...])
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_a_grid_of_open_size_is_rounded_once_in_16_bits(self, dtype):
+        """Which have not all of the whole numbers that samples are counted with."""
+        layer, shape = AddCoords("x", rank=1), jax.export.symbolic_shape("n, w, 1")
+        exported = jax.export.export(jax.jit(lambda x: layer(x)))(
+            jax.ShapeDtypeStruct(shape, dtype)
+        )
+        y = exported.call(jnp.zeros((2, 5000, 1), dtype))
+        assert np.array_equal(y[0, :, 1], jnp.asarray(coordinate_grid((5000,), "x")[0], dtype))
 
     def test_add_coords_of_any_batch(self):
         assert AddCoords()(np.ones((2, 4, 3, 1), "f2")).dtype == jnp.float16

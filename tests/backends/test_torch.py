@@ -1090,6 +1090,19 @@ class TestAddCoords:
             for y in (layer(x), traced(x), program.module()(x)):
                 assert torch.equal(y, wanted)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_graph_is_rounded_once_in_16_bits(self, dtype):
+        """Which have not all of the whole numbers that samples are counted with."""
+        layer, x = AddCoords("x", rank=1), torch.zeros(2, 1, 5000, dtype=dtype)
+        wanted = torch.tensor(np.array(coordinate_grid((5000,), "x"))).to(dtype)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", dynamic=True, fullgraph=True)
+        program = torch.export.export(layer, (x,), dynamic_shapes={"input": dynamic(2)})
+        for call in (layer, compiled, program.module(), torch.jit.trace(layer, x)):
+            y = call(x)
+            assert y.dtype == dtype
+            assert torch.equal(y[0, 1:], wanted)
+
     def test_gradients_and_types(self):
         x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
         y = AddCoords()(x)

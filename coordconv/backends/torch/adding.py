@@ -181,7 +181,10 @@ def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None
         parts = [grid.expand(*x.shape[:at], len(coords), *shape)]
     else:  # a stack of them makes larger graphs
         zeros = torch.zeros_like(x.narrow(at, 0, 1))  # has the batch, whatever it is
-        values = channel_values(coords, [_arange(n, x) for n in shape], shape, torch.sqrt)
+        exact = _wide(zeros)
+        values = channel_values(coords, [_arange(n, exact) for n in shape], shape, torch.sqrt)
+        if exact is not zeros:
+            values = [v.to(x.dtype) for v in values]
         parts = [zeros + v for v in values]
     x = torch.cat([x, *parts], at)
     return x.flatten(at - 1, at) if groups > 1 else x
@@ -284,9 +287,12 @@ def _grid_of(layer: Any, shape: Any, like: Any, known: bool, window: Window | No
         grid = _made(MapPlan.padded_grid, plan, like, known, layer)
         # The compiler does not know the size of a constant.
         return grid.expand(-1, *shape) if layer.coords.own else grid
-    # In float32 at least, and rounded once.
-    exact = like.float() if like.dtype in _LOW_PRECISION else like
-    return _made(MapPlan.padded_grid, plan, exact, known, window=window).to(like.dtype)
+    return _made(MapPlan.padded_grid, plan, _wide(like), known, window=window).to(like.dtype)
+
+
+def _wide(x: Any) -> Any:
+    """A tensor in float32 at least, in which coordinates are computed, to be rounded once."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in _LOW_PRECISION else x
 
 
 def _converted(value: Any, like: Tensor) -> Tensor:
