@@ -271,7 +271,8 @@ def _scalar(n: Any, dtype: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _kept(method: Callable[..., Any], plan: MapPlan, dtype: Any, place: Any) -> Tensor:
-    made = position_bias.known(method, plan, _exact(dtype))
+    # The tensors alone are kept, and not NumPy's arrays as well.
+    made = position_bias.known.__wrapped__(method, plan, _exact(dtype))
     return paddle.to_tensor(made, place=place).astype(dtype)
 
 

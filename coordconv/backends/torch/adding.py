@@ -143,8 +143,8 @@ def _warn_of_quantizers() -> None:
 class OwnChannels:
     """Constants for a graph of what NumPy alone computes: functions and given maps.
 
-    A compiler calls these methods of a layer, and takes their results for constants; to functions
-    it could not pass coordinates.
+    A compiler calls this method of a layer, and takes its result for a constant; to a function it
+    could not pass coordinates.
     """
 
     coords: Coordinates
@@ -414,9 +414,8 @@ def _made(
 ) -> Any:
     """What a method of a plan makes, in the type and on the device of ``like``.
 
-    Kept if the size is ``known``, and else made in the graph. Of the channels that NumPy alone
-    computes a graph has a constant, for which the ``layer`` is asked, and with a window nothing:
-    these say so.
+    Kept if the size is ``known``, and else made in the graph. Channels that NumPy alone computes
+    are a constant of the graph, for which the ``layer`` is asked; with a window they refuse it.
     """
     frame: tuple[Any, ...] = ()
     if window is not None:
@@ -476,7 +475,8 @@ def _no_autocast(kernel: Any, low: bool) -> AbstractContextManager[Any]:
 def _kept(
     method: Callable[..., Any], plan: MapPlan, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    made = position_bias.known(method, plan, _exact(dtype))
+    # The tensors alone are kept, and not NumPy's arrays as well.
+    made = position_bias.known.__wrapped__(method, plan, _exact(dtype))
     return of_each(partial(_constant, dtype=dtype, device=device), made)
 
 
