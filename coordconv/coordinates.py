@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
 from coordconv.functions import (
     AXES,
@@ -106,6 +108,10 @@ class Coordinates:
     aspect: Literal["each", "longer", "diagonal"] = field(default="each", kw_only=True)
     units: Literal["span", "pixels"] = field(default="span", kw_only=True)
 
+    # Of coordinates with functions or maps a string that no others have, for compilers: these see
+    # a change of a string, and none of what NumPy computes. Else it is empty.
+    own_key: ClassVar[str]
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", _checked_channels(self.channels))
         object.__setattr__(self, "span", _checked_spans(self.span))
@@ -126,6 +132,7 @@ class Coordinates:
                 f'outside="extend" goes on beyond the border, where the map {given[0]!r} has no '
                 'values: want outside="zero"'
             )
+        object.__setattr__(self, "own_key", _own_key(self) if self.own else "")
 
     def __len__(self) -> int:
         """The number of coordinate channels."""
@@ -276,7 +283,8 @@ class Coordinates:
         """
         span = dict(self.span) if _is_by_axis(self.span) else list(self.span)
         channels = [described(c) for c in self.channels] if self.own else self.channels
-        found = {**vars(self), "channels": channels, "span": span}
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found |= {"channels": channels, "span": span}
         for name, usual in _LATER.items():  # so that files say what they always said
             if found[name] == usual:
                 del found[name]
@@ -292,6 +300,12 @@ class Coordinates:
         if isinstance(channels, list):
             channels = [from_description(each) for each in channels]
         return cls(**{**description, "channels": channels})
+
+
+@lru_cache(maxsize=64)
+def _own_key(coords: Coordinates) -> str:
+    """A string that equal coordinates alone have, in all processes."""
+    return uuid.uuid4().hex
 
 
 def axis_tokens(rank: int) -> str:

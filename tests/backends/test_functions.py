@@ -98,6 +98,34 @@ class TestTorch:
             x = torch.randn(shape)
             assert torch.equal(compiled(x), add(x))
 
+    @pytest.mark.parametrize("kind", ["append", "map", "AddCoords", "PositionBias2d", "fused"])
+    def test_layers_that_differ_in_these_alone_share_no_program(self, torch, kind):
+        square, sine = Function("f", "y", np.square), Function("f", "y", np.sin)
+        one, other = (Given("m", np.full(SHAPE, value)) for value in (1, 2))
+        each = [Coordinates([channel]) for channel in (square, sine, one, other)]
+        each += [Coordinates([square], span=(0, 1)), Coordinates([square])]
+        load, graphs, x = backends.load("torch"), [], torch.randn(2, 4, *SHAPE)
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        for coords in each:
+            torch.manual_seed(0)
+            if kind == "AddCoords":
+                module = load.AddCoords(coords)
+            elif kind == "PositionBias2d":
+                module = load.PositionBias2d(4, coords)
+            else:
+                module = load.CoordConv2d(4, 6, 3, padding=1, coords=coords).eval()
+                module.map_only = kind == "map"
+                module = module.fuse() if kind == "fused" else module
+            found = torch.compile(module, backend=backend, fullgraph=True)(x)
+            torch.testing.assert_close(found, module(x), rtol=1e-5, atol=1e-5)
+        if torch.__version__ >= "2.5":  # before, no two modules shared a program
+            assert len(graphs) == len(each) - 1
+
     @pytest.mark.parametrize("strict", [True, False])
     def test_exported_at_one_size(self, torch, strict):
         if not strict and not hasattr(torch.compiler, "is_exporting"):

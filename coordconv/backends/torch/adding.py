@@ -165,12 +165,21 @@ class OwnChannels:
         return _kept(MapPlan.padded_grid, plan, dtype, device)
 
 
+def _has_own(coords: Coordinates) -> bool:
+    """Whether there are functions or given maps.
+
+    By their key, which a compiler then looks at in every call: it compares no functions and no
+    maps, and two layers that differ in these alone would get the constants of the first.
+    """
+    return coords.own_key != ""
+
+
 def append(layer: Any, x: Any, rank: int, groups: int = 1, window: Window | None = None) -> Any:
     """The input ``(N, C, *S)`` or ``(C, *S)`` with the coordinates behind each group's features."""
     at, coords, known = -1 - rank, layer.coords, is_known(x)
     grid: Any = None
     shape = tuple(x.shape[axis] for axis in range(-rank, 0))
-    if known or coords.own or window is not None:
+    if known or _has_own(coords) or window is not None:
         grid = _grid_of(layer, shape, x, known, window)
     if window is not None:
         grid = grid[0] if x.dim() == rank + 1 else grid
@@ -207,7 +216,7 @@ def add_map(
     with _no_autocast(kernel, low):
         # What NumPy alone computes is one constant. Every tool that programs are exported for has a
         # convolution, and not every one an einsum.
-        whole = not known and (layer.coords.own or _is_exported(x))
+        whole = not known and (_has_own(layer.coords) or _is_exported(x))
         divided = (None, plan) if whole else plan.divided(out if known else None)
         if known and not divided[1] and _is_one_without_gradient(output, kernel, low):
             # P would be as large as the output, and is never made.
@@ -286,7 +295,7 @@ def _grid_of(layer: Any, shape: Any, like: Any, known: bool, window: Window | No
     if window is None:
         grid = _made(MapPlan.padded_grid, plan, like, known, layer)
         # The compiler does not know the size of a constant.
-        return grid.expand(-1, *shape) if layer.coords.own else grid
+        return grid.expand(-1, *shape) if _has_own(layer.coords) else grid
     return _made(MapPlan.padded_grid, plan, _wide(like), known, window=window).to(like.dtype)
 
 
@@ -419,12 +428,12 @@ def _made(
     """
     frame: tuple[Any, ...] = ()
     if window is not None:
-        if known and plan.coords.own:
+        if known and _has_own(plan.coords):
             return torch.from_numpy(method(plan, np.arange, np, window.in_frame)).to(like)
         frame = (partial(window.in_frame, convert=partial(_converted, like=like)),)
     elif known:
         return _kept(method, plan, like.dtype, like.device)
-    elif plan.coords.own:
+    elif _has_own(plan.coords):
         lengths = None if plan.geometry.pointwise else _fixed(plan.lengths)
         given = _fixed(plan.shape), lengths, like.dtype, like.device
         return replicated(layer.own_grid(*given), like)
