@@ -139,15 +139,20 @@ def example(size: Any, array: Any, make: Callable[[], Any]) -> tuple[Any, ...]:
     return (make(),)
 
 
-def check_layer(layer: Any) -> None:
-    """ValueError for a layer in training, or a subclass whose own computation would be lost."""
+def check_layer(layer: Any, steps: Sequence[str] = ("forward",)) -> None:
+    """ValueError for a layer in training, or one whose own computation would be lost.
+
+    ``steps`` are the methods that compute, which a subclass or the layer itself may have anew.
+    """
     if layer.training:
         raise ValueError("a layer must be in evaluation mode to be fused: call eval() first")
-    if not type(layer).forward.__module__.startswith("coordconv.backends."):
-        raise ValueError(
-            f"{type(layer).__name__} has a forward of its own, which would be lost: use the "
-            "CoordConv inside a module instead"
-        )
+    for name in steps:
+        step = vars(layer).get(name) or getattr(type(layer), name)
+        if not step.__module__.startswith("coordconv.backends."):
+            raise ValueError(
+                f"{type(layer).__name__} has a {name} of its own, which would be lost: use the "
+                "CoordConv inside a module instead"
+            )
 
 
 def checked_size(size: Any, rank: int) -> tuple[int, ...]:

@@ -54,7 +54,8 @@ class CanonicalLayer(FixedCoords):
 
         Raises:
             ValueError: arrays are missing, unexpected or wrongly shaped, or were made for other
-                coordinates; all are listed and nothing is changed.
+                coordinates; all are listed and nothing is changed. In PyTorch and Paddle also a
+                weight that is computed from others, as by a norm or in pruning.
         """
         shapes = {name: array.shape for name, array in self._canonical().items()}
         self._assign(checked(mapping, shapes, {"": self.layout}))

@@ -63,6 +63,21 @@ def all_modules(module: Any) -> list[tuple[str, Any]]:
     return [*module.named_modules(remove_duplicate=False)]
 
 
+def refuse_computed(layer: Any) -> None:
+    """Raise ValueError if a hook computes the weight or the bias, which are those of the last call.
+
+    So pruning does it, and the norms of PyTorch and Paddle that are no parametrizations.
+    """
+    own = dict(layer.named_parameters("", False))
+    for name in ("weight", "bias"):
+        of = [each for each in own if each.startswith(f"{name}_")]
+        if of and name not in own:
+            raise ValueError(
+                f"{name} must be a parameter, but is computed from {' and '.join(of)} at each "
+                "call: remove the norm or the pruning first"
+            )
+
+
 class TapeWeights(CanonicalLayer):
     """A layer whose ``weight`` and ``bias``, which may be None, are in canonical layout."""
 

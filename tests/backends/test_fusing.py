@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from coordconv import Coordinates, position_bias
 from coordconv.backends import torch as backend
@@ -283,6 +283,60 @@ def test_a_forward_of_its_own_is_refused():
         fuse(nn.Sequential(Mine(3, 4, 3)).eval())
     with pytest.raises(ValueError, match="forward"):
         Mine(3, 4, 3).eval().fuse()
+
+
+def test_a_step_of_its_own_is_refused():
+    class Doubled(CoordConv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, 2 * weight, bias)
+
+    replaced = CoordConv2d(3, 4, 3).eval()
+    replaced.forward = lambda input: input
+    for layer, step in (Doubled(3, 4, 3).eval(), "_conv_forward"), (replaced, "forward"):
+        with pytest.raises(ValueError, match=f"has a {step} of its own"):
+            fuse(nn.Sequential(layer))
+        with pytest.raises(ValueError, match=f"has a {step} of its own"):
+            layer.fuse()
+
+
+@pytest.mark.filterwarnings("ignore")  # which deprecate the first two
+@pytest.mark.parametrize(
+    ("compute", "remove"),
+    [
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), prune.remove),
+    ],
+)
+def test_a_weight_of_the_last_call_is_refused(compute, remove):
+    layer, other = CoordConv2d(3, 4, 3), CoordConv2d(3, 4, 3)
+    compute(layer)
+    compute(other)
+    layer.eval()
+    layer.load_state_dict(other.state_dict())  # the weight is still the old one
+    for use in (layer.fuse, lambda: fuse(nn.Sequential(layer)), layer.export_weights):
+        with pytest.raises(ValueError, match="weight must be a parameter, but is computed from"):
+            use()
+    remove(layer, *["weight"] * (remove is prune.remove))
+    x = torch.randn(2, 3, 5, 6)
+    assert torch.allclose(layer.fuse()(x), layer(x), atol=1e-5)
+
+
+def test_what_a_call_changes_in_a_network_is_not_in_the_copy():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = CoordConv2d(3, 4, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input):
+            self.calls += 1
+            return self.layer(input) + self.calls
+
+    model, x = Counting().eval(), torch.randn(2, 3, 5, 6)
+    fused = fuse(model, size=(5, 6))
+    assert model.calls == fused.calls == 0
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
 
 
 def test_what_cannot_be_fused():

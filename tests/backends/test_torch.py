@@ -992,6 +992,16 @@ class TestStateDict:
         with pytest.raises(RuntimeError, match="was made for"):
             turned.load_state_dict(self.saved(one))
 
+    @pytest.mark.filterwarnings("ignore:.*weight_norm")
+    @pytest.mark.parametrize("of", [parametrizations.weight_norm, nn.utils.weight_norm])
+    def test_of_a_layer_with_a_computed_weight(self, of):
+        layer = of(CoordConv2d(2, 3, 3))
+        weight = layer.weight.detach().clone()
+        with pytest.raises(ValueError, match="weight must be a parameter|imported before a param"):
+            layer.import_weights(CoordConv2d(2, 3, 3).export_weights())
+        layer(torch.zeros(1, 2, 3, 3))
+        assert torch.equal(layer.weight, weight)
+
     def test_a_part_of_a_state(self):
         layer = CoordConv2d(2, 3, 3)
         state = self.saved(CoordConv2d(2, 3, 3))

@@ -30,7 +30,7 @@ from coordconv.fusing import (
 )
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
-from coordconv.tape import all_modules, is_distributed
+from coordconv.tape import all_modules, is_distributed, refuse_computed
 from coordconv.windows import check_fused
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -49,15 +49,18 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
         as the layer, with inputs of ``size`` alone if there is one.
 
     Raises:
-        ValueError: the layer is in training mode, has a ``forward`` of its own, or parameters that
-            are DTensors; at the call, an input of another size than ``size``.
+        ValueError: the layer is in training mode, has a ``forward`` or a ``_conv_forward`` of its
+            own, parameters that are DTensors, or a weight that a hook computes, as in pruning; at
+            the call, an input of another size than ``size``.
     """
 
     def __init__(
         self, layer: Any, size: Sequence[int] | None, weight: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__()
-        check_layer(layer)
+        # Torch's transposed convolutions call no second one.
+        check_layer(layer, ("forward",) if layer.transposed else ("forward", "_conv_forward"))
+        refuse_computed(layer)
         if is_distributed(weight):
             raise ValueError("a layer must have whole parameters to be fused, got DTensors")
         self.coords = layer.coords
@@ -182,15 +185,18 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    run = copy.deepcopy(model)  # what is traced and run, which may change it
-    named = all_modules(run)
+    named = all_modules(model)
     layers = layers_to_fuse(named, _BATCH_NORMS)
+    for layer in layers.values():
+        refuse_computed(layer)  # PyTorch does not copy what a hook has computed
+    run = copy.deepcopy(model)  # what is traced and run, which may change it
+    copies = dict(all_modules(run))
     pairs: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
     if batch_norm and any(isinstance(each, _BATCH_NORMS) for _, each in named):
         pairs, notes = _followers(run, named)
-    sizes = {} if size is None else _sizes(run, layers, size)
-    return fused_copy(run, named, layers, pairs, notes, sizes, _folded)
+    sizes = {} if size is None else _sizes(run, {name: copies[name] for name in layers}, size)
+    return fused_copy(model, named, layers, pairs, notes, sizes, _folded)
 
 
 def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
