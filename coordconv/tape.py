@@ -310,7 +310,7 @@ class Tape:
                 x.requires_grad = differentiated and x.is_floating_point()
 
             tape = self.framework.set_grad_enabled(differentiated)
-            with tape, self._restored(module), ExitStack() as stack:
+            with tape, self.restored(module), ExitStack() as stack:
 
                 def call(see: See) -> Any:
                     for name, each in self.modules(module).items():
@@ -353,7 +353,7 @@ class Tape:
         }
 
     @contextmanager
-    def _restored(self, module: Any) -> Iterator[None]:
+    def restored(self, module: Any) -> Iterator[None]:
         """Afterwards the module has the state of before, such as batch statistics.
 
         What is trained no call changes. A lazy module keeps what its first call has made of it.

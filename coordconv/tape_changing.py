@@ -375,7 +375,8 @@ class NetworkConversion:
             inputs: a batch, or a tuple of all arguments, on which to measure first how much of what
                 each layer computes is the coordinates': the variance of the coordinates' part P of
                 the output, over this and the variance of the rest, each over batch and positions
-                and summed over channels. None measures nothing.
+                and summed over channels. None measures nothing. The model runs in the mode that it
+                is in, and its buffers, such as batch statistics, stay what they are.
             layers: which layers, as in :func:`add_coords`.
             exclude: those to leave out, in the same way.
 
@@ -427,6 +428,11 @@ class NetworkConversion:
                 f"{kind} is a subclass of {base.__name__} and may compute something else; "
                 "subclasses=True finds out whether it goes together with coordinates"
             )
+        if coords.outside == "extend":
+            return Unfit(
+                f"{kind} gets coordinates appended to its input, which do not go on beyond it: "
+                'want outside="zero"'
+            )
         if not self.tape.is_array(conv.weight):
             return Unfit(f"{kind} has a kernel without values, and cannot be run to find out")
         framework = self.conversion.framework
@@ -474,7 +480,7 @@ class NetworkConversion:
         for name, layer in layers.items():
             layer.forward = measured(name, layer, plains[name])
         try:
-            with self.conversion.framework.no_grad():
+            with self.conversion.framework.no_grad(), self.tape.restored(model):
                 model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         finally:
             for layer in layers.values():

@@ -258,6 +258,18 @@ def test_the_share_of_the_variance_in_a_window():
     assert 0 < shares[1] < shares[0]  # a part of the frame has less of the coordinates
 
 
+def test_a_subclass_gets_no_coordinates_that_go_on_beyond_the_border():
+    class Mine(nn.Conv2d):
+        pass
+
+    coords = Coordinates("xy", outside="extend")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Mine(4, 4, 3, padding=1))
+    changes = add_coords(model, coords, subclasses=True)
+    assert changes.skipped["1"].startswith("Mine gets coordinates appended")
+    with pytest.raises(ValueError, match='want outside="zero"'):
+        add_coords(nn.Sequential(model[1]), coords, layers="0", subclasses=True)
+
+
 def test_undo_of_what_was_pruned_since_is_refused():
     model = network()
     changes = add_coords(model)

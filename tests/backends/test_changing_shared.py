@@ -362,6 +362,18 @@ def test_the_share_of_the_variance(face):
     assert face.remove_coords(reached).layers[0].variance_share is None
 
 
+def test_measuring_leaves_batch_statistics_alone(face):
+    one, other = face.network(), face.network()
+    for model in (one, other):
+        face.add_coords(model)
+        model.train()
+    face.remove_coords(one, face.images())
+    face.remove_coords(other)
+    found, wanted = one.state_dict(), other.state_dict()
+    assert any("mean" in name for name in found)
+    assert all(equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_layer_of_a_class_of_its_own_is_not_removed(face):
     class Mine(face.coord()):
         pass
