@@ -841,6 +841,19 @@ class TestModule:
         assert torch.equal(squashed(x), torch.sigmoid(plain(x)))
         squashed(x).sum().backward()
 
+    @pytest.mark.parametrize("step", ["forward", "_conv_forward"])
+    def test_a_base_whose_step_would_be_left_out_is_refused(self, step):
+        def scaled(self, *args):
+            return 2 * getattr(super(scaled_conv, self), step)(*args)
+
+        scaled_conv = type("Scaled", (nn.Conv2d,), {step: scaled})
+        with pytest.raises(TypeError, match=f"must have Scaled, which has a {step} of its own"):
+            type("Both", (CoordConv2d, scaled_conv), {})
+        both, one = type("Both", (scaled_conv, CoordConv2d), {})(2, 3, 3), CoordConv2d(2, 3, 3)
+        one.load_state_dict(fill(both).state_dict())
+        x = integers(1, 2, 3, 5)
+        assert torch.equal(both(x), 2 * one(x))
+
     def test_shared_weights(self, way):
         one, other = (fill(CoordConv2d(2, 3, 3)) for _ in range(2))
         other.weight = one.weight

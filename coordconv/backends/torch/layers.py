@@ -107,7 +107,27 @@ class TorchCoordLayer(TapeLayer, states.TorchWeights):
             super()._adapt(state, prefix, position)
 
 
+_PLAIN = tuple(
+    getattr(nn, f"Conv{kind}{rank}d") for kind in ("", "Transpose") for rank in (1, 2, 3)
+)
+
+
+def _check_bases(cls: type, ours: type) -> None:
+    """Raise TypeError if a class has a step that it would leave out, of a base behind ours."""
+    for base in cls.__mro__[cls.__mro__.index(ours) :]:
+        if issubclass(base, _PLAIN) and not base.__module__.startswith(("coordconv.", "torch.nn.")):
+            for name in {"forward", "_conv_forward"} & vars(base).keys():
+                raise TypeError(
+                    f"bases of {cls.__name__} must have {base.__name__}, which has a {name} of its "
+                    "own, before the CoordConv, which does not call it for all of its kernel"
+                )
+
+
 class _CoordConv(TorchCoordLayer):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _check_bases(cls, _CoordConv)
+
     def forward(self, input: Tensor, window: Window | None = None) -> Tensor:
         """The convolution of ``input`` and its coordinates, maybe of a ``window``."""
         options.check(input, self.rank, self.in_channels, len(self.coords))
@@ -120,6 +140,10 @@ class _CoordConv(TorchCoordLayer):
 
 
 class _CoordConvTranspose(TorchCoordLayer):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _check_bases(cls, _CoordConvTranspose)
+
     def forward(
         self,
         input: Tensor,
