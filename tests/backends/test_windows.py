@@ -170,6 +170,16 @@ class TestTorch:
         assert len(graphs) == 1
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("map_only", [False, True])
+    def test_compiled_windows_of_several_samples_of_one_image(self, torch, map_only):
+        layer = backends.load("torch").CoordConv2d(2, 4, 3)
+        layer.map_only = map_only
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="eager")
+        for shape in ((1, 2, 8, 8), (2, 8, 8)):
+            with pytest.raises(ValueError, match="for the 1 of the input, got 4"):
+                compiled(torch.zeros(shape), window=Window(np.zeros((4, 2)), 0.5))
+
     def test_exported_with_the_boxes_as_an_input(self, torch):
         if not hasattr(torch.compiler, "is_exporting"):
             pytest.skip("the compiler of this torch does not see what a thread has, and says so")

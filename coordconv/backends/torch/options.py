@@ -71,10 +71,11 @@ def window(given: Window | None, input: Any, rank: int) -> Window | None:
     found = windows.current(given)
     if found is None:
         return None
-    if torch.compiler.is_compiling():  # other numbers of samples do not go together there, either
-        found.check(rank, None)
-        return found
     batch = 1 if input.dim() == rank + 1 else input.shape[0]
+    if torch.compiler.is_compiling():
+        # One sample goes together with any number, and others with no other number, there, too.
+        found.check(rank, 1 if batch == 1 else None)
+        return found
     found.check(rank, batch if type(batch) is int else None)
     return None if found.is_whole(rank) else found
 
