@@ -96,6 +96,19 @@ def test_maps_are_bounded_and_follow_the_state():
     assert torch.allclose(fused(x.double()), copy.deepcopy(other).double()(x.double()))
 
 
+def test_a_state_of_other_coordinates_is_refused():
+    one, other = (CoordConv2d(3, 4, 3, coords=coords).eval() for coords in ("xy", "yx"))
+    x = torch.randn(2, 3, 5, 6)
+    with pytest.raises(RuntimeError, match=r"coordinates was made for Coordinates\('xy'\), want"):
+        other.fuse().load_state_dict(one.fuse().state_dict())
+    again = copy.deepcopy(one)
+    again.reset_parameters()
+    for size in (None, (5, 6)):
+        fused = again.fuse(size)
+        fused.load_state_dict(one.fuse(size).state_dict())
+        assert torch.allclose(fused(x), one(x), atol=1e-5)
+
+
 def test_a_copy_and_a_pickle():
     layer = exact(CoordConv2d(2, 3, 3))
     x = inputs(layer, (5, 9))

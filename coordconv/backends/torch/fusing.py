@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from coordconv.backends.torch import adding, options
+from coordconv.backends.torch.states import CarriesCoords
+from coordconv.coordinates import Coordinates
 from coordconv.fusing import (
     Named,
     check_layer,
@@ -31,12 +33,13 @@ from coordconv.fusing import (
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
 from coordconv.tape import all_modules, is_distributed, refuse_computed
+from coordconv.weights.kernels import same_channels
 from coordconv.windows import check_fused
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class FusedCoordConv(adding.OwnChannels, nn.Module):
+class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
     """What a CoordConv computes in inference: ``conv``, a plain convolution, and P, a constant map.
 
     Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
@@ -77,6 +80,14 @@ class FusedCoordConv(adding.OwnChannels, nn.Module):
             self.map = self._made(self.size, tuple(self.conv(zeros).shape[2:]), coordinates)
         self.register_load_state_dict_post_hook(_forget_maps)
         self.eval()
+
+    def _fit(self, state: dict[str, Any], prefix: str, found: Coordinates | None) -> None:
+        # A map is what it is; the coordinates' part of a kernel belongs to its coordinates.
+        name, coords = f"{prefix}coordinates", self.coords
+        if found is None or name not in state:
+            return
+        if found.names != coords.names or not same_channels(found, coords):
+            raise ValueError(f"{name} was made for {found}, want {coords}")
 
     def _made(self, shape: tuple[int, ...], lengths: tuple[int, ...], kernel: Tensor) -> Tensor:
         plan = MapPlan(self._geometry, self.coords, shape, lengths)

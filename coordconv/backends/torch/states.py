@@ -18,8 +18,39 @@ from coordconv.weights.kernels import KernelLayout, same_channels
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
-class TorchWeights(adding.OwnChannels, TapeWeights):
-    """A layer whose state dict carries its Coordinates in its metadata, before ``nn.Module``."""
+class CarriesCoords:
+    """A module whose state dict carries its Coordinates in its metadata, before ``nn.Module``."""
+
+    coords: Coordinates
+
+    # Torch documents the next two as those to override for a state of one's own.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
+        if metadata is not None and prefix[:-1] in metadata:
+            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        *_, error_msgs = rest
+        found = local_metadata.get(_COORDS)
+        try:
+            # In place: the state is a copy of the caller's.
+            self._fit(state_dict, prefix, None if found is None else Coordinates.from_dict(found))
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _fit(self, state: dict[str, Any], prefix: str, found: Coordinates | None) -> None:
+        """Change a state of ``found`` in place to one for the module, or raise ValueError."""
+        raise NotImplementedError
+
+
+class TorchWeights(CarriesCoords, adding.OwnChannels, TapeWeights):
+    """A layer with canonical weights."""
 
     def _layout_of(self, kernel: Tensor) -> KernelLayout:
         """The layout of a kernel, which a lazy layer's first one tells."""
@@ -44,31 +75,14 @@ class TorchWeights(adding.OwnChannels, TapeWeights):
                 parameter = getattr(self, name)
                 parameter.copy_(replicated(torch.tensor(array), parameter))
 
-    # Torch documents the next two as those to override for a state of one's own.
+    def _fit(self, state: dict[str, Any], prefix: str, found: Coordinates | None) -> None:
+        if found is not None:
+            self._reorder(state, prefix, found)
+        self._adapt(state, prefix)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
-        if metadata is not None and prefix[:-1] in metadata:
-            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
-    ) -> None:
-        *_, error_msgs = rest
-        try:
-            # In place: the state is a copy of the caller's.
-            if _COORDS in local_metadata:
-                self._reorder(state_dict, prefix, local_metadata[_COORDS])
-            self._adapt(state_dict, prefix)
-        except ValueError as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def _reorder(self, state: dict[str, Any], prefix: str, coords: Mapping[str, Any]) -> None:
+    def _reorder(self, state: dict[str, Any], prefix: str, found: Coordinates) -> None:
         """Put the coordinates of a state of ours in this layer's order."""
-        found, name = Coordinates.from_dict(coords), f"{prefix}weight"
+        name = f"{prefix}weight"
         # The tensors of a parametrization have other names, and nothing tells their channels apart.
         in_order = found.names == self.coords.names
         if not same_channels(found, self.coords) or (not in_order and name not in state):
