@@ -65,7 +65,7 @@ class TorchWeights(CarriesCoords, adding.OwnChannels, TapeWeights):
         return super()._canonical()
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
-        if parametrize.is_parametrized(self):
+        if parametrize.is_parametrized(self):  # type: ignore[arg-type]  # a mixin
             raise ValueError(
                 "weights must be imported before a parametrization computes them: call "
                 "torch.nn.utils.parametrize.remove_parametrizations first"
