@@ -109,6 +109,20 @@ def test_a_state_of_other_coordinates_is_refused():
         assert torch.allclose(fused(x), one(x), atol=1e-5)
 
 
+def test_maps_follow_a_functional_call():
+    layers = [CoordConv2d(3, 4, 3).eval() for _ in range(3)]
+    one, *_ = fused = [layer.fuse() for layer in layers]
+    x = torch.randn(2, 3, 5, 6)
+    wanted = torch.stack([layer(x) for layer in layers])
+    for i in (0, 1, 2, 0):
+        found = torch.func.functional_call(one, fused[i].state_dict(), (x,))
+        assert torch.allclose(found, wanted[i], atol=1e-5)
+    states = torch.func.stack_module_state(fused)
+    found = torch.vmap(lambda *state: torch.func.functional_call(one, state, (x,)))(*states)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(one(x), wanted[0], atol=1e-5)
+
+
 def test_a_copy_and_a_pickle():
     layer = exact(CoordConv2d(2, 3, 3))
     x = inputs(layer, (5, 9))

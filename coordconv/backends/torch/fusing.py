@@ -73,6 +73,7 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
         self._geometry = options.geometry(self.conv)
         self._pointwise = self._geometry.pointwise
         self._maps: dict[Any, Tensor] = {}
+        self._made_of: Tensor | None = None  # the tensor behind those maps
         self.register_buffer("coordinates", coordinates.clone() if size is None else None)
         self.register_buffer("map", None)
         if self.size is not None:
@@ -127,6 +128,9 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
         """P for a known shape: the one map, or one of the last few."""
         if self.map is not None:
             return self.map
+        if self.coordinates is not self._made_of:  # as in torch.func.functional_call
+            self._maps.clear()
+            self._made_of = self.coordinates
         shape, lengths = (tuple(t.shape[-self._geometry.rank :]) for t in (input, output))
         key = shape, lengths, self.coordinates.dtype, self.coordinates.device
         make = partial(self._made, shape, lengths, self.coordinates)
