@@ -349,6 +349,58 @@ def test_a_weight_of_the_last_call_is_refused(compute, remove):
     assert torch.allclose(layer.fuse()(x), layer(x), atol=1e-5)
 
 
+def test_hooks_of_a_layer_are_refused():
+    layer = CoordConv2d(3, 4, 3).eval()
+    handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    for use in (layer.fuse, lambda: fuse(nn.Sequential(layer))):
+        with pytest.raises(ValueError, match="must have no forward hooks"):
+            use()
+    handle.remove()
+    layer.fuse()
+
+
+def doubled_after(norm):
+    norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def doubled_before(norm):
+    norm.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def replaced(norm):
+    norm.forward = lambda input: 2 * input
+
+
+@pytest.mark.parametrize("change", [doubled_after, doubled_before, replaced])
+def test_a_norm_that_computes_more_is_left(change):
+    model, x = nn.Sequential(CoordConv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 5, 6)
+    model(x)  # statistics that are not those of the start
+    model.eval()
+    change(model[1])
+    assert torch.allclose(fuse(model)(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_optional_argument_between_layer_and_norm(missing):
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = CoordConv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, input, more=None):
+            found = self.layer(input)
+            if (more is None) == missing:
+                found = 2 * found
+            return self.norm(found)
+
+    model, x = Conditioned(), torch.randn(2, 3, 5, 6)
+    model(x)  # statistics that are not those of the start
+    model.eval()
+    fused = fuse(model)
+    for more in (None, 1):
+        assert torch.allclose(fused(x, more), model(x, more), atol=1e-5)
+
+
 def test_what_a_call_changes_in_a_network_is_not_in_the_copy():
     class Counting(nn.Module):
         def __init__(self):

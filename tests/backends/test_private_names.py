@@ -30,6 +30,14 @@ def test_torch(owner: str, name: str, otherwise: str) -> None:
     assert hasattr(getattr(nn, owner), name), f"torch.nn.{owner} has no {name}: {otherwise}"
 
 
+def test_torch_hooks() -> None:
+    module("torch")
+    from torch import nn
+
+    missing = {"_forward_hooks", "_forward_pre_hooks"} - vars(nn.Module()).keys()
+    assert not missing, f"torch.nn.Module has no {missing}: compare module(x) and module.forward(x)"
+
+
 # Paddle keeps what a layer was constructed with in attributes of these names alone.
 PADDLE = {
     "_in_channels",

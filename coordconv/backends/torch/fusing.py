@@ -7,6 +7,7 @@ asked for by the user, since what is kept no longer follows the kernel.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -44,17 +45,17 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
 
     Made by the layer's ``fuse(size)``. With a ``size`` the map is a buffer; without, the maps of
     the last eight sizes are kept, each made when its first input comes, and what a compiler or an
-    exporter traces makes its map in the graph. No parameter of it requires a gradient. Hooks of the
-    layer are not carried over. Fuse a layer in the type that it is to run in: a map is made in
-    float32 at least, but moves to 16 bits with what it is a buffer of.
+    exporter traces makes its map in the graph. No parameter of it requires a gradient. Fuse a layer
+    in the type that it is to run in: a map is made in float32 at least, but moves to 16 bits with
+    what it is a buffer of.
 
     Shape:
         as the layer, with inputs of ``size`` alone if there is one.
 
     Raises:
         ValueError: the layer is in training mode, has a ``forward`` or a ``_conv_forward`` of its
-            own, parameters that are DTensors, or a weight that a hook computes, as in pruning; at
-            the call, an input of another size than ``size``.
+            own, forward hooks, parameters that are DTensors, or a weight that a hook computes, as
+            in pruning; at the call, an input of another size than ``size``.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
         refuse_computed(layer)
         if is_distributed(weight):
             raise ValueError("a layer must have whole parameters to be fused, got DTensors")
+        if _has_hooks(layer):
+            raise ValueError(
+                "a layer must have no forward hooks to be fused, which might change its output: "
+                "remove them by their handles, and register them anew on the fused layer"
+            )
         self.coords = layer.coords
         self.size = None if size is None else checked_size(size, layer.rank)
         features, coordinates = layer.layout.split(weight.detach())
@@ -186,7 +192,8 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
 
     Raises:
         TypeError: ``model`` is no module; another ``size``.
-        ValueError: a CoordConv or a batch normalization is in training mode; there is no CoordConv.
+        ValueError: a CoordConv or a batch normalization is in training mode; there is no CoordConv;
+            one has hooks or a step of its own, or a weight that a hook computes.
 
     Example:
         >>> from coordconv.backends.torch import CoordConv2d
@@ -229,23 +236,42 @@ def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[st
     """The batch normalization after each CoordConv that nothing else follows, and what to note."""
     notes: tuple[str, ...] = ()
     try:
-        graph = _Tracer().trace(model)
+        # With all arguments, and with those alone that must be given.
+        usual = inspect.signature(model.forward).parameters.values()
+        optional = {p.name: p.default for p in usual if p.default is not p.empty}
+        graphs = [_Tracer().trace(model, given) for given in ({}, optional)[: 1 + bool(optional)]]
     except Exception as error:  # noqa: BLE001  # it runs the user's code, which may raise anything
         found = neighbours(named, nn.Sequential)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         notes = (f"batch normalizations outside nn.Sequential are left: torch.fx fails ({reason})",)
     else:
-        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        found = {}
-        for node in graph.nodes:
-            if node.op != "call_module" or len(node.users) != 1:
-                continue
-            (user,) = node.users
-            if user.op == "call_module" and calls[node.target] == calls[user.target] == 1:
-                found[str(node.target)] = str(user.target)
+        found = dict(set.intersection(*(_followed_in(graph) for graph in graphs)))
     modules = dict(named)
     once = followed_once(named, found, _BATCH_NORMS)
-    return {name: norm for name, norm in once.items() if modules[norm].track_running_stats}, notes
+    return {name: norm for name, norm in once.items() if _is_foldable(modules[norm])}, notes
+
+
+def _followed_in(graph: torch.fx.Graph) -> set[tuple[str, str]]:
+    """The modules of a graph that are called once, each with the module that takes its output."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    found = set()
+    for node in graph.nodes:
+        if node.op != "call_module" or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        if user.op == "call_module" and calls[node.target] == calls[user.target] == 1:
+            found.add((str(node.target), str(user.target)))
+    return found
+
+
+def _is_foldable(norm: Any) -> bool:
+    """Whether a norm has statistics, and computes what its class computes, and no more."""
+    return norm.track_running_stats and "forward" not in vars(norm) and not _has_hooks(norm)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module calls functions of a user's, which may change what it returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:
