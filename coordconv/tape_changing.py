@@ -439,10 +439,12 @@ class NetworkConversion:
         try:
             one = copy.deepcopy(conv).to(dtype=framework.float64)
             ours, layout = self._coord_class(one), self.conversion.layout(one, coords)
-            shape = [8 + 2 * length for length in one.weight.shape[2:]]
+            # Odd, so that some coordinates are zero.
+            shape = [9 + 2 * length for length in one.weight.shape[2:]]
             shape = [2, *shape, layout.channels] if _is_last(one) else [2, layout.channels, *shape]
             draw = np.random.default_rng(0).normal  # the user's draws stay
-            x = self.tape.tensor(draw(size=shape), one.weight)
+            # Small beside the coordinates: what takes a maximum of its input then shows it.
+            x = self.tape.tensor(draw(size=shape) / 16, one.weight)
             with framework.no_grad():
                 # Where a scale starts at zero, the output would tell nothing of the kernel.
                 for parameter in one.parameters():

@@ -258,6 +258,26 @@ def test_the_share_of_the_variance_in_a_window():
     assert 0 < shares[1] < shares[0]  # a part of the frame has less of the coordinates
 
 
+class OfLargest(nn.Conv2d):
+    """Divides by the largest number of its input, which may be a coordinate."""
+
+    def forward(self, x):
+        return super().forward(x) / x.abs().amax()
+
+
+class OfShareAboveZero(nn.Conv2d):
+    """Weighs its output by how much of the input is there, as partial convolutions do."""
+
+    def forward(self, x):
+        return super().forward(x) * (x != 0).to(x.dtype).mean()
+
+
+@pytest.mark.parametrize("kind", [OfLargest, OfShareAboveZero])
+def test_a_subclass_that_looks_at_its_whole_input_is_left(kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__} computes something else"):
+        add_coords(kind(3, 4, 3), subclasses=True)
+
+
 def test_a_subclass_gets_no_coordinates_that_go_on_beyond_the_border():
     class Mine(nn.Conv2d):
         pass
