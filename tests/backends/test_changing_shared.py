@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from changing_cases import FACES, equal, refused, set_training
 
-from coordconv import Coordinates
+from coordconv import Coordinates, Window, window
 from coordconv.backends import BACKENDS
 from coordconv.changing import Change, Changes
 
@@ -340,6 +340,26 @@ def test_subclasses(face):
     assert face.remove_coords(model).layers[0].after == "SamePadding"
     assert type(model[0]) is same
     assert tuple(model[0].weight.shape) == (8, 3, 3, 3)
+
+
+def test_a_subclass_has_the_coordinates_of_a_window(face):
+    same, _ = subclasses(face)
+    model, x = face.nn.Sequential(same(3, 8, 3)), face.images()
+    face.add_coords(model, subclasses=True, init="fan_in")
+    plain = same(5, 8, 3)
+    with face.package.no_grad():
+        plain.weight.copy_(model[0].weight)
+        plain.bias.copy_(model[0].bias)
+    with window(Window({"x": 0.25, "y": 0.5}, {"x": 0.75, "y": 1.0})):
+        assert equal(model(x), plain(face.ours.AddCoords("xy")(x)))
+
+
+def test_a_subclass_has_no_coordinates_that_go_on_beyond_the_border(face):
+    same, _ = subclasses(face)
+    model = face.nn.Sequential(same(3, 8, 3))
+    what = '0: SamePadding pads the appended coordinates itself.*want outside="zero"'
+    coords = Coordinates("xy", outside="extend")
+    refused(face, model, what, coords=coords, subclasses=True)
 
 
 def test_the_share_of_the_variance(face):

@@ -15,7 +15,7 @@ from paddle.quantization import PTQ, QAT, QuantConfig
 from paddle.quantization.observers import AbsmaxObserver
 from paddle.quantization.quanters import FakeQuanterWithAbsMaxObserver
 
-from coordconv import Coordinates, position_bias
+from coordconv import Coordinates, Window, position_bias, window
 from coordconv.backends.paddle import CoordConv1D, CoordConv2D, fuse
 from coordconv.backends.paddle.quantizing import QuantedCoordConv2D
 
@@ -130,6 +130,17 @@ def test_training_with_quantization(layer, monkeypatch):
         layer.weight.set_value(training[0].weight_quanter(training[0].weight))
         monkeypatch.setattr(position_bias, "FORCED", position_bias.MAP)  # the same sums
         assert (training(x) == layer(x)).all()
+
+
+def test_the_coordinates_of_a_window(layer):
+    """Where 8 bits hold all, the quantized layer computes what the layer computes."""
+    x, part = inputs(layer), Window({"x": 0.25, "y": 0.5}, {"x": 0.75, "y": 1.0})
+    found = quantized(nn.Sequential(layer), x)
+    with paddle.no_grad():
+        whole = found(x)
+        with window(part):
+            error = (found(x) - layer(x)).abs().max()
+            assert error <= 1e-6 * layer(x).abs().max() < (whole - layer(x)).abs().max()
 
 
 def test_paddles_own_class_in_the_mapping_is_an_error():

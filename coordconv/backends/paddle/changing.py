@@ -27,7 +27,7 @@ from typing import Any
 import paddle
 from paddle import Tensor, nn
 
-from coordconv.backends.paddle import adding, networks, options
+from coordconv.backends.paddle import adding, networks, options, windows
 from coordconv.backends.paddle.converting import CONVERSION
 from coordconv.backends.paddle.layers import (
     CoordConv1D,
@@ -57,7 +57,8 @@ class _Appending(Appending, PaddleCoordLayer):
 
     def _appended(self, x: Tensor) -> Tensor:
         options.check(x, self.rank, self.channels_last, self._in_channels, len(self.coords))
-        return adding.append(self.coords, x, self.channels_last, self._groups)
+        window = windows.window_of(None, x, self.rank)
+        return adding.append(self.coords, x, self.channels_last, self._groups, window)
 
 
 def _is_wrapper(kind: type) -> bool:

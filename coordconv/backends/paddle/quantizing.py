@@ -14,7 +14,7 @@ from paddle import Tensor
 from paddle.nn.quant.format import ConvertibleQuantedLayer
 from paddle.quantization.config import DEFAULT_QAT_LAYER_MAPPINGS
 
-from coordconv.backends.paddle import adding, options
+from coordconv.backends.paddle import adding, options, windows
 from coordconv.backends.paddle.fusing import options_of
 from coordconv.backends.paddle.layers import CoordConv2D
 
@@ -41,7 +41,10 @@ class QuantedCoordConv2D(ConvertibleQuantedLayer):  # type: ignore[misc]
         x = self.activation_quanter(x) if self.activation_quanter else x
         kernel = self.weight_quanter(self.weight) if self.weight_quanter else self.weight
         features, coordinates = adding.split(self.layout, kernel)
-        return adding.add_map(layer, adding.convolve(layer, x, features, None), x, coordinates)
+        output, window = adding.convolve(layer, x, features, None), windows.window_of(None, x, 2)
+        if window is not None:
+            return adding.add_map_of_window(layer, output, x, coordinates, None, window)
+        return adding.add_map(layer, output, x, coordinates)
 
     def weights_to_quanters(self) -> list[tuple[str, str]]:
         return [("weight", "weight_quanter")]
