@@ -430,8 +430,8 @@ class NetworkConversion:
             )
         if coords.outside == "extend":
             return Unfit(
-                f'{kind} pads the appended coordinates itself, so that they end at the border: want '
-                f'outside="zero", got {coords}'
+                f"{kind} pads the coordinates as it pads the features, so that they end at the "
+                f'border: want outside="zero", got {coords}'
             )
         if not self.tape.is_array(conv.weight):
             return Unfit(f"{kind} has a kernel without values, and cannot be run to find out")

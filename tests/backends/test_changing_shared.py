@@ -357,7 +357,7 @@ def test_a_subclass_has_the_coordinates_of_a_window(face):
 def test_a_subclass_has_no_coordinates_that_go_on_beyond_the_border(face):
     same, _ = subclasses(face)
     model = face.nn.Sequential(same(3, 8, 3))
-    what = '0: SamePadding pads the appended coordinates itself.*want outside="zero"'
+    what = '0: SamePadding pads the coordinates as it pads the features.*want outside="zero"'
     coords = Coordinates("xy", outside="extend")
     refused(face, model, what, coords=coords, subclasses=True)
 
