@@ -14,7 +14,7 @@ import numpy as np
 from coordconv.geometry import is_int
 from coordconv.grid import Array
 from coordconv.layers import CoordLayer
-from coordconv.tape import to_numpy
+from coordconv.tape import refuse_computed, to_numpy
 
 MOST_MAPS = 8  # of the last sizes
 Named = Sequence[tuple[str, Any]]  # all modules of a network; one in two places has both names
@@ -140,7 +140,7 @@ def example(size: Any, array: Any, make: Callable[[], Any]) -> tuple[Any, ...]:
 
 
 def check_layer(layer: Any, steps: Sequence[str] = ("forward",)) -> None:
-    """ValueError for a layer in training, or one whose own computation would be lost.
+    """ValueError for a layer in training, or one of which something would be lost or be old.
 
     ``steps`` are the methods that compute, which a subclass or the layer itself may have anew.
     """
@@ -153,6 +153,12 @@ def check_layer(layer: Any, steps: Sequence[str] = ("forward",)) -> None:
                 f"{type(layer).__name__} has a {name} of its own, which would be lost: use the "
                 "CoordConv inside a module instead"
             )
+    refuse_computed(layer)
+    if has_hooks(layer):
+        raise ValueError(
+            "a layer must have no forward hooks to be fused, which might change its output: remove "
+            "them by their handles, and register them anew on the fused layer"
+        )
 
 
 def checked_size(size: Any, rank: int) -> tuple[int, ...]:
@@ -195,12 +201,18 @@ def neighbours(named: Named, sequence: type) -> dict[str, str]:
     return pairs
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether forward hooks may change what a module of PyTorch or Paddle computes."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_forward_post_hooks"
+    return any(vars(module).get(name) for name in names)
+
+
 def followed_once(
     named: Named, pairs: Mapping[str, str], batch_norms: tuple[type, ...]
 ) -> dict[str, str]:
     """Of modules and what follows, CoordConvs and batch normalizations that are in one place alone.
 
-    The very classes of ``batch_norms``, as a subclass may compute anything.
+    The very classes of ``batch_norms``, as a subclass may compute anything, and without hooks.
     """
     modules, times = dict(named), Counter(id(each) for _, each in named)
     return {
@@ -208,6 +220,8 @@ def followed_once(
         for name, after in pairs.items()
         if isinstance(modules[name], CoordLayer)
         and type(modules[after]) in batch_norms
+        and not has_hooks(modules[after])
+        and "forward" not in vars(modules[after])
         and times[id(modules[name])] == times[id(modules[after])] == 1
     }
 

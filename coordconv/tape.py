@@ -63,18 +63,22 @@ def all_modules(module: Any) -> list[tuple[str, Any]]:
     return [*module.named_modules(remove_duplicate=False)]
 
 
-def refuse_computed(layer: Any) -> None:
+def refuse_computed(layer: Any, parametrized: bool = False) -> None:
     """Raise ValueError if a hook computes the weight or the bias, which are those of the last call.
 
-    So pruning does it, and the norms of PyTorch and Paddle that are no parametrizations.
+    So pruning does it, and the norms of PyTorch and Paddle that are no parametrizations: these are
+    properties, and compute what they are whenever they are asked for; ``parametrized`` refuses
+    them, too.
     """
     own = dict(layer.named_parameters("", False))
     for name in ("weight", "bias"):
-        of = [each for each in own if each.startswith(f"{name}_")]
-        if of and name not in own:
+        is_property = isinstance(getattr(type(layer), name, None), property)
+        allowed = name in own or (is_property and not parametrized)
+        if not allowed and getattr(layer, name) is not None:
+            of = " and ".join(each for each in own if each.startswith(f"{name}_"))
             raise ValueError(
-                f"{name} must be a parameter, but is computed from {' and '.join(of)} at each "
-                "call: remove the norm or the pruning first"
+                f"{name} must be a parameter, but is computed{of and ' from '}{of} at each call, as "
+                "by a norm, a parametrization or pruning: remove that first"
             )
 
 
@@ -84,11 +88,23 @@ class TapeWeights(CanonicalLayer):
     weight: Any
     bias: Any
     state_dict: Any
+    named_parameters: Any
 
     def _canonical(self) -> dict[str, Array]:
         self.state_dict()  # whose hooks have FSDP2 let go of what it gathered for a call
+        refuse_computed(self)
         found = {"weight": self.weight, "bias": self.bias}
         return {name: to_numpy(tensor) for name, tensor in found.items() if tensor is not None}
+
+    def import_weights(self, mapping: Mapping[str, Array]) -> None:
+        """Take canonical weights, as :meth:`.CanonicalLayer.import_weights` does.
+
+        Raises:
+            ValueError: as there; a weight or a bias that is computed from other parameters, as in
+                pruning: the next call would compute what was imported anew.
+        """
+        refuse_computed(self, parametrized=True)
+        super().import_weights(mapping)
 
 
 class TapeLayer(TapeWeights, CoordLayer):

@@ -273,6 +273,35 @@ def test_statistics_of_the_batch_are_not_folded():
     assert isinstance(fuse(model)[1], nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda norm: norm.register_forward_hook(lambda _, inputs, output: output.abs()),
+        lambda norm: norm.register_forward_pre_hook(lambda _, inputs: inputs[0].abs()),
+    ],
+    ids=["after", "before"],
+)
+def test_a_batch_norm_with_a_hook_is_left(hook):
+    model = trained(nn.Sequential(CoordConv2d(8, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 8, 9, 9)
+    hook(model[1])
+    fused = fuse(model)
+    assert fused.fuse_report.layers[0].batch_norm is None
+    assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_what_would_be_lost_or_be_old_is_refused():
+    layer = CoordConv2d(3, 4, 3).eval()
+    layer.forward = lambda input: 2 * input
+    with pytest.raises(ValueError, match="forward of the CoordConv2d must be that of its class"):
+        layer.fuse()
+    for norm in (nn.utils.weight_norm, nn.utils.spectral_norm):  # which compute it at a call
+        layer = norm(CoordConv2d(3, 4, 3)).eval()
+        with pytest.raises(ValueError, match="weight must be a parameter.*remove_weight_norm"):
+            layer.fuse()
+
+
 def test_a_parametrized_layer():
     conv = parametrizations.weight_norm(CoordConv2d(8, 8, 3))
     model, x = trained(nn.Sequential(conv, nn.BatchNorm2d(8))), torch.randn(2, 8, 9, 9)

@@ -654,16 +654,35 @@ def test_what_would_be_lost_is_refused():
     with pytest.raises(ValueError, match="weight must be a parameter.*remove_weight_norm"):
         fuse(nn.Sequential(normed))
     x = paddle.ones([1, 3, 5, 5])
-    wanted, new = normed(x), CoordConv2D(3, 4, 3)
-    new.eval()
-    new.import_weights(normed.export_weights())
-    assert paddle.allclose(new.fuse()(x), wanted, atol=1e-5)
+    wanted = normed(x)
     nn.utils.remove_weight_norm(normed)
     assert paddle.allclose(normed.fuse()(x), wanted, atol=1e-5)
+    replaced = CoordConv2D(3, 4, 3)
+    replaced.eval()
+    replaced.forward = lambda x: 2 * x
+    with pytest.raises(ValueError, match="forward of the CoordConv2D must be that of its class"):
+        replaced.fuse()
     static = nn.Sequential(CoordConv2D(3, 4, 3))
     static.eval()
     with pytest.raises(ValueError, match="forward of '' must be .*fuse the network before"):
         fuse(paddle.jit.to_static(static))
+
+
+@pytest.mark.parametrize("size", [None, (17, 9)])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda norm: norm.register_forward_post_hook(lambda _, inputs, output: output.abs()),
+        lambda norm: norm.register_forward_pre_hook(lambda _, inputs: inputs[0].abs()),
+    ],
+    ids=["after", "before"],
+)
+def test_a_batch_norm_with_a_hook_is_left(hook, size):
+    model = trained(nn.Sequential(CoordConv2D(8, 4, 3), nn.BatchNorm2D(4)))
+    hook(model[1])
+    fused = fuse(model, size)
+    assert fused.fuse_report.layers[0].batch_norm is None
+    assert same(fused, model)
 
 
 def test_a_network_whose_forward_paddle_flops_has_set_to_what_it_is():

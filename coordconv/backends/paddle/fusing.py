@@ -28,6 +28,7 @@ from coordconv.fusing import (
     followed_alone,
     followed_once,
     fused_copy,
+    has_hooks,
     latest,
     layers_to_fuse,
     neighbours,
@@ -89,11 +90,6 @@ class FusedCoordConv(nn.Layer):
         if not paddle.in_dynamic_mode():
             raise ValueError("a layer is fused in eager mode: call paddle.disable_static() first")
         check_layer(layer)
-        if "weight" not in dict(layer.named_parameters(include_sublayers=False)):
-            raise ValueError(
-                "weight must be a parameter to be fused, not computed, as weight_norm does: call "
-                "remove_weight_norm, or let a new layer import_weights(layer.export_weights())"
-            )
         self.coords: Coordinates = layer.coords
         self.size = None if size is None else checked_size(size, layer.rank)
         found: Any
@@ -293,6 +289,8 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
 
 def _folds(norm: Any, layer: Any) -> bool:
     """Whether a batch normalization, in evaluation, is a factor and a shift of a layer's output."""
+    if has_hooks(norm):
+        return False
     if type(norm) is nn.BatchNorm:  # its use_global_stats, False, says nothing of evaluation
         folds = not (norm._trainable_statistics or norm._act)
     else:

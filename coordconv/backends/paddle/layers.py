@@ -19,7 +19,7 @@ from coordconv.backends.paddle.initializer import coordinates_at_zero
 from coordconv.coordinates import Coordinates, CoordinatesLike
 from coordconv.grid import Array
 from coordconv.position_bias import APPEND
-from coordconv.tape import TapeLayer, TapeWeights, adapt_state_dict, refuse_computed
+from coordconv.tape import TapeLayer, TapeWeights, adapt_state_dict
 from coordconv.weights.kernels import KernelLayout
 from coordconv.windows import Window
 
@@ -28,7 +28,6 @@ class PaddleWeights(TapeWeights):
     """A layer that takes canonical weights."""
 
     def _assign(self, arrays: Mapping[str, Array]) -> None:
-        refuse_computed(self)
         with paddle.no_grad():
             for name, array in arrays.items():
                 tensor = getattr(self, name)

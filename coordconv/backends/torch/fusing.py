@@ -64,14 +64,8 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
         super().__init__()
         # Torch's transposed convolutions call no second one.
         check_layer(layer, ("forward",) if layer.transposed else ("forward", "_conv_forward"))
-        refuse_computed(layer)
         if is_distributed(weight):
             raise ValueError("a layer must have whole parameters to be fused, got DTensors")
-        if _has_hooks(layer):
-            raise ValueError(
-                "a layer must have no forward hooks to be fused, which might change its output: "
-                "remove them by their handles, and register them anew on the fused layer"
-            )
         self.coords = layer.coords
         self.size = None if size is None else checked_size(size, layer.rank)
         features, coordinates = layer.layout.split(weight.detach())
@@ -248,7 +242,7 @@ def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[st
         found = dict(set.intersection(*(_followed_in(graph) for graph in graphs)))
     modules = dict(named)
     once = followed_once(named, found, _BATCH_NORMS)
-    return {name: norm for name, norm in once.items() if _is_foldable(modules[norm])}, notes
+    return {name: norm for name, norm in once.items() if modules[norm].track_running_stats}, notes
 
 
 def _followed_in(graph: torch.fx.Graph) -> set[tuple[str, str]]:
@@ -262,16 +256,6 @@ def _followed_in(graph: torch.fx.Graph) -> set[tuple[str, str]]:
         if user.op == "call_module" and calls[node.target] == calls[user.target] == 1:
             found.add((str(node.target), str(user.target)))
     return found
-
-
-def _is_foldable(norm: Any) -> bool:
-    """Whether a norm has statistics, and computes what its class computes, and no more."""
-    return norm.track_running_stats and "forward" not in vars(norm) and not _has_hooks(norm)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module calls functions of a user's, which may change what it returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from coordconv.backends.torch import adding
 from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
-from coordconv.tape import TapeWeights, is_distributed, refuse_computed, replicated
+from coordconv.tape import TapeWeights, is_distributed, replicated
 from coordconv.weights.kernels import KernelLayout, same_channels
 
 _COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
@@ -60,16 +59,7 @@ class TorchWeights(CarriesCoords, adding.OwnChannels, TapeWeights):
         known = isinstance(kernel, Tensor)  # a tracer's stand-in does not know its type
         return adding.is_low_precision(kernel, (kernel if known else next(self.parameters())).dtype)
 
-    def _canonical(self) -> dict[str, Array]:
-        refuse_computed(self)
-        return super()._canonical()
-
     def _assign(self, arrays: Mapping[str, Array]) -> None:
-        if parametrize.is_parametrized(self):  # type: ignore[arg-type]  # a mixin
-            raise ValueError(
-                "weights must be imported before a parametrization computes them: call "
-                "torch.nn.utils.parametrize.remove_parametrizations first"
-            )
         with torch.no_grad():
             for name, array in arrays.items():
                 parameter = getattr(self, name)
