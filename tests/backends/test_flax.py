@@ -387,18 +387,26 @@ class TestConvolutionOfOnesOwn:
         fused.kernel[...], fused.bias[...] = layer.kernel[...], layer.bias[...]
         assert np.array_equal(y, fused(np.sign(appended(x, layer.coords))))
 
-    def test_has_the_features_where_nothing_can_be_appended(self):
-        shapes = []
+    @pytest.mark.parametrize("map_only", [False, True])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_is_obeyed_in_16_bits_and_by_a_layer_that_maps(self, dtype, map_only):
+        """Here one that scales the kernel by the length of the whole of it."""
 
         def convolution(lhs, rhs, *args, out_sharding=None, **kwargs):
-            shapes.append(rhs.shape)
-            return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+            return lax.conv_general_dilated(lhs, rhs / jnp.linalg.norm(rhs), *args, **kwargs)
 
+        given = {"conv_general_dilated": convolution, "dtype": dtype}
+        x, layer = draw((5, 3)), fill(build(**given))
+        layer.map_only = map_only
+        plain = nnx.Conv(C + 2, OUT, (3, 3), **given, rngs=nnx.Rngs(0))
+        plain.kernel[...], plain.bias[...] = layer.kernel[...], layer.bias[...]
+        assert np.array_equal(layer(x), plain(appended(x, layer.coords)))
+
+    def test_is_refused_where_nothing_can_be_appended(self):
         coords = Coordinates("xy", outside="extend")
-        x = integers(2, 5, 3, C)
-        y = fill(build(coords=coords, conv_general_dilated=convolution))(x)
-        assert shapes == [(3, 3, C, OUT)]
-        assert np.array_equal(y, fill(build(coords=coords))(x))
+        layer = build(coords=coords, conv_general_dilated=lambda *args, **kwargs: None)
+        with pytest.raises(ValueError, match="a conv_general_dilated of one's own.*want outside="):
+            layer(integers(2, 5, 3, C))
 
 
 class TestTransformations:

@@ -132,7 +132,7 @@ class CoordConv(_CoordLayer, nnx.Conv):
     ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
     :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
     features and coordinates, else there is a ValueError; a ``conv_general_dilated`` of one's own is
-    given both.
+    given both, also in 16 bits, and is refused with coordinates that extend outside.
 
     Example:
         >>> layer = CoordConv(3, 8, (3, 3), coords="xyr", rngs=nnx.Rngs(0))

@@ -134,11 +134,15 @@ def split(layer: Any, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str:
+    if has_own_step(layer):  # whatever that function computes, it has features and coordinates
+        if layer.coords.outside == "extend":
+            raise ValueError(
+                "a conv_general_dilated of one's own pads the coordinates as it pads the features, "
+                f'so that they end at the border: want outside="zero", got {layer.coords}'
+            )
+        return core.APPEND
     if layer.map_only:
         return core.MAP
-    low = jnp.finfo(inputs.dtype).bits < 32
-    if has_own_step(layer) and not low and layer.coords.outside == "zero":
-        return core.APPEND  # whatever that function computes, it has features and coordinates
     rank = geometry.rank
     return core.choose(
         geometry,
@@ -147,7 +151,7 @@ def _way(layer: Any, geometry: ConvGeometry, inputs: jax.Array, out: int) -> str
         out,
         batch=_product(inputs.shape[: -1 - rank]),
         positions=_product(geometry.lengths(inputs.shape[-1 - rank : -1])),
-        low_precision=low,
+        low_precision=jnp.finfo(inputs.dtype).bits < 32,
         fused=isinstance(inputs, jax.core.Tracer),
     )
 

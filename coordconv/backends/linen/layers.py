@@ -107,7 +107,8 @@ class CoordConv(_CoordLayer, nn.Conv):
     ``coords=None`` and ``coord_init="fan_in"``, the errors and the source are those of
     :class:`coordconv.layers.CoordLayer`. ``kernel_init`` draws, and ``mask`` has, the shape over
     features and coordinates, else there is a ValueError; what a ``conv_general_dilated_cls`` of
-    one's own makes is given both.
+    one's own makes is given both, also in 16 bits, and is refused with coordinates that extend
+    outside.
 
     Example:
         >>> layer = CoordConv(8, (3, 3), coords="xyr")
