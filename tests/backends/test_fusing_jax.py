@@ -621,6 +621,10 @@ def test_what_cannot_be_fused_in_nnx():
     )
     with pytest.raises(ValueError, match="must have a kernel of 4 axes, got .* a scan or vmap"):
         many.fuse()
+    hooked = nnx_layer("2-D")
+    hooked.kernel = nnx.Param(hooked.kernel[...], on_get_value=lambda _, value: value / value.max())
+    with pytest.raises(ValueError, match="kernel of layers.0 must hold its values, and computes"):
+        flax.fuse(nnx.Sequential(hooked))
     for kind in ("WeightNorm", "SpectralNorm"):
         if hasattr(nnx, kind):
             computed = getattr(nnx, kind)(nnx_layer("2-D"), rngs=nnx.Rngs(0))

@@ -29,7 +29,7 @@ def unfit(conv: Any) -> Unfit | None:
             "it has a conv_general_dilated of its own, which may compute anything", fatal=True
         )
     kernel: Any = conv.kernel
-    if not isinstance(kernel, nnx.Variable) or _is_computed(kernel):
+    if not isinstance(kernel, nnx.Variable) or is_computed(kernel):
         return Unfit("its kernel is computed when it is read", fatal=True)
     value = raw(kernel)
     if not isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
@@ -40,7 +40,8 @@ def unfit(conv: Any) -> Unfit | None:
     return Unfit(f"its kernel has shape {value.shape}, and should have {wanted}", fatal=True)
 
 
-def _is_computed(variable: Any) -> bool:
+def is_computed(variable: Any) -> bool:
+    """Whether a Variable's value is computed when it is read or written."""
     kind, methods = type(variable), ("get_value", "set_value")
     return not {"on_get_value", "on_set_value"}.isdisjoint(variable.get_metadata()) or any(
         getattr(kind, name, None) is not getattr(nnx.Variable, name, None) for name in methods

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from coordconv.backends.flax import graph
+from coordconv.backends.flax import converting, graph
 from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
@@ -99,6 +99,14 @@ class Folded(nnx.Module):
 
 def _params(layer: Any, name: str = "") -> dict[str, jax.Array]:
     """The masked kernel and the bias of a layer that can be fused."""
+    for which in ("kernel", "bias"):
+        variable = getattr(layer, which)
+        if isinstance(variable, nnx.Variable) and converting.is_computed(variable):
+            raise ValueError(
+                f"{which} of {name or type(layer).__name__} must hold its values, and computes "
+                "them when it is read, so that a part of it would be computed by itself: fuse a "
+                "layer with its values in a plain nnx.Param"
+            )
     kernel = masked(layer.kernel[...], layer.mask)
     fusing.check_layer(layer, kernel, name)
     return {"kernel": kernel} | ({} if layer.bias is None else {"bias": layer.bias[...]})
@@ -139,7 +147,8 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     Raises:
         TypeError: ``model`` is no module; another ``size``.
         ValueError: there is no CoordConv, or one cannot be split before its call, as in an
-            ``nnx.WeightNorm``; a batch normalization is in training.
+            ``nnx.WeightNorm`` or of a Variable that computes its value; a batch normalization is in
+            training.
 
     Example:
         >>> from coordconv.backends.flax import CoordConv
