@@ -6,8 +6,9 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -255,27 +256,44 @@ def fused_copy(
     return copied
 
 
+Poison: TypeAlias = Callable[[Sequence[int]], Array]  # of a shape
+
+
 def followed_alone(
-    pairs: Mapping[str, str], outputs: Callable[[Mapping[str, str]], Sequence[Array]]
+    pairs: Mapping[str, str], outputs: Callable[[Mapping[str, str], Poison], Sequence[Array]]
 ) -> dict[str, str]:
     """Of layers and what takes their output, those whose output nothing else takes.
 
-    For frameworks without a graph that names a network's layers. ``outputs(poisoned)`` runs the
-    network, with NaN as the output of each layer in ``poisoned`` for everything but its partner
-    there, which is given what the layer computed. If NaN changes what the network returns,
-    something else saw it. Nothing is shown by a network that returns nothing, or NaN anyway.
+    For frameworks without a graph that names a network's layers. ``outputs(poisoned, poison)`` runs
+    the network, with ``poison(shape)`` as the output of each layer in ``poisoned`` for everything
+    but its partner there, which is given what the layer computed. If a poison changes what the
+    network returns, something else saw it. Nothing is shown by a network that returns nothing, or
+    NaN anyway.
     """
-    wanted = outputs({})
+    wanted = outputs({}, _POISONS[0])
     if not any(each.size for each in wanted) or any(np.isnan(each).any() for each in wanted):
         return {}
 
     def unchanged(poisoned: Mapping[str, str]) -> bool:
-        found = outputs(poisoned)
-        return len(found) == len(wanted) and all(
-            np.array_equal(one, other, equal_nan=True)
-            for one, other in zip(found, wanted, strict=True)
-        )
+        for poison in _POISONS:
+            found = outputs(poisoned, poison)
+            if len(found) != len(wanted) or not all(
+                np.array_equal(one, other, equal_nan=True)
+                for one, other in zip(found, wanted, strict=True)
+            ):
+                return False
+        return True
 
     if unchanged(pairs):
         return dict(pairs)
     return {layer: after for layer, after in pairs.items() if unchanged({layer: after})}
+
+
+def _poison(factor: float, shape: Sequence[int]) -> Array:
+    found: Array = np.random.default_rng(0).uniform(-1, 1, shape) * factor
+    return found
+
+
+# NaN shows in all numbers that are computed of it, but is beyond no bound, and no largest number.
+# Large numbers are, of which 16 bits hold these, and turned round they are at other places.
+_POISONS = tuple(partial(_poison, factor) for factor in (np.nan, 2.0**14, -(2.0**14)))

@@ -57,13 +57,13 @@ class TestFollowedAlone:
         """The pairs that hold, and how often the network ran."""
         runs = []
 
-        def outputs(poisoned):
+        def outputs(poisoned, poison):
             runs.append(dict(poisoned))
 
             def layer(name, x):
                 """What the layer's partner is given, and what everything else is."""
                 y = 2.0 * x + 1.0
-                return y, np.full_like(y, np.nan) if name in poisoned else y
+                return y, poison(y.shape) if name in poisoned else y
 
             return network(layer)
 
@@ -78,7 +78,7 @@ class TestFollowedAlone:
         pairs = {"a": "na", "b": "nb"}
         found, runs = self.run(network, pairs)
         assert found == pairs
-        assert runs == [{}, pairs]  # one run for all of them if nothing is seen
+        assert runs == [{}, pairs, pairs, pairs]  # not one for each if nothing is seen
 
     def test_of_several_the_one_that_something_else_sees_is_left_out(self):
         def network(layer):
@@ -88,12 +88,17 @@ class TestFollowedAlone:
 
         found, runs = self.run(network, {"a": "na", "b": "nb"})
         assert found == {"b": "nb"}
-        assert runs == [{}, {"a": "na", "b": "nb"}, {"a": "na"}, {"b": "nb"}]
+        assert runs == [{}, {"a": "na", "b": "nb"}, {"a": "na"}, *3 * [{"b": "nb"}]]
 
     def test_what_is_seen_inside(self):
         for network in (
             lambda layer: [np.where(layer("a", np.arange(3.0))[1] > 0, 1, 0)],
             lambda layer: [np.zeros(1)] * (1 if layer("a", np.ones(1))[1] > 0 else 2),
+            # what NaN, which is beyond no bound and is no largest number, does not change
+            lambda layer: [layer("a", np.arange(3.0))[1] > 100],
+            lambda layer: [layer("a", np.arange(3.0))[1] < -100],
+            lambda layer: [np.fmax(layer("a", np.arange(3.0))[1] - 100, 0)],
+            lambda layer: [np.argmax(-layer("a", np.arange(3.0))[1])],
             lambda layer: [np.zeros(int(np.isnan(layer("a", np.ones(1))[1]).sum()) + 1)],
         ):
             found, _ = self.run(network, {"a": "na"})

@@ -22,7 +22,7 @@ from coordconv.backends.flax import converting, graph
 from coordconv.backends.flax.recording import watched
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
-from coordconv.fusing import FusedLayer, FuseReport, example
+from coordconv.fusing import FusedLayer, FuseReport, Poison, example
 from coordconv.layers import CoordLayer
 from coordconv.windows import check_fused
 
@@ -256,14 +256,19 @@ def _poisoned(
     inputs: tuple[Any, ...],
     seen: fusing.Seen,
     poisoned: Mapping[str, str],
+    poison: Poison,
     names: set[str],
 ) -> Any:
-    """The output of a run with NaN in some parameters, and the state of all but ``names``."""
+    """The output of a run with poison for some parameters, and the state of all but ``names``."""
     model, changed = nnx.clone(model), {*poisoned, *poisoned.values()}
     for path, variable in [*nnx.iter_graph(model)]:
         if isinstance(variable, nnx.Variable) and _parent(path) in changed:
-            variable[...] = jnp.full_like(variable[...], jnp.nan)
-    output = _run(model, inputs, lambda name, *given: seen.poisoned(name, poisoned, given[1]))
+            variable[...] = fusing.poison_like(variable[...], poison)
+
+    def see(name: str, _: Any, call: Callable[[], Any], *__: Any) -> Any:
+        return seen.poisoned(name, poisoned, poison, call)
+
+    output = _run(model, inputs, see)
     return output, nnx.to_pure_dict(nnx.state(model, lambda path, _: _parent(path) not in names))
 
 

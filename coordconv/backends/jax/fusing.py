@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from coordconv.backends.jax import adding, options
 from coordconv.backends.jax.arrays import layer_arrays, layer_params, to_numpy
 from coordconv.coordinates import Coordinates
-from coordconv.fusing import folded, followed_alone
+from coordconv.fusing import Poison, folded, followed_alone
 from coordconv.geometry import ConvGeometry, is_int
 from coordconv.grid import Array
 from coordconv.layers import FixedCoords
@@ -137,23 +137,25 @@ class Seen:
         }
 
     def alone(
-        self, pairs: Mapping[str, str], outputs: Callable[[Mapping[str, str], set[str]], Any]
+        self,
+        pairs: Mapping[str, str],
+        outputs: Callable[[Mapping[str, str], Poison, set[str]], Any],
     ) -> tuple[dict[str, str], tuple[str, ...]]:
         """Of ``pairs`` those whose layer and norm nothing else uses, and notes about the others.
 
-        ``outputs(poisoned, names)`` runs the network with NaN in the parameters of the layers and
-        norms in ``poisoned``, whose calls :meth:`poisoned` makes. It returns the output, and the
-        state of all modules but those in ``names``. NaN is so what a use inside a transformation
-        finds as well, that of a cached trace included.
+        ``outputs(poisoned, poison, names)`` runs the network with poison for the parameters of the
+        layers and norms in ``poisoned``, whose calls :meth:`poisoned` makes. It returns the output,
+        and the state of all modules but those in ``names``. Poison is so what a use inside a
+        transformation finds as well, that of a cached trace included.
         """
         if not pairs:
             return {}, ()
 
         names = {*pairs, *pairs.values()}
 
-        def arrays(poisoned: Mapping[str, str]) -> list[Array]:
+        def arrays(poisoned: Mapping[str, str], poison: Poison) -> list[Array]:
             with jax.debug_nans(False):
-                leaves = jax.tree.leaves(outputs(poisoned, names))
+                leaves = jax.tree.leaves(outputs(poisoned, poison, names))
             return [to_numpy(leaf) for leaf in leaves if _is_array(leaf)]
 
         found = followed_alone(pairs, arrays)
@@ -164,12 +166,19 @@ class Seen:
         )
         return found, tuple(notes)
 
-    def poisoned(self, name: str, poisoned: Mapping[str, str], call: Callable[[], Any]) -> Any:
-        """What a module returns in a run with NaN: layers that, norms what they returned before."""
+    def poisoned(
+        self, name: str, poisoned: Mapping[str, str], poison: Poison, call: Callable[[], Any]
+    ) -> Any:
+        """What a module returns in a run with poison: norms what they returned before."""
         if name in poisoned.values():
             return self.calls[name][0][2]
         output = call()
-        return jnp.full_like(output, jnp.nan) if name in poisoned else output
+        return poison_like(output, poison) if name in poisoned else output
+
+
+def poison_like(array: Any, poison: Poison) -> jax.Array:
+    """Poison of an array's shape and type."""
+    return jnp.asarray(poison(array.shape)).astype(array.dtype)
 
 
 def training(name: str) -> str:

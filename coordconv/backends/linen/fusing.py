@@ -19,7 +19,7 @@ from jax import numpy as jnp
 
 from coordconv.backends.jax import adding, fusing, options
 from coordconv.backends.jax.layers import masked
-from coordconv.fusing import FusedLayer, FuseReport
+from coordconv.fusing import FusedLayer, FuseReport, Poison
 from coordconv.layers import FixedCoords
 
 MAPS = "coordconv"  # the collection: of each fused layer a map for each size, under its name
@@ -89,14 +89,15 @@ def fuse(
         found.note(name, module)
         return call()
 
-    def poisoned(pairs: Mapping[str, str], names: set[str]) -> Any:
-        changed = found.changed({*pairs, *pairs.values()}, lambda a: jnp.full_like(a, jnp.nan))
+    def poisoned(pairs: Mapping[str, str], poison: Poison, names: set[str]) -> Any:
+        changes = {*pairs, *pairs.values()}
+        changed = found.changed(changes, lambda a: fusing.poison_like(a, poison))
         output, state = _run(
             model,
             changed,
             inputs,
             kwargs,
-            lambda name, module, call, *_: seen.poisoned(name, pairs, call),
+            lambda name, module, call, *_: seen.poisoned(name, pairs, poison, call),
         )
         flat = traverse_util.flatten_dict(unfreeze(state))
         return output, [leaf for key, leaf in flat.items() if ".".join(key[1:-1]) not in names]

@@ -21,6 +21,7 @@ from paddle.utils.decorator_utils import param_one_alias
 from coordconv.backends.paddle import adding, options
 from coordconv.coordinates import Coordinates
 from coordconv.fusing import (
+    Poison,
     check_layer,
     checked_size,
     example,
@@ -321,13 +322,14 @@ class _Run:
                 each.register_forward_pre_hook(partial(self._before, name))
         self.outputs({})
 
-    def outputs(self, poisoned: Mapping[str, str]) -> list[Array]:
+    def outputs(self, poisoned: Mapping[str, str], poison: Poison | None = None) -> list[Array]:
         """What the network returns; see :func:`coordconv.fusing.followed_alone`."""
-        self.poisoned = poisoned
+        self.poisoned, self.poison = poisoned, poison
         # By layer, for each call: the size of its input, or None if another size may come of it.
         self.seen: dict[str, list[tuple[int, ...] | None]] = defaultdict(list)
         self.taken: dict[str, list[str | None]] = defaultdict(list)  # by norm: the layers before
-        self.made: dict[int, tuple[str, Tensor, Tensor]] = {}  # by id, for which it is kept
+        # By id, for which it is kept: the layer, its output, and how often it had been written to.
+        self.made: dict[int, tuple[str, Tensor, Tensor, int]] = {}
         # Clones, since the network may write to them.
         inputs = mapped(lambda _, x: x.clone() if isinstance(x, Tensor) else x, "", self.inputs)
         with paddle.no_grad():
@@ -346,20 +348,25 @@ class _Run:
         return found
 
     def _after(self, name: str, layer: Any, inputs: Any, output: Any) -> Any:
-        """Note a layer's call; give NaN on if the layer is poisoned."""
+        """Note a layer's call; give something else on if the layer is poisoned."""
         last, shape = layer.channels_last, None
         if inputs and isinstance(output, Tensor):
             shape = adding.spatial_shape(inputs[0], last)
             lengths = options.output_shape(options.geometry(layer, shape), shape)
             shape = shape if adding.spatial_shape(output, last) == lengths else None
         self.seen[name].append(shape)
-        given = paddle.full_like(output, np.nan) if name in self.poisoned else output
-        self.made[id(given)] = name, given, output
+        given = output
+        if self.poison and name in self.poisoned:
+            given = paddle.to_tensor(self.poison(output.shape), place=output.place)
+            given = given.astype(output.dtype)
+        self.made[id(given)] = name, given, output, given.inplace_version
         return given
 
     def _before(self, name: str, norm: Any, inputs: Any) -> Any:
         """Note a batch normalization's call; give it what its layer computed."""
         found = self.made.get(id(inputs[0])) if inputs else None
+        if found and found[1].inplace_version != found[3]:  # something in between wrote to it
+            found = None
         self.taken[name].append(found and found[0])
         is_partner = found is not None and self.poisoned.get(found[0]) == name
         return (found[2], *inputs[1:]) if found and is_partner else None
