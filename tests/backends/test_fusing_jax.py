@@ -478,13 +478,23 @@ class Uses(nnx.Module):
                 return z + nnx.jit(lambda norm, x: norm(x))(self.norm, x)
             case "in a vmap":
                 return z + jax.vmap(self.conv)(x)
+            case "a bound":  # which NaN is not beyond
+                return z + (y > 100)
         return z
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 @pytest.mark.parametrize(
     "what",
-    ["sown", "the weights", "the statistics", "in a jit", "the norm in a jit", "in a vmap"],
+    [
+        "sown",
+        "the weights",
+        "the statistics",
+        "in a jit",
+        "the norm in a jit",
+        "in a vmap",
+        "a bound",
+    ],
 )
 def test_what_is_used_elsewhere_in_nnx_is_not_folded(what):
     model, x = Uses(what), draw((9, 5))
@@ -516,10 +526,14 @@ class LinenUses(nn.Module):
                 return z + jax.vmap(lambda row: conv(row))(x)
             case "in a jit":
                 return z + nn.jit(lambda conv, x: conv(x))(conv, x)
+            case "a bound":
+                return z + (y > 100)
         return z
 
 
-@pytest.mark.parametrize("what", ["sown", "the weights", "the statistics", "in a vmap", "in a jit"])
+@pytest.mark.parametrize(
+    "what", ["sown", "the weights", "the statistics", "in a vmap", "in a jit", "a bound"]
+)
 def test_what_is_used_elsewhere_in_linen_is_not_folded(what):
     model, x = LinenUses(what), draw((9, 5))
     variables = model.init(jax.random.key(0), x)
