@@ -561,6 +561,30 @@ def test_layers_that_a_transformation_stands_before_are_left():
     assert np.allclose(model.apply(fused, x), model.apply(variables, x), atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_a_transformation_stands_before_in_one_call_is_left(first):
+    def normed(params):
+        return jax.tree.map(lambda array: array / (1 + jnp.linalg.norm(array)), params)
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = linen.CoordConv(OUT, (3, 3))
+
+            def call(layer, x):
+                return layer(x)
+
+            given = {"init": self.is_initializing(), "mutable": True}
+            calls = [nn.map_variables(call, "params", normed, **given), call]
+            return sum(each(layer, x) for each in (calls if first else calls[::-1]))
+
+    model, x = Twice(), draw((9, 5))
+    variables = model.init(jax.random.key(0), x)
+    fused, report = linen.fuse(model, variables, x)
+    assert not report.layers
+    assert np.array_equal(model.apply(fused, x), model.apply(variables, x))
+
+
 def test_a_norm_of_another_type_or_axis_is_left():
     for norm in (nnx_norm(dtype="bfloat16"), nnx.BatchNorm(5, axis=-2, rngs=nnx.Rngs(0))):
         norm.use_running_average = True

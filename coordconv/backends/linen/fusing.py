@@ -179,14 +179,15 @@ class _Stored:
         return traverse_util.unflatten_dict(flat)
 
     def note(self, name: str, module: Any) -> None:
-        """Whether a module sees its variables, changed by :func:`_other`, and nothing else."""
+        """Whether a module sees, in all its calls, its variables as :func:`_other` changed them."""
         flat = traverse_util.flatten_dict(unfreeze(meta.unbox(module.variables)))
         seen, wanted = {key[-1]: leaf for key, leaf in flat.items()}, self[name]
-        self._plain[name] = seen.keys() == wanted.keys() and all(
+        plain = seen.keys() == wanted.keys() and all(
             not isinstance(seen[key], jax.core.Tracer)
             and np.array_equal(seen[key], _other(jnp.asarray(array)))
             for key, array in wanted.items()
         )
+        self._plain[name] = plain and self._plain.get(name, True)
 
     def is_plain(self, name: str) -> bool:
         """Whether no transformation stands between the variables and a module."""
