@@ -163,6 +163,14 @@ def test_what_a_fused_layer_is_made_of():
     assert set(loss) == {"conv"}
 
 
+def test_a_bias_that_is_switched_off():
+    layer, x = nnx_layer("2-D"), inputs((9, 5))
+    layer.bias[...] = jnp.ones(OUT)
+    layer.use_bias = False
+    for size in (None, (9, 5)):
+        assert np.allclose(layer.fuse(size)(x), layer(x), atol=1e-5)
+
+
 def test_the_metadata_of_parameters_stays():
     layer = nnx_layer("2-D")
     layer.kernel = nnx.Param(layer.kernel[...], note="kept")

@@ -109,7 +109,8 @@ def _params(layer: Any, name: str = "") -> dict[str, jax.Array]:
             )
     kernel = masked(layer.kernel[...], layer.mask)
     fusing.check_layer(layer, kernel, name)
-    return {"kernel": kernel} | ({} if layer.bias is None else {"bias": layer.bias[...]})
+    has_bias = layer.use_bias and layer.bias is not None  # which may have been set since
+    return {"kernel": kernel} | ({"bias": layer.bias[...]} if has_bias else {})
 
 
 def _plain(layer: Any, features: jax.Array, bias: jax.Array | None) -> Any:
