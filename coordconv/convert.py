@@ -209,7 +209,8 @@ def _read(path: Path, format: str) -> Weights:
     backend = backends.load(format)
     if not os.path.isdir(path):
         permissions(path)
-    return Weights(backend.read_state(path))
+    found = backend.read_state(path)
+    return Weights(found, getattr(found, "coordinates", None))
 
 
 def _renamed(arrays: Weights, network: networks.Network, format: str) -> Mapping[str, Array]:
@@ -217,7 +218,7 @@ def _renamed(arrays: Weights, network: networks.Network, format: str) -> Mapping
     if format == CANONICAL:
         return arrays
     found: Mapping[str, Array] = backends.load(format).from_state(network, arrays)
-    return found
+    return Weights(found, arrays.coordinates)
 
 
 def _guess(path: Path, arrays: Weights, format: str) -> networks.Network:

@@ -27,7 +27,7 @@ class Function:
     """A channel that is a function of the coordinates, computed by NumPy.
 
     Two are the same channel if name, axes and ``fn`` are the same. A file of weights keeps name and
-    axes alone: coordinates that are read from one have no ``fn``, and match a layer's by name.
+    axes alone: coordinates that are read from one have no ``fn``, and match a layer's by these.
 
     Args:
         name: what files and error messages call it.

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from coordconv.coordinates import Coordinates, CoordinatesLike
-from coordconv.functions import Function
+from coordconv.functions import Channel, Function, Given, name_of
 from coordconv.geometry import is_int
 from coordconv.grid import Array
 
@@ -125,9 +125,21 @@ class KernelLayout:
 def same_channels(one: Coordinates, other: Coordinates) -> bool:
     """Whether two Coordinates differ at most in the order of their channels.
 
-    Functions and maps are the same if their names are, as a file keeps no more.
+    Functions and maps are the same if their names and axes are, as a file keeps no more. A map that
+    names no axes has all of the grid, whose number is not known here.
     """
-    return {*one.names} == {*other.names} and replace(one, channels=other.channels) == other
+    if {*one.names} != {*other.names} or replace(one, channels=other.channels) != other:
+        return False
+    by_name = {name_of(channel): channel for channel in other.channels}
+    return all(_are_alike(channel, by_name[name_of(channel)]) for channel in one.channels)
+
+
+def _are_alike(one: Channel, other: Channel) -> bool:
+    """Whether two channels of one name are of one kind, and have the same axes."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    unsaid = isinstance(one, Given) and None in (one.axes, other.axes)
+    return type(one) is type(other) and (unsaid or one.axes == other.axes)
 
 
 def check_position(position: str) -> None:

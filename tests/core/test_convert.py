@@ -556,6 +556,28 @@ def test_a_folder_of_checkpoints(backend: str, tmp_path: Path) -> None:
         assert_same(load(tmp_path / folder / inside, format=backend), weights)
 
 
+def test_the_coordinates_in_a_state_of_torch(tmp_path: Path) -> None:
+    """Layers of ours put them in its metadata: in another order they are put in the network's."""
+    torch = pytest.importorskip("torch")
+    network, path = networks.get("coord_classifier"), tmp_path / "state.pt"
+    turned = network.with_coordinates("yx")
+    weights = networks.initial_weights(turned, 1)
+    state = backends.load("torch").build(turned, weights).state_dict()
+    torch.save(state, path)
+    assert describe(path).coordinates == {"conv1": Coordinates("yx")}
+    assert np.array_equal(load(path, turned)["conv1.weight"], weights["conv1.weight"])
+    found = load(path, network)["conv1.weight"]
+    assert np.array_equal(found, weights["conv1.weight"][:, [*range(found.shape[1] - 2), -1, -2]])
+    with pytest.raises(ValueError, match="conv1.weight was made for .*'yx'.*, want .*'xyr'"):
+        load(path, network.with_coordinates("xyr"))
+    with pytest.raises(ValueError, match="position must be 'last' for weights that carry their"):
+        load(path, network, position="first")
+    state._metadata["conv1"]["coords"] = {"channels": 5}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="state.pt has damaged coordinates metadata"):
+        load(path, network)
+
+
 def test_files_of_torch_that_hold_no_state(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     for what in (torch.ones(2), {"epoch": 3, "model": {"w": torch.ones(2)}}, {1: torch.ones(2)}):

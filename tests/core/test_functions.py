@@ -78,6 +78,13 @@ def test_files_keep_names() -> None:
     assert read.names == ("y", "saddle", "lat")
     assert same_channels(read, coords)
     assert not same_channels(read, Coordinates(["y", Function("other", "xy", saddle), "x"]))
+    for other in (
+        ["y", Function("saddle", "yx", saddle), Given("lat", [1, 2], "y")],
+        ["y", Function("saddle", "xy", saddle), Given("lat", [1, 2], "x")],
+        ["y", Function("saddle", "xy", saddle), Function("lat", "y", np.cos)],
+    ):
+        assert not same_channels(read, Coordinates(other))
+    assert same_channels(read, Coordinates([*coords.channels[:2], Given("lat", [[1, 2]])]))
     with pytest.raises(ValueError, match=r"'saddle' is known by its name alone.*'xy', fn\)"):
         coordinate_grid((2, 2), read.only([read.channels[1]]))
     with pytest.raises(ValueError, match=r"'lat' is known by its name alone.*Given\('lat', array"):

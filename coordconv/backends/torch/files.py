@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from coordconv.backends.torch.states import COORDS
+from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
 from coordconv.networks import Network
 from coordconv.tape import to_numpy
+from coordconv.weights.canonical import Weights
 
 
-def read_state(path: str) -> dict[str, Array]:
-    """The arrays of a file of a state_dict; see :class:`coordconv.backends.protocols.Backend`."""
+def read_state(path: str) -> Weights:
+    """The arrays of a file of a state_dict; see :class:`coordconv.backends.protocols.Backend`.
+
+    With the Coordinates of layers of ours, which a state_dict has in its metadata.
+    """
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -43,7 +50,16 @@ def read_state(path: str) -> dict[str, Array]:
             raise ValueError(
                 f"{path} holds what NumPy arrays by name cannot: {name}: {error}"
             ) from error
-    return arrays
+    return Weights(arrays, _coordinates(path, state))
+
+
+def _coordinates(path: str, state: Any) -> dict[str, Coordinates]:
+    """The Coordinates that layers of ours put in the metadata of a state dict, by layer."""
+    try:
+        entries = {n: e for n, e in getattr(state, "_metadata", {}).items() if COORDS in e}
+        return {name: Coordinates.from_dict(entry[COORDS]) for name, entry in entries.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has damaged coordinates metadata: {error}") from error
 
 
 def from_state(network: Network, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from coordconv.grid import Array
 from coordconv.tape import TapeWeights, is_distributed, replicated
 from coordconv.weights.kernels import KernelLayout, same_channels
 
-_COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
+COORDS = "coords"  # under which the metadata of a state dict has a layer's Coordinates
 
 
 class CarriesCoords:
@@ -28,13 +28,13 @@ class CarriesCoords:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)  # a caller's own mapping has none
         if metadata is not None and prefix[:-1] in metadata:
-            metadata[prefix[:-1]][_COORDS] = self.coords.to_dict()
+            metadata[prefix[:-1]][COORDS] = self.coords.to_dict()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
         *_, error_msgs = rest
-        found = local_metadata.get(_COORDS)
+        found = local_metadata.get(COORDS)
         try:
             # In place: the state is a copy of the caller's.
             self._fit(state_dict, prefix, None if found is None else Coordinates.from_dict(found))
