@@ -191,11 +191,16 @@ def layers_to_fuse(named: Named, batch_norms: tuple[type, ...]) -> dict[str, Any
 def neighbours(named: Named, sequence: type) -> dict[str, str]:
     """What is right behind each module, in a ``sequence`` of modules that run one by one.
 
-    What stands twice, such as one ReLU, still stands between others.
+    What stands twice, such as one ReLU, still stands between others. The network has to be such a
+    sequence, and all around those inside, as another module may run the parts of one by itself, to
+    take what comes in between.
     """
     pairs: dict[str, str] = {}
+    modules = dict(named)
     for prefix, each in named:
-        if type(each) is sequence:
+        parts = prefix.split(".") if prefix else []
+        around = [modules[".".join(parts[:i])] for i in range(len(parts))]
+        if all(type(one) is sequence for one in (*around, each)):
             start = f"{prefix}." if prefix else ""
             inside = [n for n, _ in named if n.startswith(start) and "." not in n[len(start) :]]
             pairs |= pairwise(n for n in inside if n)

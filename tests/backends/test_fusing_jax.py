@@ -513,6 +513,22 @@ def test_what_is_used_elsewhere_in_nnx_is_not_folded(what):
     assert flax.fuse(Uses("nothing"), (9, 5)).fuse_report.layers[0].batch_norm == "norm"
 
 
+class Tapped(nnx.Module):
+    def __init__(self):
+        self.parts = nnx.Sequential(flax.CoordConv(C, C, (1, 1), rngs=nnx.Rngs(0)), nnx_norm())
+
+    def __call__(self, x):
+        y = self.parts.layers[0](x)
+        return self.parts.layers[1](y) + y
+
+
+def test_a_sequence_that_is_run_in_parts():
+    model, x = Tapped(), draw((9, 5))
+    assert np.allclose(flax.fuse(model)(x), model(x), atol=1e-5)
+    report = flax.fuse(nnx.Sequential(model.parts)).fuse_report
+    assert report.layers[0].batch_norm == "layers.0.layers.1"
+
+
 class LinenUses(nn.Module):
     what: str = "nothing"
 

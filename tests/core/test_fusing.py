@@ -124,7 +124,9 @@ class TestFollowedAlone:
 class TestNeighbours:
     def found(self, *modules, prefix="", more=()):
         inside = [(f"{prefix}.{i}".removeprefix("."), each) for i, each in enumerate(modules)]
-        named = [(prefix, Sequence()), *inside, *more]
+        parts = prefix.split(".") if prefix else []
+        around = [(".".join(parts[:i]), Sequence()) for i in range(len(parts))]
+        named = [*around, (prefix, Sequence()), *inside, *more]
         return followed_once(named, neighbours(named, Sequence), (Norm,))
 
     def test_what_stands_behind(self):
@@ -132,6 +134,11 @@ class TestNeighbours:
         assert self.found(Norm(), Layer(), Norm(), Norm(), prefix="a.b") == {"a.b.1": "a.b.2"}
         assert self.found(Layer(), object(), Norm()) == {}
         assert self.found(Norm(), Layer()) == {}
+
+    def test_what_another_module_may_run_in_parts_is_left(self):
+        inside = [("a", Sequence()), ("a.0", Layer()), ("a.1", Norm())]
+        for around, found in ((Sequence(), {"a.0": "a.1"}), (object(), {})):
+            assert neighbours([("", around), *inside], Sequence) == found
 
     def test_what_is_inside_of_something_is_not_behind(self):
         more = [("0.norm", Norm())]

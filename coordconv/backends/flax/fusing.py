@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -140,7 +140,8 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
             each program that is compiled.
         batch_norm: whether to fold the batch normalization after a CoordConv into it. With a
             ``size`` the runs tell which one comes after it, and that nothing else takes the
-            layer's output; without, the neighbours in each ``nnx.Sequential`` do.
+            layer's output; without, the neighbours in a network that is an ``nnx.Sequential``, and
+            in those right in it, do.
 
     Returns:
         The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
@@ -196,7 +197,9 @@ def fuse(model: nnx.Module, size: Any = None, batch_norm: bool = True) -> Any:
     if inputs is not None:
         pairs, notes = seen.alone(pairs, lambda *given: _poisoned(model, inputs, seen, *given))
     elif batch_norm and norms:
-        notes = ("batch normalizations outside nnx.Sequential are left: no size was given",)
+        notes = (
+            "batch normalizations in other modules than nnx.Sequential are left: no size was given",
+        )
     sizes = seen.sizes()
     if inputs is not None and "" in layers:
         sizes[""] = [fusing.spatial_shape(model, inputs[0])]
@@ -288,13 +291,25 @@ def _folds(layer: Any, params: Mapping[str, jax.Array], norm: Any) -> bool:
     return known and fusing.folds(layer, params["kernel"], norm, _statistics(norm).values())
 
 
+def _is_module(each: Any) -> bool:
+    """Whether it is a module, and not a list of some, as a sequence has."""
+    return isinstance(each, nnx.Module) and not isinstance(each, MutableSequence)
+
+
 def _neighbours(modules: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What stands right behind each CoordConv in an ``nnx.Sequential``, both there alone."""
+    """What stands right behind each CoordConv in an ``nnx.Sequential``, both there alone.
+
+    The network is such a sequence, and all modules around that one are.
+    """
     names = {id(module): name for name, module in modules.items()}
     children = (child for m in modules.values() for _, child in graph.children(m))
     times = Counter(map(id, children))
-    for module in modules.values():
-        if type(module) is nnx.Sequential:
+    for path, module in modules.items():
+        parts = path.split(".") if path else []
+        around = [modules.get(".".join(parts[:i])) for i in range(len(parts))]
+        kinds = {type(each) for each in (*around, module) if _is_module(each)}
+        # Another module may run the parts of a sequence by itself, to take what is in between.
+        if kinds == {nnx.Sequential} and type(module) is nnx.Sequential:
             for layer, norm in pairwise(module.layers):
                 ours = isinstance(layer, CoordLayer) and isinstance(norm, nnx.BatchNorm)
                 if ours and times[id(layer)] == times[id(norm)] == 1:

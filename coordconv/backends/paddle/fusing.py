@@ -231,7 +231,8 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
             and a layer that saw one size keeps one map. None keeps the maps of the last sizes.
         batch_norm: whether to fold the batch normalization after a CoordConv into it. With a
             ``size`` the runs tell which one comes after it, and that nothing else takes the
-            layer's output; without, the neighbours in each ``nn.Sequential`` do.
+            layer's output; without, the neighbours in a network that is an ``nn.Sequential``, and
+            in those right in it, do.
 
     Returns:
         The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
@@ -269,7 +270,10 @@ def fuse(model: nn.Layer, size: Any = None, batch_norm: bool = True) -> nn.Layer
     if size is None:
         pairs = followed_once(named, neighbours(named, nn.Sequential), _BATCH_NORMS)
         if {name for name, each in named if type(each) in _BATCH_NORMS} - {*pairs.values()}:
-            notes = ("batch normalizations outside nn.Sequential are left: no size was given",)
+            notes = (
+                "batch normalizations in other modules than nn.Sequential are left: no size was "
+                "given",
+            )
     else:
         run = _Run(model, layers, size)
         sizes, pairs = run.sizes(), run.pairs()

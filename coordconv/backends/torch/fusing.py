@@ -178,8 +178,8 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
             tuple of all arguments): the network is run once to see the size at each layer, and a
             layer that saw one size keeps one map. None keeps the maps of the last sizes that came.
         batch_norm: whether to fold the batch normalization after a CoordConv into it. Which one
-            comes after it ``torch.fx`` tells; in a network that cannot be traced, the neighbours
-            in each ``nn.Sequential`` do, and the report says so.
+            comes after it ``torch.fx`` tells; where it cannot trace, the neighbours in a network
+            that is an ``nn.Sequential``, and in those right in it, do, and the report says so.
 
     Returns:
         The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
@@ -237,7 +237,10 @@ def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[st
     except Exception as error:  # noqa: BLE001  # it runs the user's code, which may raise anything
         found = neighbours(named, nn.Sequential)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        notes = (f"batch normalizations outside nn.Sequential are left: torch.fx fails ({reason})",)
+        notes = (
+            "batch normalizations in other modules than nn.Sequential are left: torch.fx fails "
+            f"({reason})",
+        )
     else:
         found = dict(set.intersection(*(_followed_in(graph) for graph in graphs)))
     modules = dict(named)
