@@ -139,7 +139,8 @@ class Given:
         name: what files and error messages call it.
         array: its values at the samples, of shape ``(n,)`` for one axis, ``(h, w)`` for two. They
             are copied.
-        axes: the tokens of its axes; None for all of the grid.
+        axes: the tokens of its axes, in any order: the array has them in that of the grid, ``z``
+            first and ``x`` last. None for all of the grid.
 
     A file of weights keeps the name and the axes alone.
 
