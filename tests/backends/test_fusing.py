@@ -20,6 +20,7 @@ from coordconv.backends.torch import (
     CoordConvTranspose1d,
     CoordConvTranspose2d,
     CoordConvTranspose3d,
+    LazyCoordConv2d,
     fuse,
 )
 
@@ -478,6 +479,9 @@ def test_what_cannot_be_fused():
         fuse(3)
     with pytest.raises(TypeError, match="size must be a spatial shape or an example of .*, got 5"):
         fuse(layer, 5)
+    for size in (None, (5, 6)):
+        with pytest.raises(ValueError, match="a lazy layer has no weight.*run the network once"):
+            fuse(nn.Sequential(LazyCoordConv2d(3, 4)).eval(), size and torch.zeros(1, 3, *size))
     fused = layer.fuse((5, 6))
     with pytest.raises(ValueError, match=r"the size that was fused, \(5, 6\), got \(6, 5\)"):
         fused(torch.zeros(1, 3, 6, 5))

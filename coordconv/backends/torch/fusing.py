@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from coordconv.backends.torch import adding, options
 from coordconv.backends.torch.states import CarriesCoords
@@ -62,6 +63,8 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
         self, layer: Any, size: Sequence[int] | None, weight: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__()
+        if is_lazy(weight):
+            raise ValueError("a lazy layer has no weight to fuse yet: run the network once")
         # Torch's transposed convolutions call no second one.
         check_layer(layer, ("forward",) if layer.transposed else ("forward", "_conv_forward"))
         if is_distributed(weight):
