@@ -188,18 +188,19 @@ def layers_to_fuse(named: Named, batch_norms: tuple[type, ...]) -> dict[str, Any
     return dict(found.values())
 
 
-def neighbours(named: Named, sequence: type) -> dict[str, str]:
+def neighbours(named: Named, sequence: type, anywhere: bool = False) -> dict[str, str]:
     """What is right behind each module, in a ``sequence`` of modules that run one by one.
 
     What stands twice, such as one ReLU, still stands between others. The network has to be such a
     sequence, and all around those inside, as another module may run the parts of one by itself, to
-    take what comes in between.
+    take what comes in between; sequences ``anywhere`` are to be checked with
+    :func:`followed_alone`.
     """
     pairs: dict[str, str] = {}
     modules = dict(named)
     for prefix, each in named:
         parts = prefix.split(".") if prefix else []
-        around = [modules[".".join(parts[:i])] for i in range(len(parts))]
+        around = [] if anywhere else [modules[".".join(parts[:i])] for i in range(len(parts))]
         if all(type(one) is sequence for one in (*around, each)):
             start = f"{prefix}." if prefix else ""
             inside = [n for n, _ in named if n.startswith(start) and "." not in n[len(start) :]]

@@ -10,9 +10,11 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -22,19 +24,23 @@ from coordconv.backends.torch.states import CarriesCoords
 from coordconv.coordinates import Coordinates
 from coordconv.fusing import (
     Named,
+    Poison,
     check_layer,
     checked_size,
     example,
     folded_parameters,
+    followed_alone,
     followed_once,
     fused_copy,
     latest,
     layers_to_fuse,
     neighbours,
 )
+from coordconv.grid import Array
 from coordconv.layers import CoordLayer
 from coordconv.position_bias import MapPlan
-from coordconv.tape import all_modules, is_distributed, refuse_computed
+from coordconv.recording import mapped
+from coordconv.tape import all_modules, is_distributed, refuse_computed, to_numpy
 from coordconv.weights.kernels import same_channels
 from coordconv.windows import check_fused
 
@@ -182,7 +188,8 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
             layer that saw one size keeps one map. None keeps the maps of the last sizes that came.
         batch_norm: whether to fold the batch normalization after a CoordConv into it. Which one
             comes after it ``torch.fx`` tells; where it cannot trace, the neighbours in a network
-            that is an ``nn.Sequential``, and in those right in it, do, and the report says so.
+            that is an ``nn.Sequential``, and in those right in it, do, and the report says so. With
+            a ``size`` runs show then that nothing else takes the layer's output.
 
     Returns:
         The copy; its ``fuse_report`` is a :class:`coordconv.fusing.FuseReport`, to be printed.
@@ -213,8 +220,19 @@ def fuse(model: nn.Module, size: Any = None, batch_norm: bool = True) -> nn.Modu
     pairs: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
     if batch_norm and any(isinstance(each, _BATCH_NORMS) for _, each in named):
-        pairs, notes = _followers(run, named)
-    sizes = {} if size is None else _sizes(run, {name: copies[name] for name in layers}, size)
+        pairs, notes = _followers(run, named, anywhere=size is not None)
+    sizes: Mapping[str, tuple[int, ...]] = {}
+    if size is not None:
+        inputs = _inputs(run, size)
+        if notes:  # no graph shows that nothing else takes the output of a layer
+            alone = followed_alone(pairs, partial(_outputs, copies, inputs))
+            notes += tuple(
+                f"{norm} is left: nothing shows that it alone takes the output of {name}"
+                for name, norm in pairs.items()
+                if name not in alone
+            )
+            pairs = alone
+        sizes = _sizes(run, {name: copies[name] for name in layers}, inputs)
     return fused_copy(model, named, layers, pairs, notes, sizes, _folded)
 
 
@@ -229,8 +247,13 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, CoordLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The batch normalization after each CoordConv that nothing else follows, and what to note."""
+def _followers(
+    model: nn.Module, named: Named, anywhere: bool
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The batch normalization after each CoordConv that nothing else follows, and what to note.
+
+    Where there is a note no graph has shown it; ``anywhere`` as in :func:`.neighbours`.
+    """
     notes: tuple[str, ...] = ()
     try:
         # With all arguments, and with those alone that must be given.
@@ -238,7 +261,7 @@ def _followers(model: nn.Module, named: Named) -> tuple[dict[str, str], tuple[st
         optional = {p.name: p.default for p in usual if p.default is not p.empty}
         graphs = [_Tracer().trace(model, given) for given in ({}, optional)[: 1 + bool(optional)]]
     except Exception as error:  # noqa: BLE001  # it runs the user's code, which may raise anything
-        found = neighbours(named, nn.Sequential)
+        found = neighbours(named, nn.Sequential, anywhere)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         notes = (
             "batch normalizations in other modules than nn.Sequential are left: torch.fx fails "
@@ -264,14 +287,56 @@ def _followed_in(graph: torch.fx.Graph) -> set[tuple[str, str]]:
     return found
 
 
-def _sizes(model: nn.Module, layers: dict[str, Any], size: Any) -> dict[str, tuple[int, ...]]:
-    """The size at each layer that sees one, in a network that is given an input of this size."""
+def _inputs(model: nn.Module, size: Any) -> tuple[Any, ...]:
+    """A network's arguments, of this size."""
 
     def zeros() -> Tensor:
         first: Any = next(m for m in model.modules() if hasattr(m, "in_channels"))
         return first.weight.new_zeros(1, first.in_channels, *size)
 
-    inputs = example(size, Tensor, zeros)
+    return example(size, Tensor, zeros)
+
+
+def _outputs(
+    modules: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    poisoned: Mapping[str, str],
+    poison: Poison,
+) -> list[Array]:
+    """What a network returns; see :func:`coordconv.fusing.followed_alone`."""
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    found: list[Array] = []
+
+    def after(name: str, module: Any, args: Any, output: Tensor) -> Tensor:
+        made[name] = output, torch.from_numpy(poison(output.shape)).to(output)
+        return made[name][1]
+
+    def before(name: str, module: Any, args: Any) -> Any:
+        output, given = made.get(name, (None, None))
+        return (output, *args[1:]) if args and args[0] is given else args
+
+    def leaf(_: str, part: Any) -> None:
+        if isinstance(part, Tensor):
+            found.append(to_numpy(part))
+        elif part is not None and not isinstance(part, str):
+            found.append(np.array(part if isinstance(part, (int, float)) else np.nan))
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, norm in poisoned.items():
+            handle = modules[name].register_forward_hook(partial(after, name))
+            stack.callback(handle.remove)
+            handle = modules[norm].register_forward_pre_hook(partial(before, name))
+            stack.callback(handle.remove)
+        # Clones, since the network may write to them.
+        given = mapped(lambda _, x: x.clone() if isinstance(x, Tensor) else x, "", inputs)
+        mapped(leaf, "", modules[""](*given))
+    return found
+
+
+def _sizes(
+    model: nn.Module, layers: dict[str, Any], inputs: tuple[Any, ...]
+) -> dict[str, tuple[int, ...]]:
+    """The size at each layer that sees one, in a network that is given these inputs."""
     # None for an output of another size than is usual, which one map cannot be for.
     seen: dict[str, set[tuple[int, ...] | None]] = {name: set() for name in layers}
     hooks = []
