@@ -78,7 +78,8 @@ def refuse_computed(layer: Any, parametrized: bool = False) -> None:
             of = " and ".join(each for each in own if each.startswith(f"{name}_"))
             raise ValueError(
                 f"{name} must be a parameter, but is computed{of and ' from '}{of} at each call, "
-                "as by a norm, a parametrization or pruning: remove that first"
+                "as by a norm, a parametrization or pruning: remove that first, as with "
+                "remove_weight_norm"
             )
 
 

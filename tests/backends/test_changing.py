@@ -285,7 +285,7 @@ def test_a_subclass_gets_no_coordinates_that_go_on_beyond_the_border():
     coords = Coordinates("xy", outside="extend")
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Mine(4, 4, 3, padding=1))
     changes = add_coords(model, coords, subclasses=True)
-    assert changes.skipped["1"].startswith("Mine gets coordinates appended")
+    assert changes.skipped["1"].startswith("Mine pads the coordinates as it pads")
     with pytest.raises(ValueError, match='want outside="zero"'):
         add_coords(nn.Sequential(model[1]), coords, layers="0", subclasses=True)
 
