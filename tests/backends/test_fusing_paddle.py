@@ -687,6 +687,11 @@ def test_what_would_be_lost_is_refused():
     replaced.forward = lambda x: 2 * x
     with pytest.raises(ValueError, match="CoordConv2D has a forward of its own"):
         replaced.fuse()
+    hooked = CoordConv2D(3, 4, 3)
+    hooked.eval()
+    hooked.register_forward_post_hook(lambda _, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="a layer must have no forward hooks to be fused"):
+        hooked.fuse()
     static = nn.Sequential(CoordConv2D(3, 4, 3))
     static.eval()
     with pytest.raises(ValueError, match="forward of '' must be .*fuse the network before"):

@@ -67,17 +67,18 @@ class FusedCoordConv(nn.Layer):
     Made by the layer's ``fuse(size)``. The bias is in the map, as Paddle adds a bias slowly. With a
     ``size`` the map is a buffer; without, the maps of the last eight sizes are kept, each made when
     its first input comes, and a traced program makes its map in the graph. No parameter of it takes
-    a gradient. Hooks of the layer are not carried over. Fuse a layer in the type that it is to run
-    in: a map is made in float32 at least, but moves to 16 bits with what it is a buffer of.
+    a gradient. Fuse a layer in the type that it is to run in: a map is made in float32 at least,
+    but moves to 16 bits with what it is a buffer of.
 
     Shape:
         as the layer, with inputs of ``size`` alone if there is one.
 
     Raises:
         TypeError: ``size`` is no sequence.
-        ValueError: the layer is in training mode or in a static graph, has a ``forward`` of its own
-            or a weight that is computed, as by ``weight_norm``; ``size`` of another rank; at the
-            call, an input of another size than ``size``, or one that is not known.
+        ValueError: the layer is in training mode or in a static graph, has a ``forward`` of its
+            own, forward hooks or a weight that is computed, as by ``weight_norm``; ``size`` of
+            another rank; at the call, an input of another size than ``size``, or one that is not
+            known.
     """
 
     map: Any  # each a tensor or None, by size
