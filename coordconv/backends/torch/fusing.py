@@ -71,10 +71,10 @@ class FusedCoordConv(CarriesCoords, adding.OwnChannels, nn.Module):
         super().__init__()
         if is_lazy(weight):
             raise ValueError("a lazy layer has no weight to fuse yet: run the network once")
-        # Torch's transposed convolutions call no second one.
-        check_layer(layer, ("forward",) if layer.transposed else ("forward", "_conv_forward"))
         if is_distributed(weight):
             raise ValueError("a layer must have whole parameters to be fused, got DTensors")
+        # Torch's transposed convolutions call no second one.
+        check_layer(layer, ("forward",) if layer.transposed else ("forward", "_conv_forward"))
         self.coords = layer.coords
         self.size = None if size is None else checked_size(size, layer.rank)
         features, coordinates = layer.layout.split(weight.detach())
