@@ -377,7 +377,8 @@ def _run(model: str, function: ModelFunction, inputs: list[Array]) -> dict[str, 
                 f"{model} must return an array of real numbers, or a mapping from names to such "
                 f"arrays, got {type(array).__name__}{kind} for {name!r}"
             )
-    return {name: np.asarray(array) for name, array in found.items()}
+    # Copies, since a model may write its next answer, or another's, to the same memory.
+    return {name: np.array(array) for name, array in found.items()}
 
 
 def _sample_shape(array: Array) -> tuple[int, ...]:
@@ -414,6 +415,7 @@ def _row(model: str, name: str, found: Array, wanted: Array, allowed: Array) -> 
         return ComparisonRow(model, name, found.shape, math.inf, math.inf, math.inf, None, note)
     x, y = found.astype(np.float64), wanted.astype(np.float64)
     same = (x == y) | (np.isnan(x) & np.isnan(y))
+    same &= (found == wanted) | (np.isnan(found) & np.isnan(wanted))  # whole numbers beyond 2**53
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.where(same, 0, np.abs(x - y))
         error[np.isnan(error)] = math.inf  # NaN and a number

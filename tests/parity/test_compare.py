@@ -96,6 +96,18 @@ def test_other_types(dtype):
 def test_integers_must_be_equal():
     (row,) = compare({"a": lambda x: x, "b": lambda x: x + 1}, np.arange(3)).rows
     assert (row.error, row.ulps, row.of_bound) == (1, 1, np.inf)
+    large = np.array([2**53, 2**63 - 2])  # float64 does not tell these from their next
+    (row,) = compare({"a": lambda x: x, "b": lambda x: x + 1}, large).rows
+    assert row.of_bound == np.inf
+
+
+def test_models_that_write_to_the_same_memory():
+    memory = np.zeros_like(X)
+    models = {
+        "once": lambda x: np.multiply(x, 1, out=memory),
+        "twice": lambda x: np.multiply(x, 2, out=memory),
+    }
+    assert not compare(models, X).ok
 
 
 class TestNotFinite:
