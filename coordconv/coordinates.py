@@ -21,6 +21,7 @@ from coordconv.functions import (
 )
 
 _SPAN = (-1.0, 1.0)
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 _LATER = {"aspect": "each", "units": "span"}  # options that the first files do not have
 
 CoordinatesLike: TypeAlias = "Coordinates | str | Sequence[Channel] | None"
@@ -386,6 +387,6 @@ def _finite(name: str, value: object) -> float:
         number = float(value)
     except OverflowError:  # an int beyond every float
         number = math.inf
-    if not -math.inf < number < math.inf:  # nor NaN; torch.compile traces no math.isfinite
-        raise ValueError(f"{name} must be finite, got {number}")
+    if not -_LARGEST <= number <= _LARGEST:  # nor NaN; torch.compile traces no math.isfinite
+        raise ValueError(f"{name} must be finite, got {number}: float32 goes to 3.4e38")
     return number

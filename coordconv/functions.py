@@ -67,13 +67,13 @@ class Function:
                 f"make the coordinates with Function({self.name!r}, {self.axes!r}, fn)"
             )
         given = [each.astype(np.float64) for each in np.broadcast_arrays(*coordinates)]
-        found = np.asarray(self.fn(*given))
+        found = _numbers(f"the function {self.name!r} must return", self.fn(*given))
         if found.shape != given[0].shape:
             raise ValueError(
                 f"the function {self.name!r} must return an array of its arguments' shape "
                 f"{given[0].shape}, got {found.shape}"
             )
-        return _finite(f"the function {self.name!r} must return", found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,7 @@ class Given:
         if self.array is None:  # as a file has it
             object.__setattr__(self, "_key", (self.name, self.axes, None))
             return
-        array = np.array(self.array)
-        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
-            raise TypeError(f"the map {self.name!r} must be an array of numbers, got {array.dtype}")
-        array = _finite(f"the map {self.name!r} must have", array.astype(np.float64))
+        array = _numbers(f"the map {self.name!r} must have", self.array).astype(np.float64)
         if array.ndim not in ((1, 2, 3) if self.axes is None else (len(self.axes),)):
             raise ValueError(
                 f"the map {self.name!r} must have one axis for each of "
@@ -263,7 +260,17 @@ def _check_axes(axes: object) -> None:
         raise ValueError(f"axes must be different ones of x, y and z, got {axes!r}")
 
 
-def _finite(whose: str, array: Array) -> Array:
-    if not np.isfinite(array).all():
-        raise ValueError(f"{whose} finite numbers, got {array[~np.isfinite(array)][0]}")
+def _numbers(whose: str, values: Any) -> Array:
+    """The values as an array, if all of them are real numbers that float32 has, too."""
+    if np.ma.is_masked(values):
+        raise ValueError(
+            f"{whose} finite numbers, got a masked array with gaps: fill them, as filled(0) does"
+        )
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{whose} an array of numbers, got {array.dtype}")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32))
+    if not finite.all():
+        raise ValueError(f"{whose} finite numbers, got {array[~finite][0]}: float32 goes to 3.4e38")
     return array

@@ -78,6 +78,7 @@ def test_round_trips(coords: Coordinates) -> None:
         ((), {"span": (1, 1)}, ValueError, r"two different ends, got \(1, 1\)"),
         ((), {"span": (0.0, -0.0)}, ValueError, "two different ends"),
         ((), {"span": (0, float("inf"))}, ValueError, "span must be finite, got inf"),
+        ((), {"span": (0, 1e39)}, ValueError, "span must be finite, got 1e.39: float32 goes to"),
         ((), {"span": (float("nan"), 1)}, ValueError, "span must be finite, got nan"),
         ((), {"span": (0, 1, 2)}, TypeError, r"pair of numbers, got \(0, 1, 2\)"),
         ((), {"span": 1}, TypeError, "pair of numbers, got 1"),

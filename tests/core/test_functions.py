@@ -124,6 +124,24 @@ def test_kernels_of_many_channels() -> None:
         (lambda: fourier("x", frequencies=[np.nan]), ValueError, "must be finite numbers"),
         (lambda: fourier("x", frequencies=[]), ValueError, "must be finite numbers"),
         (lambda: Given("m", ["a"]), TypeError, "array of numbers"),
+        (lambda: Given("m", [1j, 2]), TypeError, "an array of numbers, got complex128"),
+        (lambda: Given("m", [1, 1e39]), ValueError, "finite numbers, got 1e.39: float32 goes to"),
+        # As netCDF4 reads them, with a large number in each gap.
+        (
+            lambda: Given("m", np.ma.masked_equal([1, 9e36], 9e36)),
+            ValueError,
+            "'m' must have .* got a masked array with gaps: fill them",
+        ),
+        (
+            lambda: coordinate_grid((3,), [Function("f", "x", lambda x: np.ma.masked_less(x, 0))]),
+            ValueError,
+            "'f' must return .* got a masked array",
+        ),
+        (
+            lambda: coordinate_grid((3,), [Function("f", "x", lambda x: x * 1j)]),
+            TypeError,
+            "'f' must return an array of numbers, got complex128",
+        ),
         (lambda: Given("m", [1, np.nan]), ValueError, "'m' must have finite numbers, got nan"),
         (lambda: Given("m", [[1, 2]], "x"), ValueError, r"for each of x, got shape \(1, 2\)"),
         (lambda: Given("m", 3), ValueError, "one axis for each"),
