@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -174,6 +174,39 @@ class Network:
         return replace(self, layers=tuple(layers))
 
 
+class Weights(dict[str, Array]):
+    """Canonical weights by dotted name, with the Coordinates that they were made for.
+
+    A plain ``dict`` will do wherever these are taken, but has no Coordinates to be checked when it
+    is imported, and neither Coordinates nor metadata to be saved.
+
+    Args:
+        arrays: by dotted name; of other Weights what is not given here is taken, too.
+        coordinates: by the dotted name of each CoordConv; that of a layer on its own is ``""``.
+        metadata: further text entries for the file.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Array] | Iterable[tuple[str, Array]] = (),
+        coordinates: Mapping[str, Coordinates] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(arrays)
+        own = vars(arrays) if isinstance(arrays, Weights) else {}
+        self.coordinates = dict(own.get("coordinates", {}) if coordinates is None else coordinates)
+        self.metadata = dict(own.get("metadata", {}) if metadata is None else metadata)
+
+    def copy(self) -> Weights:
+        """The same arrays, with their Coordinates, which a ``dict`` of them would lose."""
+        return Weights(self)
+
+    @classmethod
+    def of(cls, network: Network, arrays: Mapping[str, Array]) -> Weights:
+        """A network's arrays, with the network's Coordinates, and its name in the metadata."""
+        return cls(arrays, network.coordinates(), {"network": network.name})
+
+
 def _article(name: str, coords: Coordinates | None) -> Network:
     halving = ConvGeometry((3, 3), stride=2)
     layers = (
@@ -262,15 +295,15 @@ def build(name: str | Network, backend: str, *, seed: int = 0) -> Any:
     return backends.load(backend).build(network, initial_weights(network, seed))
 
 
-def initial_weights(name: str | Network, seed: int = 0) -> dict[str, Array]:
+def initial_weights(name: str | Network, seed: int = 0) -> Weights:
     """Float32 arrays by dotted name for a network to start with, alike in every backend.
 
     They are uniform within ``1 / sqrt(fan_in)`` of zero, as ``torch.nn`` draws them, but by NumPy.
     """
     rng = np.random.default_rng(seed)
-    weights = {}
-    for layer in get(name).layers:
+    network, weights = get(name), {}
+    for layer in network.layers:
         for weight, shape in layer.weight_shapes().items():
             limit = 1 / np.sqrt(layer.fan_in)  # type: ignore[union-attr]  # it has weights
             weights[f"{layer.name}.{weight}"] = rng.uniform(-limit, limit, shape).astype("f4")
-    return weights
+    return Weights.of(network, weights)

@@ -6,43 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from coordconv.coordinates import Coordinates
 from coordconv.grid import Array
 from coordconv.networks import Conv, Network
+from coordconv.networks import Weights as Weights
 from coordconv.weights.kernels import KernelLayout, same_channels
-
-
-class Weights(dict[str, Array]):
-    """Canonical weights by dotted name, with the Coordinates that they were made for.
-
-    A plain ``dict`` will do wherever these are taken, but has no Coordinates to be checked when it
-    is imported, and neither Coordinates nor metadata to be saved.
-
-    Args:
-        arrays: by dotted name.
-        coordinates: by the dotted name of each CoordConv; that of a layer on its own is ``""``.
-        metadata: further text entries for the file.
-    """
-
-    def __init__(
-        self,
-        arrays: Mapping[str, Array] | Iterable[tuple[str, Array]] = (),
-        coordinates: Mapping[str, Coordinates] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(arrays)
-        self.coordinates = dict(coordinates or {})
-        self.metadata = dict(metadata or {})
-
-    @classmethod
-    def of(cls, network: Network, arrays: Mapping[str, Array]) -> Weights:
-        """A network's arrays, with the network's Coordinates, and its name in the metadata."""
-        return cls(arrays, network.coordinates(), {"network": network.name})
 
 
 def layouts(network: Network) -> dict[str, KernelLayout]:

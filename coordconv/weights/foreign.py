@@ -73,12 +73,16 @@ def adopt(
         names = {} if called_as_ours else _by_order(arrays, shapes)
     sources = {ours: repr(theirs) for theirs, ours in names.items()}
     renamed = _without_nesting(_renamed(arrays, names), network)
+    made_for = getattr(arrays, "coordinates", {})  # by layer, which may have another name here
+    layers = {theirs.rpartition(".")[0]: ours.rpartition(".")[0] for theirs, ours in names.items()}
+    coordinates = {layers.get(layer, layer): coords for layer, coords in made_for.items()}
     if layout == "hwio":
         for name, kernel in _from_hwio(renamed, network).items():
             origin = sources.get(name, repr(name))
             sources[name] = f"{origin} of shape {np.shape(renamed[name])}"
             renamed[name] = kernel
-    return fitted(renamed, network, position=position, sources=sources)
+    given = Weights(renamed, coordinates)
+    return fitted(given, network, position=position, sources=sources)
 
 
 def fitted(

@@ -755,6 +755,16 @@ def test_weights_of_other_coordinates() -> None:
     made_for_yx = Weights.of(network.with_coordinates("yx"), arrays)
     found = fitted(made_for_yx, network)["conv4.weight"]
     np.testing.assert_array_equal(found, arrays["conv4.weight"][:, [*range(64), 65, 64]])
+    np.testing.assert_array_equal(adopt(made_for_yx, network, layout="oihw")["conv4.weight"], found)
+    renamed = Weights(
+        {name.replace("conv4", "fourth"): array for name, array in arrays.items()},
+        {"fourth": Coordinates("yx")},
+    )
+    names = {f"fourth.{name}": f"conv4.{name}" for name in ("weight", "bias")}
+    adopted = adopt(renamed, network, layout="oihw", names=names)["conv4.weight"]
+    np.testing.assert_array_equal(adopted, found)
+    with pytest.raises(ValueError, match="must be 'last' for weights that carry their Coord"):
+        adopt(made_for_yx, network, layout="oihw", position="first")
     other = Weights(arrays, {"conv4": Coordinates("xy", span=(0, 1))})
     with pytest.raises(ValueError, match=r"other coordinates: conv4.weight was made for .*, want"):
         fitted(other, network)

@@ -304,6 +304,16 @@ def test_other_coordinates_are_refused_by_name(other: Coordinates, layer: str) -
 # --- a network's ---------------------------------------------------------------------------------
 
 
+def test_copies_have_the_coordinates(tmp_path: Path) -> None:
+    start = networks.initial_weights("coord_cnn")
+    for made in (start, start.copy(), Weights(start)):
+        save_weights(tmp_path / "w.safetensors", made)
+        found = load_weights(tmp_path / "w.safetensors")
+        assert found.coordinates == {"conv4": Coordinates("xy")}
+        assert found.metadata == {"network": "coord_cnn"}
+    assert not Weights.of(networks.get("plain_cnn"), start).coordinates
+
+
 def test_the_weights_of_a_network() -> None:
     network = networks.get("coord_cnn").with_coordinates("yx")
     arrays = networks.initial_weights(network)
