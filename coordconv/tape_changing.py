@@ -68,14 +68,17 @@ class Conversion:
                 joined = layout.join(kernel, layout.split(drawn)[1], concatenate)
             return self.like(joined, kernel)
 
-    def resize_all(self, kernels: list[tuple[Any, Any, Any]]) -> None:
-        """Resize the kernels of a network, for which there may be optimizers."""
+    def resize_all(self, kernels: list[tuple[Any, Any, Any]], coordinates: bool) -> None:
+        """Resize the kernels of a network, for which there may be optimizers.
+
+        ``coordinates`` says whether the kernels have some from now on.
+        """
         self.watch([kernel for kernel, *_ in kernels])
         for kernel, values, gradient in kernels:
-            if id(kernel) not in _former_shapes:
-                _former_shapes[id(kernel)] = set()
-                weakref.finalize(kernel, _former_shapes.pop, id(kernel), None)
-            _former_shapes[id(kernel)].add(tuple(kernel.shape))
+            if id(kernel) not in _resized:
+                _resized[id(kernel)] = _Resized()
+                weakref.finalize(kernel, _resized.pop, id(kernel), None)
+            _resized[id(kernel)].resize(tuple(kernel.shape), coordinates)
             self.resize(kernel, values, gradient)
 
     def without_coordinates(self, kernel: Any, layout: KernelLayout) -> Any:
@@ -109,7 +112,7 @@ class Conversion:
             if gradient is not None:
                 gradient = self.without_coordinates(gradient, layout)
             kernels[id(kernel)] = kernel, self.without_coordinates(kernel, layout), gradient
-        self.resize_all([*kernels.values()])
+        self.resize_all([*kernels.values()], False)
         for layer in layers.values():
             appending = isinstance(layer, Appending)
             layer.__class__ = layer.subclass if appending else self.plain_class(layer)
@@ -117,25 +120,60 @@ class Conversion:
                 vars(layer).pop(name, None)
 
 
-# The shapes that each resized parameter had, by identity.
-_former_shapes: dict[int, set[tuple[int, ...]]] = {}
+@dataclass
+class _Resized:
+    """What happened to a parameter."""
+
+    former: set[tuple[int, ...]] = field(default_factory=set)  # the shapes that it had
+    times: int = 0  # how often
+    coordinates: int = 0  # which time it was given the coordinates that it has, 0 for never or none
+
+    def resize(self, former: tuple[int, ...], coordinates: bool) -> None:
+        self.former.add(former)
+        self.times += 1
+        self.coordinates = self.times if coordinates else 0
 
 
-def refuse_stale(kept: Iterable[tuple[Any, Iterable[Any]]]) -> None:
-    """Raise RuntimeError if an optimizer keeps, for a resized parameter, what has a former shape.
+# By identity of the parameter. For each optimizer, which coordinates a parameter had at its last
+# step: what it keeps for others may have the shape of those of now.
+_resized: dict[int, _Resized] = {}
+_NEVER = _Resized()
+_stepped: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
 
-    ``kept`` has parameters, and what the optimizer keeps for each: tensors, of which some may be
-    several of the parameter's shape in one, and anything else.
+
+def note_step(optimizer: Any, parameters: Iterable[Any]) -> None:
+    """Remember that what an optimizer keeps is for these parameters as they are now."""
+    steps = _stepped.setdefault(optimizer, {})
+    for each in parameters:
+        steps[id(each)] = _resized.get(id(each), _NEVER).coordinates
+
+
+def _has_others(optimizer: Any, parameter: Any) -> bool:
+    """Whether a parameter has coordinates, and had others or none as an optimizer took a step."""
+    now = _resized.get(id(parameter), _NEVER).coordinates
+    return bool(now) and _stepped.get(optimizer, {}).get(id(parameter), now) != now
+
+
+def refuse_stale(optimizer: Any, kept: list[tuple[Any, Iterable[Any]]]) -> None:
+    """Raise RuntimeError if an optimizer keeps something for a parameter as it was before.
+
+    ``kept`` has its parameters, and what it keeps for each: tensors, of which some may be several
+    of the parameter's shape in one, and anything else.
     """
     for parameter, states in kept:
-        former = _former_shapes.get(id(parameter), set()) - {tuple(parameter.shape)}
-        axes = len(parameter.shape)
-        if former and any(tuple(getattr(state, "shape", ()))[-axes:] in former for state in states):
+        shape = tuple(parameter.shape)
+        former = _resized.get(id(parameter), _NEVER).former - {shape}
+        if _has_others(optimizer, parameter):
+            former.add(shape)
+        if former and any(
+            tuple(getattr(state, "shape", ()))[-len(shape) :] in former for state in states
+        ):
             raise RuntimeError(
                 "the optimizer keeps momenta for kernels as they were before their layers were "
                 "given coordinates, or lost them: call update_optimizer(optimizer) of the Changes "
                 "that add_coords returned, or make a new optimizer"
             )
+    note_step(optimizer, [parameter for parameter, _ in kept])
 
 
 def become(conv: Any, cls: Any, coords: Coordinates, init: str) -> None:
@@ -224,9 +262,10 @@ class TapeChanges(Changes):
             before = (*shape[: layout.axis], width, *shape[layout.axis + 1 :])
             for name, state in conversion.states(optimizer, kernel).items():
                 number = len(state.shape) < 2 and _size(state) == 1
-                if number or tuple(state.shape) == shape:
+                fits = tuple(state.shape) == shape
+                if number or (fits and not _has_others(optimizer, kernel)):
                     continue
-                if tuple(state.shape) != before:
+                if not fits and tuple(state.shape) != before:
                     raise ValueError(
                         f"optimizer keeps {name!r} of shape {tuple(state.shape)} for a kernel of "
                         f"shape {shape}: make a new {type(optimizer).__name__}"
@@ -234,14 +273,17 @@ class TapeChanges(Changes):
                 updates.append((kernel, name, self._fitted(state, kernel, layout)))
         for update in updates:
             conversion.put(optimizer, *update)
+        note_step(optimizer, [kernel for kernel, _ in self._kernels])
 
     def _fitted(self, state: Any, kernel: Any, layout: KernelLayout) -> Any:
-        """What has the shape of a kernel of before, in the shape of the kernel as it is now.
+        """What was for a kernel of before, in the shape of the kernel as it is now.
 
         The coordinates' part is zero, or of what is one number throughout, that number.
         """
         if state.shape[layout.axis] == layout.width:
-            return self._conversion.like(layout.split(state)[0], kernel)
+            state = layout.split(state)[0]
+        if kernel.shape[layout.axis] == layout.plain_width:
+            return self._conversion.like(state, kernel)
 
         def filled(shape: tuple[int, ...], like: Any) -> Any:
             number = state.reshape([-1])[0]
@@ -355,7 +397,7 @@ class NetworkConversion:
         # All that could fail is behind us, and now all changes.
         rows, sizes = [], {name: _size(conv.weight) for name, conv in chosen.items()}
         conversion.resize_all(
-            [(kernel, values, gradient) for kernel, _, values, gradient in kernels.values()]
+            [(kernel, values, gradient) for kernel, _, values, gradient in kernels.values()], True
         )
         for name, conv in chosen.items():
             before = type(conv).__name__

@@ -171,6 +171,29 @@ def test_an_optimizer_of_before(face, name):
     face.step(model, optimizer, x)  # since nothing is of another shape by now
 
 
+@pytest.mark.parametrize("coords", ["xy", "yr"])
+def test_an_optimizer_of_other_coordinates(face, coords):
+    """Its momenta have the shape of the kernel, and are of the coordinates of before."""
+    model, x = face.network(), face.images()
+    changes = face.add_coords(model)
+    optimizer = face.optimizer("momentum", model)
+    face.step(model, optimizer, x)
+    changes.undo()
+    changes = face.add_coords(model, coords)
+    for each in model.parameters():
+        each.grad = each * 0
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match="call update_optimizer"):
+        optimizer.step()
+    assert equal(model[0].weight, before)
+    changes.update_optimizer(optimizer)
+    optimizer.step()
+    features, coordinates = model[0].layout.split(model[0].weight)
+    assert not equal(features, model[0].layout.split(before)[0])  # whose momenta stay
+    assert not coordinates.abs().max()
+    face.step(model, optimizer, x)
+
+
 def test_states_of_before_and_after(face):
     model, x = face.network(), face.images()
     set_training(model, False)

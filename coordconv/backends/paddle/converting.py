@@ -16,7 +16,7 @@ from paddle import Tensor, nn
 
 from coordconv.changing import Unfit
 from coordconv.coordinates import Coordinates
-from coordconv.tape_changing import Conversion, refuse_stale, replaced_forward
+from coordconv.tape_changing import Conversion, note_step, refuse_stale, replaced_forward
 from coordconv.weights.kernels import KernelLayout
 
 
@@ -91,7 +91,8 @@ def _kept(optimizer: Any, kernel: Any) -> dict[str, Tensor]:
 
 def _use(use: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
     """A method of an optimizer, which asks first."""
-    refuse_stale((each, _kept(optimizer, each).values()) for each in _held(optimizer))
+    kept = [(each, _kept(optimizer, each).values()) for each in _held(optimizer)]
+    refuse_stale(optimizer, kept)
     return use(*args, **kwargs)
 
 
@@ -102,6 +103,8 @@ def _watch(kernels: list[Any]) -> None:
             continue
         if changed.isdisjoint(map(id, _held(each))):
             continue
+        if getattr(each.step, "func", None) is not _use:  # it was not asked so far
+            note_step(each, _held(each))
         for name in _USES:
             use = getattr(each, name, None)
             if use is not None and getattr(use, "func", None) is not _use:

@@ -5,6 +5,7 @@ An optimizer that keeps momenta of the old shape raises an error at its next ste
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from coordconv.backends.torch import options
 from coordconv.changing import Unfit
 from coordconv.coordinates import Coordinates
-from coordconv.tape_changing import Conversion, refuse_stale, replaced_forward
+from coordconv.tape_changing import Conversion, note_step, refuse_stale, replaced_forward
 from coordconv.weights.kernels import KernelLayout
 
 
@@ -76,9 +77,13 @@ def _resize(parameter: Any, values: Tensor, gradient: Tensor | None) -> None:
 @cache  # once, and not at import: who changes no network has no step that asks
 def _watch_optimizers() -> None:
     def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        refuse_stale((kernel, states.values()) for kernel, states in optimizer.state.items())
+        kept = [(each, optimizer.state.get(each, {}).values()) for each in _held(optimizer)]
+        refuse_stale(optimizer, kept)
 
     register_optimizer_step_pre_hook(ask)
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.optim.Optimizer):  # isinstance may run any code
+            note_step(each, _held(each))
 
 
 def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
