@@ -83,6 +83,7 @@ class Window:
                 torchvision's ``RandomResizedCrop.get_params`` has it: top, left, height, width.
 
         Raises:
+            TypeError: a framework's boxes of 8 bits with widths, which would be added in 8 bits.
             ValueError: boxes of another shape, another format; what the constructor refuses.
 
         Example:
@@ -96,6 +97,11 @@ class Window:
             raise ValueError(f"boxes must have shape (4,) or (N, 4), got {tuple(boxes.shape)}")
         first, second, third, fourth = (boxes[..., i] for i in range(4))
         if format in ("xywh", "yxhw"):
+            if str(boxes.dtype).endswith("int8"):  # a framework's; NumPy's are floats by now
+                raise TypeError(
+                    f"boxes as {format!r} must be of more than 8 bits, since their sums go beyond "
+                    f"{boxes.dtype}: make them floats"
+                )
             third, fourth = first + third, second + fourth
         one, other = format[0], format[1]
         start, stop = {one: first, other: second}, {one: third, other: fourth}

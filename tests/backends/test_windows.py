@@ -224,6 +224,14 @@ class TestTorch:
         grid = coordconv.coordinate_grid((8, 8), "xy", window=given)
         assert np.array_equal(added[:, 2:].numpy(), grid)
 
+    def test_boxes_of_8_bits_have_no_sums(self, torch):
+        boxes = torch.tensor([[200, 0, 100, 50]], dtype=torch.uint8)  # to column 300
+        for format in ("xywh", "yxhw"):
+            with pytest.raises(TypeError, match="must be of more than 8 bits.* torch.uint8"):
+                Window.from_boxes(boxes, (400, 400), format)
+        assert Window.from_boxes(boxes.short(), (400, 400), "xywh").stop_x == 300
+        Window.from_boxes(boxes, (400, 400))
+
     def test_gradients_of_the_box(self, torch):
         """Where it is a parameter, as where a network attends."""
         layer = backends.load("torch").CoordConv2d(2, 4, 3, dtype=torch.float64)
