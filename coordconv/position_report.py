@@ -205,9 +205,8 @@ def position_report(
     kinds = kinds or {}
     rng = np.random.default_rng(seed)
     axes = tuple(range(2, input.ndim))
+    run = _copying(run)
     found = run(input)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"run must return arrays by name, got a {type(found).__name__}")
     mean = input.mean(axes, keepdims=True, dtype=np.float64).astype(input.dtype)
     constant = np.broadcast_to(mean, input.shape).copy()
     blank, again = run(constant), run(constant)
@@ -380,6 +379,18 @@ def _centred(array: Array, first: int = 2) -> Array:
     """Less the mean over positions, which are the axes from the ``first`` on."""
     centred: Array = array - array.mean(tuple(range(first, array.ndim)), keepdims=True)
     return centred
+
+
+def _copying(run: Run) -> Run:
+    """The same network with copies, since one may write to its input, or to its last outputs."""
+
+    def copied(x: Array) -> Mapping[str, Array]:
+        found = run(x.copy())
+        if not isinstance(found, Mapping):
+            raise TypeError(f"run must return arrays by name, got a {type(found).__name__}")
+        return {name: np.array(array) for name, array in found.items()}
+
+    return copied
 
 
 def _check(input: Array, draws: int, seed: int) -> None:

@@ -398,8 +398,13 @@ class Tape:
 
 
 def _watched(tensor: Any) -> tuple[Any, Any]:
-    """A tensor of the graph with these values, and a clone of it, which may be written to."""
-    if not tensor.requires_grad:
+    """A tensor of the graph with these values, and a clone of it, which may be written to.
+
+    It is a new one, since a module may return its input, which other modules may take, too.
+    """
+    if tensor.requires_grad:
+        tensor = tensor.clone()
+    else:
         tensor = tensor.detach()
         tensor.requires_grad = True
     return tensor, tensor.clone()

@@ -40,7 +40,7 @@ Report: TypeAlias = (
 def parity(
     wanted: BackendsOption = None,
     cases: Annotated[int, typer.Option(min=1, help="Layers to generate.")] = 100,
-    seed: Annotated[int, typer.Option(help="What layers and data are sampled with.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="What layers and data are sampled with.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "float32",
     mode: Annotated[
         Mode, typer.Option(help="Usual: JAX compiled, torch and Paddle eager.")
@@ -121,7 +121,7 @@ def exchange(
         exchange_proof.NETWORKS
     ),
     inputs: Annotated[int, typer.Option(min=1, help="Random inputs.")] = 1000,
-    seed: Annotated[int, typer.Option(help="What weights and inputs are sampled with.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="What weights and inputs are sampled with.")] = 0,
     json_to: JsonOption = None,
 ) -> None:
     """Save a network in each backend, load the file in every other, and compare their answers.
@@ -131,7 +131,7 @@ def exchange(
     """
     names = installed_backends(wanted)
     with failures_shown():
-        chosen = [networks.get(name) for name in network.split(",")]
+        chosen = [networks.get(name) for name in dict.fromkeys(network.split(","))]
     output = Output(json_to)
     steps = exchange_proof.count_steps(names, inputs) * len(chosen)
     with output.progress("batches", steps) as advance:

@@ -562,6 +562,20 @@ class TestTorchOnly:
         assert list(found)[:2] == ["outer", "model output"]
         assert list(found)[2:] == ["gradient of outer", "gradient of model input"]
 
+    def test_a_module_that_returns_its_input_has_the_gradient_of_its_own_output(self, nn):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.same = nn.Linear(1, 1), nn.Identity()
+
+            def forward(self, x):
+                y = self.first(x)
+                return 3 * y + self.same(y)
+
+        x = np.ones((1, 1), np.float32)
+        found = recorded("torch", Net(), output_gradient=x)(x)
+        assert [found[f"gradient of {name}"].item() for name in ("same", "first")] == [1, 4]
+
     def test_a_scripted_module_is_not_recorded(self, nn):
         import torch
 

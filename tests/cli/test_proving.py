@@ -18,6 +18,13 @@ def test_without_a_framework_they_say_what_to_install(run, no_framework, tmp_pat
             assert f"pip install {needed}" in shown.output
 
 
+@pytest.mark.parametrize("command", ["parity", "exchange"])
+def test_a_negative_seed_is_no_failed_proof(run, command):
+    result = run(command, "--seed", "-1")
+    assert result.exit_code == 2
+    assert "--seed" in result.output
+
+
 def test_unknown_and_missing_backends(run, monkeypatch):
     shown = run("parity", "--backends", "keras")
     assert shown.exit_code == 2

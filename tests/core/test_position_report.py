@@ -51,6 +51,20 @@ class TestShares:
         assert abs(found.constant) < 4 / np.sqrt(x.size)
         assert abs(found.shuffled) < chance(len(x), 16)
 
+    def test_a_network_that_writes_to_its_input_and_to_its_last_output(self):
+        memory, x = np.empty((8, 1, LENGTH, LENGTH)), images()
+
+        def network(x):
+            x += RAMP
+            memory[:] = x
+            return memory
+
+        wanted = one(lambda x: x + RAMP, x.copy())
+        given = x.copy()
+        found = one(network, given)
+        assert (found.constant, found.shuffled) == (wanted.constant, wanted.shuffled)
+        assert np.array_equal(given, x)
+
     def test_the_middle_has_a_rounding_of_its_own(self):
         """In float16 a border of large numbers hides nothing of what varies in the middle."""
         ramp = np.linspace(-0.1, 0.1, LENGTH)[None] * np.ones((LENGTH, 1))
