@@ -474,6 +474,27 @@ def test_momenta_of_one_feature_are_not_taken_for_those_of_coordinates():
         add_coords(nnx.Sequential(nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)))))
 
 
+@pytest.mark.parametrize("remove", [False, True])
+def test_momenta_of_other_coordinates_are_warned_of(remove):
+    model, x = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))), images(2, 5, 5, 3)
+    changes = add_coords(model, "xy")
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    update(model, optimizer, nnx.grad(lambda model: (model(x) ** 2).mean())(model))
+    removed = remove_coords(model) if remove else changes
+    if not remove:
+        changes.undo()
+    with pytest.warns(UserWarning, match="momenta for layers.0.kernel, and for the coordinates"):
+        again = add_coords(model, "yr")
+    again.undo()
+    removed.update_optimizer(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_coords(model, "yr").update_optimizer(optimizer)
+    momenta = optimizer.opt_state[0].trace["layers"][0]["kernel"][...]
+    assert momenta[..., :3, :].any()
+    assert not momenta[..., 3:, :].any()
+
+
 def test_an_optimizer_that_cannot_be_updated():
     model = nnx.Sequential(nnx.Conv(128, 128, (1, 1), rngs=nnx.Rngs(0)))
     factored = nnx.Optimizer(model, optax.adafactor(0.01), wrt=nnx.Param)

@@ -91,7 +91,8 @@ class FlaxChanges(Changes):
 
         Momenta stay, and those of the coordinates' part start at zero; after ``undo`` that part
         is dropped. Without it the next update raises a TypeError, but for kernels of one feature in
-        a group, whose momenta JAX would repeat for the coordinates: of these ``add_coords`` warns.
+        a group, whose momenta JAX would repeat for the coordinates: of these ``add_coords`` warns,
+        and of momenta of other coordinates, which this leaves as they are if their shape fits.
 
         Raises:
             ValueError: the optimizer keeps nothing for the kernels under their names in the network
@@ -363,6 +364,7 @@ def _removed(
     model: nnx.Module, layers: Mapping[str, Any], shares: Shares | None = None
 ) -> tuple[Change, ...]:
     """Put plain convolutions in place of layers."""
+    _lost.update(id(layer.kernel) for layer in layers.values())
     plain = {id(layer): _plain(layer) for layer in layers.values()}
     values = {id(v.kernel): converting.without_coordinates(v) for v in layers.values()}
     return _changed(model, layers, plain, values, shares)
@@ -431,22 +433,37 @@ def _kept(optimizer: Any) -> list[tuple[str, Any]]:
     return [leaf for state in states for leaf in _leaves(state)[0]]
 
 
+# By identity, the kernels that had coordinates and lost them. Another Variable may come to have the
+# identity of one that is gone, as these take no weak references: then there is a warning too many.
+_lost: set[int] = set()
+
+
 def _warn_of_optimizers(kernels: Mapping[str, _Kernel]) -> None:
     """Warn of an optimizer whose next update would be wrong, and silent.
 
-    JAX repeats momenta of one input channel for more. NNX has no hooks in an update, and an
-    optimizer does not know its network: so those that keep such momenta are looked for.
+    JAX repeats momenta of one input channel for more, and those of other coordinates may have the
+    shape of the new ones. NNX has no hooks in an update, and an optimizer does not know its
+    network: so those that keep such momenta are looked for.
     """
-    shapes = {name: converting.raw(kernel.variable).shape for name, kernel in kernels.items()}
-    alone = {name: s for name, s in shapes.items() if s[kernels[name].axis] == 1}
-    optimizers = [o for o in gc.get_objects() if alone and issubclass(type(o), nnx.Optimizer)]
+    stale = dict[tuple[str, tuple[int, ...]], str]()
+    for name, kernel in kernels.items():
+        shape = [*converting.raw(kernel.variable).shape]
+        if shape[kernel.axis] == 1:
+            stale[name, tuple(shape)] = (
+                "which has one feature in a group: its next update would take these for the "
+                "coordinates' too, unless you call update_optimizer(optimizer) of the Changes, or "
+                "make a new optimizer"
+            )
+        if id(kernel.variable) in _lost:
+            shape[kernel.axis] += kernel.n
+            stale[name, tuple(shape)] = (
+                "and for the coordinates that it lost: its next update would take these for those "
+                "of the new ones, unless you make a new optimizer"
+            )
+    optimizers = [o for o in gc.get_objects() if stale and issubclass(type(o), nnx.Optimizer)]
     for optimizer in optimizers:
         for name, leaf in _kept(optimizer):
-            if name in alone and np.shape(_value(leaf)) == alone[name]:
-                warnings.warn(
-                    f"an optimizer keeps momenta for {name}, which has one feature in a group: its "
-                    "next update would take these for the coordinates' too, unless you call "
-                    "update_optimizer(optimizer) of the Changes, or make a new optimizer",
-                    stacklevel=3,
-                )
+            if why := stale.get((name, np.shape(_value(leaf)))):
+                message = f"an optimizer keeps momenta for {name}, {why}"
+                warnings.warn(message, stacklevel=3)
                 return
