@@ -119,13 +119,17 @@ class Window:
 
         Raises:
             TypeError: an index or a count that is neither a number nor an array.
-            ValueError: an axis that is not x, y or z; a count that is not positive.
+            ValueError: an axis that is not x, y or z; a count that is not positive; an index beyond
+                it, where both are known.
 
         Example:
             >>> Window.of_shard(1, 2, "y").start_y
             array(1.)
         """
-        index = _as_array("index", index)
+        index, given = _as_array("index", index), index
+        known = isinstance(index, np.ndarray) and isinstance(count, (int, float))
+        if known and not ((index >= 0) & (index < count)).all():
+            raise ValueError(f"index must be from 0 to {count - 1}, got {given}")
         return cls({axis: index}, {axis: index + 1}, frame={axis: count})
 
     def __repr__(self) -> str:

@@ -211,6 +211,8 @@ class TestContext:
         (lambda: Window(0.5, 0.5), ValueError, "start and stop on axis 'x' must differ"),
         (lambda: Window([0, 0.5], [1, 0.5]), ValueError, "on axis 'x' must differ"),
         (lambda: Window(0, 1, frame=0), ValueError, "frame on axis 'x' must be positive"),
+        (lambda: Window.of_shard(4, 4, "x"), ValueError, "index must be from 0 to 3, got 4"),
+        (lambda: Window.of_shard(-1, 4, "x"), ValueError, "index must be from 0 to 3, got -1"),
         (lambda: Window.from_boxes([1, 2, 3], (8, 8)), ValueError, r"\(4,\) or \(N, 4\), got \(3"),
         (lambda: Window.from_boxes([0, 0, 1, 1], (8, 8), "cxcywh"), ValueError, "format must be"),
         (lambda: Window.from_boxes([3, 0, 3, 1], (8, 8)), ValueError, "axis 'x' must differ"),
