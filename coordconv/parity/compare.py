@@ -226,7 +226,8 @@ def compare(
         TypeError: the inputs are no NumPy arrays, or a model returns something else.
         ValueError: there are no models, or none beside the reference; there is no model called
             ``reference``; a bound is negative, for no array that is compared, or of another shape;
-            a model and the reference have no array in common.
+            a model and the reference have no array in common, or both have outputs and none in
+            common, as where one returns a tuple.
 
     Source:
         The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, as a 3x3
@@ -276,6 +277,13 @@ def compare(
             raise ValueError(
                 f"{model} and {name} have no array of one name: {', '.join(found)} and "
                 f"{', '.join(wanted)}"
+            )
+        outputs = [[n for n in made if n.startswith(OUTPUT)] for made in (found, wanted)]
+        if all(outputs) and {*outputs[0]}.isdisjoint(outputs[1]):
+            theirs, ours = map(", ".join, outputs)
+            raise ValueError(
+                f"{model} and {name} have no output of one name, so that none would be compared: "
+                f"{theirs} and {ours}: let both return the like"
             )
         longest = longest_axis(map(_sample_shape, arrays))
         for layers, (each, array) in enumerate(wanted.items(), 1):

@@ -246,6 +246,12 @@ class TestBound:
         ),
         ({"a": doubled, "b": lambda x: x.astype("U")}, {}, TypeError, "got ndarray of <U"),
         ({"a": doubled, "b": lambda x: {"c": x}}, {}, ValueError, "b and a have no array of one"),
+        (
+            {"a": doubled, "b": lambda x: {"double": 2 * x, "model output[0]": x}},
+            {},
+            ValueError,
+            r"no output of one name, .*: model output\[0\] and model output: let",
+        ),
         ({"a": doubled, "b": lambda x: {0: x}}, {}, TypeError, "from strings, got the key 0"),
     ],
 )
