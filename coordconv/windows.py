@@ -36,7 +36,8 @@ class Window:
         start: where the input starts, as a share of ``frame``: a number for all axes; one for each,
             ``(axes,)`` in the order of the input's, so that the last is ``x``; ``(N, axes)`` for
             each sample of a batch; or a mapping of tokens to a number or an array ``(N,)``, where
-            an axis that is not named is whole. Arrays are NumPy's or a framework's, also traced.
+            an axis that is not named is whole. Arrays are NumPy's or a framework's, also traced;
+            they are copied.
         stop: where it stops, likewise. Less than ``start`` where the input is flipped.
         frame: the length of the frame in the unit of the others, likewise: 1 by default.
 
@@ -65,6 +66,8 @@ class Window:
             whole = {"start": 0.0, "stop": length, "frame": length}
             for name, (_, values) in by_axis.items():
                 value = _as_array(name, values.get(token, whole[name]))
+                if hasattr(value, "clone"):  # of NumPy's it is a copy: a caller may write to boxes
+                    value = value.clone()
                 setattr(self, f"{name}_{token}", value)
             if not _is_tracing():
                 _check_values(token, *self.on(token))

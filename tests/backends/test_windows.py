@@ -224,6 +224,14 @@ class TestTorch:
         grid = coordconv.coordinate_grid((8, 8), "xy", window=given)
         assert np.array_equal(added[:, 2:].numpy(), grid)
 
+    def test_boxes_may_be_written_to_afterwards(self, torch):
+        boxes = torch.tensor(BOXES, dtype=torch.float32)
+        windows = Window.from_boxes(boxes, FRAME), Window(boxes[:, :2], boxes[:, 2:], frame=FRAME)
+        wanted = [window.on("x")[0].clone() for window in windows]
+        boxes /= 8
+        for window, start in zip(windows, wanted, strict=True):
+            assert torch.equal(window.on("x")[0], start)
+
     def test_boxes_of_8_bits_have_no_sums(self, torch):
         boxes = torch.tensor([[200, 0, 100, 50]], dtype=torch.uint8)  # to column 300
         for format in ("xywh", "yxhw"):
