@@ -474,6 +474,18 @@ def test_momenta_of_one_feature_are_not_taken_for_those_of_coordinates():
         add_coords(nnx.Sequential(nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)))))
 
 
+def test_a_state_of_other_channels_is_not_cut_or_filled():
+    model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)))
+    changes = add_coords(model, "xy")
+    of_seven = nnx.state(nnx.Sequential(nnx.Conv(7, 4, (3, 3), rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"state has layers.0.kernel of shape \(3, 3, 7, 4\)"):
+        changes.fit(of_seven)
+    changes.undo()
+    of_one = nnx.state(nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"state has layers.0.kernel of shape \(3, 3, 1, 4\)"):
+        changes.fit(of_one)
+
+
 @pytest.mark.parametrize("remove", [False, True])
 def test_momenta_of_other_coordinates_are_warned_of(remove):
     model, x = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))), images(2, 5, 5, 3)

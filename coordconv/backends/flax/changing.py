@@ -45,15 +45,15 @@ class _Kernel:
     variable: Any
     axis: int
     n: int
+    features: int  # the channels that it has without coordinates
 
     def fitted(self, values: Any) -> Any:
         """Values of the shape of before in the shape of the kernel as it is now, or None."""
         shape = list(converting.raw(self.variable).shape)
         width = shape[self.axis]
-        for before in (width - self.n, width + self.n):
-            shape[self.axis] = before
-            if values.shape == tuple(shape):
-                return changing.fitted(values, self.axis, width)
+        shape[self.axis] = 2 * self.features + self.n - width  # without coordinates or with them
+        if values.shape == tuple(shape):
+            return changing.fitted(values, self.axis, width)
         return None
 
 
@@ -325,11 +325,13 @@ def _kernels(
         return options.input_axis(module), coords(module)
 
     check_ties(chosen, nodes, found, layout)
-    return {
-        name: _Kernel(kernel, options.input_axis(owner), len(coords(owner)))
-        for name, kernel in found.items()
-        for owner in [owners[id(kernel)]]
-    }
+    kernels = {}
+    for name, kernel in found.items():
+        owner = owners[id(kernel)]
+        axis, n = options.input_axis(owner), len(coords(owner))
+        features = converting.raw(kernel).shape[axis] - n * isinstance(owner, CoordLayer)
+        kernels[name] = _Kernel(kernel, axis, n, features)
+    return kernels
 
 
 def _changed(
