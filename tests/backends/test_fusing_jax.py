@@ -210,6 +210,18 @@ def test_an_export_of_open_sizes():
         jax.export.export(jax.jit(layer.fuse((9, 5))))(shape)
 
 
+def test_an_export_of_open_sizes_whose_output_might_be_empty():
+    options = {"strides": (2, 1), "padding": ((1, 1), (1, 0)), "rngs": nnx.Rngs(0)}
+    layer = flax.CoordConv.from_conv(
+        nnx.Conv(C, OUT, (3, 3), **options), "xy", init="fan_in", rngs=options["rngs"]
+    )
+    layer.map_only = True
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, h, w, {C}"), jnp.float32)
+    exported = jax.export.export(jax.jit(layer))(shape)
+    for size in ((9, 5), (3, 17)):
+        assert np.allclose(exported.call(inputs(size)), layer(inputs(size)), atol=1e-5)
+
+
 # A layer and the batch normalization after it.
 
 
@@ -407,6 +419,17 @@ def test_a_linen_network():
     # The old variables still train.
     _, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
     assert set(updated) == {"batch_stats"}
+
+
+def test_a_linen_network_with_a_layer_of_position_alone():
+    model, x = (
+        nn.Sequential([linen.CoordConv(OUT, (3, 3)), linen.PositionBias("xyr")]),
+        draw((9, 5), C),
+    )
+    variables = model.init(jax.random.key(0), x)
+    fused, report = linen.fuse(model, variables, x)
+    assert [row.name for row in report.layers] == ["layers_0"]
+    assert np.allclose(model.apply(fused, x), model.apply(variables, x), atol=1e-5)
 
 
 def test_a_layer_that_sees_two_sizes():

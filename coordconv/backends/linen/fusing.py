@@ -212,7 +212,10 @@ def _run(
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         module, called = context.module, lambda: call(*args, **options)
-        ours = isinstance(module, (FixedCoords, nn.BatchNorm))
+        convolves = isinstance(module, FixedCoords) and isinstance(
+            module, (nn.Conv, nn.ConvTranspose)
+        )
+        ours = convolves or isinstance(module, nn.BatchNorm)
         if context.method_name != "__call__" or not ours:
             return called()
         return see(".".join(module.path), module, called, args, options)
