@@ -335,9 +335,10 @@ def _sum_of_products(table: Array, terms: jax.Array) -> jax.Array:
 def add(output: jax.Array, bias: jax.Array) -> jax.Array:
     """The ``output (..., *S, out)`` of a convolution and P, rounded once."""
     batch = output.shape[: output.ndim - bias.ndim]
-    if batch not in ((), (1,)) and isinstance(bias, jax.core.Tracer):
+    if batch not in ((), (1,)) and isinstance(bias, jax.core.Tracer) and _is_known(bias.shape):
         # As a product, since the gradient of that is one, too: XLA takes many times as long to sum
-        # over the batch, on a CPU. Forward it sees through the product, and just adds.
+        # over the batch, on a CPU. Forward it sees through the product, and just adds. Of symbolic
+        # lengths that might be 0, as those of a stride, it reshapes none.
         ones = jnp.ones((math.prod(batch), 1), bias.dtype)
         bias = jnp.matmul(ones, bias.reshape((1, -1)), precision=_HIGHEST).reshape(output.shape)
     return _sum(output, bias)
