@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -154,7 +154,7 @@ def _has_others(optimizer: Any, parameter: Any) -> bool:
     return bool(now) and _stepped.get(optimizer, {}).get(id(parameter), now) != now
 
 
-def refuse_stale(optimizer: Any, kept: list[tuple[Any, Iterable[Any]]]) -> None:
+def refuse_stale(optimizer: Any, kept: Sequence[tuple[Any, Iterable[Any]]]) -> None:
     """Raise RuntimeError if an optimizer keeps something for a parameter as it was before.
 
     ``kept`` has its parameters, and what it keeps for each: tensors, of which some may be several
