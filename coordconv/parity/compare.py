@@ -224,9 +224,9 @@ def compare(
 
     Raises:
         TypeError: the inputs are no NumPy arrays, or a model returns something else.
-        ValueError: there are no models, or none beside the reference; there is no model called
-            ``reference``; a bound is negative, for no array that is compared, or of another shape;
-            a model and the reference have no array in common, or both have outputs and none in
+        ValueError: an input is empty; there are no models, or none beside the reference; there is
+            no model called ``reference``; a bound is negative, for no array that is compared, or of
+            another shape; a model and the reference have no array in common, or both have outputs and none in
             common, as where one returns a tuple.
 
     Source:
@@ -365,6 +365,8 @@ def _arrays(inputs: Array | Sequence[Array]) -> list[Array]:
                 "inputs must be a NumPy array, or a list or tuple of such arrays, got "
                 f"{type(array).__module__}.{type(array).__qualname__}{within}"
             )
+        if not array.size:  # on it all models agree
+            raise ValueError(f"inputs must not be empty, got shape {array.shape}")
     return [np.asarray(array) for array in arrays]
 
 

@@ -266,6 +266,11 @@ def test_inputs_are_numpy_arrays(inputs):
         compare({"a": doubled, "b": doubled}, inputs)
 
 
+def test_inputs_are_not_empty():
+    with pytest.raises(ValueError, match=r"inputs must not be empty, got shape \(0, 3, 2\)"):
+        compare({"a": doubled, "b": lambda x: x}, X[:0])
+
+
 def test_inputs_are_no_tensors():
     torch = pytest.importorskip("torch")
     for inputs in (torch.ones(2), [torch.ones(2)]):
