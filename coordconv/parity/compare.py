@@ -226,8 +226,8 @@ def compare(
         TypeError: the inputs are no NumPy arrays, or a model returns something else.
         ValueError: an input is empty; there are no models, or none beside the reference; there is
             no model called ``reference``; a bound is negative, for no array that is compared, or of
-            another shape; a model and the reference have no array in common, or both have outputs and none in
-            common, as where one returns a tuple.
+            another shape; a model and the reference have no array in common, or both have outputs
+            and none in common, as where one returns a tuple.
 
     Source:
         The default bound: ``k`` layers round ``k * n`` times where each sums ``n`` terms, as a 3x3
