@@ -618,6 +618,13 @@ class TestPaddle:
         for x, y in zip(inputs, wanted, strict=True):
             assert np.array_equal(static(x).numpy(), y)
             assert np.array_equal(loaded(x).numpy(), y)
+        files = [str(tmp_path / f"net.{end}") for end in ("json", "pdiparams")]
+        config = paddle.inference.Config(*files)
+        config.disable_glog_info()
+        predictor = paddle.inference.create_predictor(config)
+        for x, y in zip(inputs, wanted, strict=True):
+            (found,) = predictor.run([x])
+            assert np.array_equal(found.numpy(), y)
 
     def test_an_input_is_left_as_it_is(self, paddle):
         layer, x = Layers("paddle").make(), paddle.randn([2, C, 5, 8])

@@ -201,7 +201,12 @@ def add_pointwise(layer: Any, x: Tensor, window: Window | None) -> Tensor:
         grids = _coordinates(coords, one, last, window)
         # A product, since Paddle gets second derivatives of convolutions wrong.
         matrix = weight.reshape([-1, len(coords)]).t()
-        added = nn.functional.linear(grids if last else grids.moveaxis(1, -1), matrix, bias)
+        grids = grids if last else grids.moveaxis(1, -1)
+        if paddle.in_dynamic_mode():
+            added = nn.functional.linear(grids, matrix, bias)
+        else:  # paddle.inference fuses a linear with the sum below, and fails
+            added = sum(grids[..., i : i + 1] * matrix[i] for i in range(len(coords)))
+            added = added if bias is None else added + bias
         added = added if last else added.moveaxis(-1, 1)
         if _is_quick(x) and x.dtype == added.dtype and len(added) == 1:
             return _add_product(x.clone(), _ones(len(x), x.dtype), added.reshape([1, -1]))
