@@ -219,7 +219,8 @@ def followed_once(
 ) -> dict[str, str]:
     """Of modules and what follows, CoordConvs and batch normalizations that are in one place alone.
 
-    The very classes of ``batch_norms``, as a subclass may compute anything, and without hooks.
+    The very classes of ``batch_norms``, as a subclass may compute anything; without hooks, and
+    without a ``forward`` of the instance's own.
     """
     modules, times = dict(named), Counter(id(each) for _, each in named)
     return {
@@ -300,6 +301,7 @@ def _poison(factor: float, shape: Sequence[int]) -> Array:
     return found
 
 
-# NaN shows in all numbers that are computed of it, but is beyond no bound, and no largest number.
-# Large numbers are, of which 16 bits hold these, and turned round they are at other places.
+# Each shows uses that the others do not. NaN spreads to all numbers that are computed from it, but
+# is above no bound and is no maximum. Large numbers are both, at different places with either sign;
+# 16 bits hold numbers of this size.
 _POISONS = tuple(partial(_poison, factor) for factor in (np.nan, 2.0**14, -(2.0**14)))

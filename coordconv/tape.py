@@ -66,18 +66,18 @@ def all_modules(module: Any) -> list[tuple[str, Any]]:
 def refuse_computed(layer: Any, parametrized: bool = False) -> None:
     """Raise ValueError if a hook computes the weight or the bias, which are those of the last call.
 
-    So pruning does it, and the norms of PyTorch and Paddle that are no parametrizations: these are
-    properties, and compute what they are whenever they are asked for; ``parametrized`` refuses
-    them, too.
+    Pruning does so, and so do the norms of PyTorch and Paddle that are no parametrizations. What a
+    parametrization computes is a property, which is never old; ``parametrized`` refuses it, too.
     """
     own = dict(layer.named_parameters("", False))
     for name in ("weight", "bias"):
         is_property = isinstance(getattr(type(layer), name, None), property)
         allowed = name in own or (is_property and not parametrized)
         if not allowed and getattr(layer, name) is not None:
-            of = " and ".join(each for each in own if each.startswith(f"{name}_"))
+            parts = " and ".join(each for each in own if each.startswith(f"{name}_"))
+            source = f" from {parts}" if parts else ""
             raise ValueError(
-                f"{name} must be a parameter, but is computed{of and ' from '}{of} at each call, "
+                f"{name} must be a parameter, but is computed{source} at each call, "
                 "as by a norm, a parametrization or pruning: remove that first, as with "
                 "remove_weight_norm"
             )
