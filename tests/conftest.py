@@ -38,9 +38,10 @@ def find_browser() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     """Turn "backend missing" from a skip into a failure where COORDCONV_REQUIRE names it.
 
-    Most of a JAX test's time is compilation: what one run compiled, the next one loads, in other
-    environments, too.
+    Most of a JAX test's time is compilation: XLA optimizes little, unless the environment says 0,
+    and what one run compiled, the next one loads, in other environments, too.
     """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if config.pluginmanager.has_plugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
