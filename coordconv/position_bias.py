@@ -382,8 +382,7 @@ def of_each(function: Callable[[Any], Any], made: Any) -> Any:
     return [function(array) for array in made] if isinstance(made, list) else function(made)
 
 
-@lru_cache(maxsize=64)
-def known(
+def computed(
     method: Callable[..., Any], plan: MapPlan, dtype: type[np.floating[Any]] = np.float32
 ) -> Any:
     """What a method of :class:`MapPlan` makes, for a known shape and without a window.
@@ -392,7 +391,7 @@ def known(
 
     Example:
         >>> plan = MapPlan(ConvGeometry((3,), padding=1), Coordinates("x"), (3,), (3,))
-        >>> known(MapPlan.padded_grid, plan)
+        >>> computed(MapPlan.padded_grid, plan)
         array([[ 0., -1.,  0.,  1.,  0.]], dtype=float32)
     """
 
@@ -400,3 +399,7 @@ def known(
         return frozen((array + 0.0).astype(dtype))  # padding reads 0, not -0
 
     return of_each(rounded, method(plan, np.arange, np))
+
+
+# As `computed`, of which the last few are kept.
+known = lru_cache(maxsize=64)(computed)

@@ -277,7 +277,7 @@ def _scalar(n: Any, dtype: Any) -> Any:
 @lru_cache(maxsize=64)
 def _kept(method: Callable[..., Any], plan: MapPlan, dtype: Any, place: Any) -> Tensor:
     # The tensors alone are kept, and not NumPy's arrays as well.
-    made = position_bias.known.__wrapped__(method, plan, _exact(dtype))
+    made = position_bias.computed(method, plan, _exact(dtype))
     return paddle.to_tensor(made, place=place).astype(dtype)
 
 

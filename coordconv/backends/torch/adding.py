@@ -485,7 +485,7 @@ def _kept(
     method: Callable[..., Any], plan: MapPlan, dtype: torch.dtype, device: torch.device
 ) -> Any:
     # The tensors alone are kept, and not NumPy's arrays as well.
-    made = position_bias.known.__wrapped__(method, plan, _exact(dtype))
+    made = position_bias.computed(method, plan, _exact(dtype))
     return of_each(partial(_constant, dtype=dtype, device=device), made)
 
 
