@@ -38,8 +38,8 @@ def find_browser() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     """Turn "backend missing" from a skip into a failure where COORDCONV_REQUIRE names it.
 
-    Half of a JAX test's time is compilation: so XLA optimizes little, unless the environment says
-    0, and what one run compiled, the next one loads.
+    Much of a JAX test's time is compilation: so XLA optimizes little, unless
+    JAX_DISABLE_MOST_OPTIMIZATIONS is 0, and what one run compiled, the next one loads.
     """
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if config.pluginmanager.has_plugin("cacheprovider"):
