@@ -2,7 +2,8 @@
 
 ``python tests/backends/tools.py [BACKEND ...]`` prints the table: each tool's error on a CoordConv,
 and on the framework's own convolution over ``C + n`` channels, which is given the features with the
-coordinates behind them. Both have the same kernel and bias.
+coordinates behind them. Both have the same kernel and bias. It needs peft and torch-pruning for
+torch, whose rows of these the tests skip where they are not installed.
 
 A tool returns what it leaves behind and what it promises; the error is the largest difference. One
 that refuses a layer raises.
